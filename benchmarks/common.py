@@ -1,0 +1,100 @@
+"""What all benchmarks share: measuring side by side, one table of results, one description of the machine."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transrec_hf.modelcard import describe_device
+
+
+FOLDER = Path(__file__).parent
+COLUMNS = (
+    *("benchmark", "variant", "metric", "value", "unit", "low", "high", "repeats", "reference"),
+    *("data", "dtype", "seed", "machine", "command", "date", "commit"),
+)
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """
+    Seconds that each variant takes, in rounds of all variants: what slows the machine for a while slows them alike.
+
+    Args:
+        variants (`dict[str, Callable]`): what to measure, by name.
+        repeats (`int`): rounds that count.
+        warm_up (`int`, *optional*, defaults to 1): rounds before those, which do not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(-warm_up, repeats):
+        for name, function in variants.items():
+            started = time.perf_counter()
+            function()
+            elapsed = time.perf_counter() - started
+            if repeat >= 0:
+                seconds[name].append(elapsed)
+                print(f"  {name}: {elapsed:.2f} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Round by round, one number over the other."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+class Results:
+    """
+    The table of results, to which each benchmark adds its rows.
+
+    Args:
+        path (`str`): a CSV with the columns `COLUMNS`, made if there is none.
+        benchmark (`str`): name of the benchmark.
+        facts: columns that all its rows share, e.g. `data`, `seed`, `dtype`.
+    """
+
+    def __init__(self, path: str | Path, benchmark: str, **facts: Any):
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.path = Path(path)
+        self.facts = {
+            "benchmark": benchmark,
+            "machine": describe_device(device or torch.device("cpu"))["device"],
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "commit": git.stdout.strip(),
+            **facts,
+        }
+
+    def add(self, variant: str, metric: str, values: float | Sequence[float], unit: str, **facts: Any) -> float:
+        """
+        One row: the median of `values`, with the lowest and the highest if there are several.
+
+        Args:
+            variant (`str`): what was measured.
+            metric (`str`): e.g. `"speedup"`, which needs a `reference` among the facts.
+            values (`float` or `list[float]`): one for each repetition.
+            unit (`str`): e.g. `"items/s"`, `"x"` for a ratio.
+            facts: further columns, e.g. `reference="official"`.
+        """
+        values = [values] if isinstance(values, (int, float)) else list(values)
+        median = statistics.median(values)
+        several = {"low": min(values), "high": max(values)} if len(values) > 1 else {}
+        row = {**self.facts, **several, "variant": variant, "metric": metric, "value": median, "unit": unit}
+        row |= {"repeats": len(values), **facts}
+        is_new = not self.path.exists()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+        print(f"{variant}: {metric} {median:.4g} {unit}", flush=True)
+        return median

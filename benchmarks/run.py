@@ -1,0 +1,42 @@
+"""
+Runs one benchmark and adds its rows to a table:
+
+    python benchmarks/run.py encoding --data data/amazon-beauty --text_model all-MiniLM-L6-v2
+
+Each benchmark is a module of this folder, which `BENCHMARK --help` describes; README.md there tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from common import FOLDER, Results
+
+
+BENCHMARKS = (
+    *("throughput", "time_to_quality", "ablation", "id_baseline", "encoding", "matmul_peak", "data_size", "ranking"),
+    *("large_catalogue", "plan_accuracy", "item_cache"),
+)
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in BENCHMARKS:
+        print(f"{__doc__}\nBenchmarks: {', '.join(BENCHMARKS)}")
+        raise SystemExit(0 if name in ("-h", "--help") else 2)
+    module = importlib.import_module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"run.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", default=FOLDER / "results.csv", help="table to add rows to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of which the median is reported")
+    module.add_options(parser)
+    options = parser.parse_args(sys.argv[2:])
+    module.run(options, Results(options.results, name, seed=options.seed, data=getattr(options, "data", "synthetic")))
+
+
+if __name__ == "__main__":
+    main()
