@@ -21,6 +21,7 @@ from testing_utils import (
 
 from transrec_hf import TransRecModel, encode_catalogue
 from transrec_hf.activation_store import ActivationStore
+from transrec_hf.configuration_transrec import TEXT_POOLINGS
 from transrec_hf.data import Catalogue
 from transrec_hf.encoding import standardize_projections
 
@@ -61,6 +62,18 @@ def test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, f
         torch.testing.assert_close(with_store[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("pooling", TEXT_POOLINGS)
+def test_of_a_tower_that_is_frozen_whole_one_state_is_stored(tmp_path, catalogue, pooling):
+    model = make_frozen(0, text_pooling=pooling)
+    store = make_store(tmp_path, model, catalogue)
+    store.fill()
+    batch = store.prepare(np.arange(len(catalogue)))
+    assert batch["image_states"].dim() == 2
+    assert {states.dim() for states in batch["text_states"]} == ({3} if pooling == "attention" else {2})
+    other = make_frozen(0, text_pooling="cls" if pooling == "mean" else "mean")
+    assert len(make_store(tmp_path, other, catalogue).missing_rows())  # another pooling is another store
+
+
 def test_the_catalogue_is_encoded_the_same_from_the_store(tmp_path, catalogue, processor):
     model = make_frozen()
     store = make_store(tmp_path, model, catalogue)
@@ -81,7 +94,8 @@ def test_it_is_filled_with_new_items_only(tmp_path):
     assert not len(make_store(tmp_path, model, all_items).missing_rows())
 
 
-def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue):
+def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue, monkeypatch):
+    monkeypatch.setattr("transrec_hf.activation_store.FILE_BYTES", 1000)
     model = make_frozen()
     store = make_store(tmp_path, model, catalogue)
     store.fill(batch_size=4)

@@ -13,7 +13,7 @@ from testing_utils import LINES, make_catalogue, make_collator, make_config, mak
 from torch.utils.data import DataLoader
 
 from transrec_hf.configuration_transrec import OBJECTIVES
-from transrec_hf.data_collator import TrainingWindows, draw_negatives, pad_right, prepare_items
+from transrec_hf.data_collator import TrainingWindows, bucket_by_tokens, draw_negatives, pad_right, prepare_items
 
 
 NUM_ITEMS = 30
@@ -259,13 +259,42 @@ def test_content_batch_equals_one_made_item_by_item():
 
 def test_texts_come_in_buckets_of_like_length():
     catalogue = make_catalogue(200, kinds=("text",))
-    batch = prepare_items(catalogue, np.arange(200), make_processor("text"))
+    batch = prepare_items(catalogue, np.arange(200), make_processor("text"), max_tokens=128)
     lengths = [mask.sum(dim=1).tolist() for mask in batch["attention_mask"]]
-    assert [len(bucket) for bucket in lengths] == [64, 64, 64, 8]
+    assert max(mask.numel() for mask in batch["attention_mask"]) <= 128
+    assert all((len(a) + 1) * b[0] > 128 for a, b in pairwise(lengths))  # none could have taken in one more
     flat = [length for bucket in lengths for length in bucket]
     assert flat == sorted(flat)
     assert [mask.shape[1] for mask in batch["attention_mask"]] == [max(bucket) for bucket in lengths]
     assert sorted(batch["text_index"].tolist()) == list(range(200))
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 100))
+def test_buckets_hold_each_text_once_within_the_budget(lengths, budget):
+    buckets = bucket_by_tokens(np.array(lengths, dtype=int), budget)
+    assert sorted(index for bucket in buckets for index in bucket) == list(range(len(lengths)))
+    for bucket in buckets:
+        longest = max(lengths[index] for index in bucket)
+        assert len(bucket) == 1 or len(bucket) * longest <= budget
+
+
+def test_an_item_that_the_processor_cannot_read_is_refused():
+    with pytest.raises(ValueError, match="item 1 has none of the processor's modalities"):
+        prepare_items(make_catalogue(kinds=("text", "image")), np.array([0, 1]), make_processor("text"))
+
+
+def test_tokens_are_computed_once_and_again_for_another_tokenizer():
+    catalogue, processor = make_catalogue(), make_processor()
+    tokenizer = processor.tokenizer
+    first = catalogue.tokens(tokenizer, 16)
+    prepare_items(catalogue, np.arange(4), processor)
+    assert catalogue.tokens(tokenizer, 16) is first
+    assert catalogue.tokens(tokenizer, 3) is not first and catalogue.tokens(tokenizer, 3).lengths.max() == 3
+    before = catalogue.tokens(tokenizer, 16)
+    tokenizer.add_tokens(["cap"])
+    assert catalogue.tokens(tokenizer, 16) is not before
+    hidden = catalogue.with_policy("one_per_item")
+    assert (hidden.tokens(tokenizer, 16).lengths > 0).tolist() == hidden.has_text.tolist()
 
 
 def test_only_the_batch_of_items_is_read():

@@ -8,7 +8,7 @@ import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
 from transrec_hf.data import DataError
-from transrec_hf.encoding import encode_catalogue, item_modalities, text_lengths
+from transrec_hf.encoding import encode_catalogue, item_modalities, sort_by_length
 
 
 def one_by_one(model, catalogue, processor):
@@ -93,11 +93,13 @@ def test_modalities_are_those_that_the_model_reads(catalogue):
     assert item_modalities(both, make_model(make_config("", num_items=12))) is None
 
 
-def test_text_lengths():
-    catalogue = make_catalogue()
-    assert text_lengths(catalogue).tolist() == [len(catalogue.text(row) or "") for row in range(12)]
-    assert text_lengths(make_catalogue(kinds=("image",))).tolist() == [0] * 12
-    assert len(text_lengths(catalogue.select(np.array([0, 2])))) == 2
+def test_items_are_encoded_longest_first():
+    catalogue, processor = make_catalogue(), make_processor()
+    rows = sort_by_length(catalogue, processor, np.arange(12))
+    lengths = [len((catalogue.text(row) or "").split()) for row in rows]
+    assert lengths == sorted(lengths, reverse=True) and sorted(rows) == list(range(12))
+    rows = np.array([3, 1, 2])
+    assert sort_by_length(make_catalogue(kinds=("image",)), make_processor("image"), rows).tolist() == [3, 1, 2]
 
 
 def test_items_that_the_model_cannot_read_are_refused(catalogue):

@@ -43,6 +43,7 @@ from .data_reading import (
     read_timestamps,
 )
 from .hub import hub_errors, pinned
+from .tokens import CatalogueTokens
 
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Catalogue:
         self.items, self.item_ids = items, item_ids
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids)}
         self._rows_as_arrow = items.with_format("arrow")
+        self._tokens: CatalogueTokens | None = None
         self._texts = None
         if "text" in items.column_names:
             texts = items.select_columns("text").with_format("arrow")[:]
@@ -150,6 +152,12 @@ class Catalogue:
     def text(self, row: int) -> str | None:
         """Text of an item, `None` where it has none or the policy hides it."""
         return self._texts[int(row)].as_py() if self.has_text[row] and self._texts is not None else None
+
+    def tokens(self, tokenizer: Any, max_length: int) -> CatalogueTokens:
+        """Token ids of all texts, each cut after `max_length` tokens. They are kept until another tokenizer asks."""
+        if self._tokens is None or not self._tokens.are_of(tokenizer, max_length):
+            self._tokens = CatalogueTokens(self, tokenizer, max_length)
+        return self._tokens
 
     def image(self, row: int) -> PIL.Image.Image | None:
         """Image of an item, RGB and upright (EXIF), `None` where it has none or the policy hides it.
@@ -268,6 +276,7 @@ class Catalogue:
         if modality_policy not in MODALITY_POLICIES:
             raise DataError(f"unknown modality_policy {modality_policy!r}. Use one of {', '.join(MODALITY_POLICIES)}.")
         other = copy.copy(self)
+        other._tokens = None
         if modality_policy in MODALITIES:
             self.require([modality_policy])
             other.has_text = self.has_text & (modality_policy == "text")

@@ -50,9 +50,25 @@ class TrainingWindows(torch.utils.data.Dataset):
         return {**self.windows[index], "epoch": self.epoch}
 
 
-def bucket_by_length(lengths: torch.Tensor, bucket_size: int = 64) -> tuple[torch.Tensor, ...]:
-    """Indices of `lengths` `(n,)` in buckets of at most `bucket_size` of like length, short ones first."""
-    return lengths.argsort(stable=True).split(bucket_size)
+def token_budget(device: torch.device) -> int:
+    """Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy."""
+    return 2048 if device.type == "cpu" else 32768
+
+
+def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """
+    Indices of `lengths` `(n,)` in buckets of like length, short ones first. Padded to its longest text, a bucket holds
+    at most `budget` tokens, or one text.
+    """
+    order = np.argsort(lengths, kind="stable")
+    buckets, start = [], 0
+    while start < len(order):
+        # padded to its last text, the longest, a bucket grows with every text it takes in
+        padded = lengths[order[start:]] * np.arange(1, len(order) - start + 1)
+        size = max(1, int(np.searchsorted(padded, budget, side="right")))
+        buckets.append(order[start : start + size])
+        start += size
+    return buckets
 
 
 def prepare_items(
@@ -60,30 +76,47 @@ def prepare_items(
     rows: np.ndarray,
     processor: TransRecProcessor | None,
     store: ActivationStore | None = None,
+    max_tokens: int = 2048,
 ) -> dict[str, Any]:
     """
     Model inputs of the given catalogue rows, read and decoded now; or from a store of the frozen blocks' states.
 
-    Texts come in buckets of like length, each padded to its own longest text.
+    Texts come in buckets of like length, each padded to its own longest text; their tokens are computed once for the
+    whole catalogue.
+
+    Args:
+        catalogue ([`Catalogue`]): the items.
+        rows (`np.ndarray` of shape `(n_items,)`): which of them.
+        processor ([`TransRecProcessor`]): of the model; `None` for the ID baseline.
+        store ([`ActivationStore`], *optional*): of the frozen blocks' states, filled.
+        max_tokens (`int`, *optional*, defaults to 2048): tokens of a bucket, see [`token_budget`].
 
     Returns:
-        `dict` with `item_ids` `(n_items,)` and, unless `processor` is `None` (the ID baseline), the output of
-        [`TransRecProcessor`] with lists of tensors, one per bucket, for `input_ids` and `attention_mask`.
+        `dict` with `item_ids` `(n_items,)` and, unless `processor` is `None`, the output of [`TransRecProcessor`] with
+        lists of tensors, one per bucket, for `input_ids` and `attention_mask`.
     """
     batch: dict[str, Any] = {"item_ids": torch.as_tensor(rows, dtype=torch.long)}
     if processor is None:
         return batch
     if store is not None:
-        return batch | store.prepare(rows)
-    texts = [catalogue.text(row) for row in rows] if "text" in processor.modalities else None
-    images = [catalogue.image(row) for row in rows] if "image" in processor.modalities else None
-    batch |= processor(text=texts, images=images)
-    if "input_ids" in batch:
-        lengths = batch["attention_mask"].sum(dim=1)
-        buckets = bucket_by_length(lengths)
-        for name in ("input_ids", "attention_mask"):
-            batch[name] = [batch[name][bucket, : int(lengths[bucket].max())] for bucket in buckets]
-        batch["text_index"] = batch["text_index"][torch.cat(buckets)]
+        return batch | store.prepare(rows, max_tokens)
+    has_text = catalogue.has_text[rows] & ("text" in processor.modalities)
+    has_image = catalogue.has_image[rows] & ("image" in processor.modalities)
+    batch["item_modalities"] = torch.from_numpy(np.stack([has_text, has_image], axis=1))
+    empty = np.flatnonzero(~(has_text | has_image))
+    if len(empty):
+        raise ValueError(f"item {rows[empty[0]]} has none of the processor's modalities: {processor.modalities}")
+    if has_text.any():
+        tokens = catalogue.tokens(processor.tokenizer, processor.max_text_length)
+        slots = np.flatnonzero(has_text)
+        buckets = bucket_by_tokens(tokens.lengths[rows[slots]], max_tokens)
+        padded = [tokens.pad(rows[slots[bucket]]) for bucket in buckets]
+        batch["input_ids"], batch["attention_mask"] = map(list, zip(*padded, strict=True))
+        batch["text_index"] = torch.from_numpy(slots[np.concatenate(buckets)])
+    if has_image.any():
+        slots = np.flatnonzero(has_image)
+        batch["pixel_values"] = processor(images=[catalogue.image(row) for row in rows[slots]])["pixel_values"]
+        batch["image_index"] = torch.from_numpy(slots)
     return batch
 
 
@@ -138,6 +171,7 @@ class DataCollatorForNextItem:
         log_popularity (`np.ndarray` of shape `(len(catalogue),)`): log of each item's share of the training data.
         seed (`int`, *optional*, defaults to 0): of the negatives.
         store ([`ActivationStore`], *optional*): of the frozen blocks' states, to read instead of text and images.
+        max_tokens (`int`, *optional*, defaults to 2048): tokens of a bucket of texts, see [`token_budget`].
 
     Call it with a list of `{"items": catalogue rows, "user": int, "epoch": int}`, as [`TrainingWindows`] yields them,
     each of at least two items. It returns the item inputs of [`prepare_items`] and `log_popularity` `(n_items,)`,
@@ -152,6 +186,11 @@ class DataCollatorForNextItem:
     log_popularity: np.ndarray
     seed: int = 0
     store: ActivationStore | None = None
+    max_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.processor is not None and "text" in self.processor.modalities:  # now, not in each worker
+            self.catalogue.tokens(self.processor.tokenizer, self.processor.max_text_length)
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         windows = [self.split(np.asarray(feature["items"])) for feature in features]
@@ -165,7 +204,7 @@ class DataCollatorForNextItem:
             used.append(np.arange(len(self.catalogue)))
         rows = np.unique(np.concatenate(used))
         rows = rows[rows != PADDING]
-        batch = prepare_items(self.catalogue, rows, self.processor, self.store)
+        batch = prepare_items(self.catalogue, rows, self.processor, self.store, self.max_tokens)
         batch["log_popularity"] = torch.from_numpy(self.log_popularity[rows])
         indices = {"history_index": history, "target_index": target}
         if negative.size:

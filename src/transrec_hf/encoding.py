@@ -6,14 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data import Catalogue
-from .data_collator import prepare_items
+from .data_collator import prepare_items, token_budget
 from .modeling_transrec import TransRecModel
 from .processing_transrec import TransRecProcessor
 
@@ -35,12 +34,50 @@ def item_modalities(catalogue: Catalogue, model: TransRecModel) -> torch.Tensor 
     return torch.from_numpy(np.stack(columns, axis=1))
 
 
-def text_lengths(catalogue: Catalogue) -> np.ndarray:
-    """Characters of each item's text, 0 without: `(n_items,)`."""
-    if "text" not in catalogue.items.column_names:
-        return np.zeros(len(catalogue), dtype=np.int64)
-    texts = catalogue.items.select_columns("text").with_format("arrow")[:]["text"]
-    return pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
+def sort_by_length(catalogue: Catalogue, processor: TransRecProcessor, rows: np.ndarray) -> np.ndarray:
+    """Catalogue rows by the tokens of their texts, the longest first, so that it shows at once if memory suffices."""
+    if "text" not in processor.modalities:
+        return rows
+    lengths = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths[rows]
+    return rows[np.argsort(-lengths, kind="stable")]
+
+
+def item_loader(
+    catalogue: Catalogue,
+    processor: TransRecProcessor,
+    rows: np.ndarray,
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    store: ActivationStore | None = None,
+) -> DataLoader:
+    """Batches of model inputs of the given catalogue rows, in that order; see [`prepare_items`]."""
+    device = torch.device(device)
+    return DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=partial(_collate, catalogue, processor, store, token_budget(device)),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the numbers of training
+    )
+
+
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on another device."""
+    return {
+        name: [part.to(device, non_blocking=True) for part in value]
+        if isinstance(value, list)
+        else value.to(device, non_blocking=True)
+        for name, value in batch.items()
+    }
+
+
+def _collate(
+    catalogue: Catalogue, processor: TransRecProcessor, store: ActivationStore | None, max_tokens: int, rows: list[int]
+) -> dict[str, Any]:
+    return prepare_items(catalogue, np.asarray(rows), processor, store, max_tokens)
 
 
 @torch.no_grad()
@@ -83,13 +120,17 @@ def encode_catalogue(
     catalogue.require(model.config.modalities)
 
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    # items of like length in one batch, longest first so that memory is known at once
-    order = np.argsort(-text_lengths(catalogue), kind="stable")[rank::world_size]
-    loader: DataLoader = DataLoader(
-        order,  # type: ignore[arg-type]
-        batch_size=batch_size,
+    rows = np.arange(len(catalogue))
+    if store is None:
+        rows = sort_by_length(catalogue, processor, rows)
+    loader = item_loader(
+        catalogue,
+        processor,
+        rows[rank::world_size],
+        batch_size,
         num_workers=num_workers,
-        collate_fn=partial(_collate, catalogue, processor, store),
+        device=device,
+        store=store,
     )
     embeds = torch.zeros(len(catalogue), model.config.hidden_size, device=device)
     was_training = model.training
@@ -97,7 +138,7 @@ def encode_catalogue(
     try:
         for batch in tqdm(loader, desc="Encoding items", disable=rank > 0 or len(loader) < 5, leave=False):
             rows = batch["item_ids"]
-            embeds[rows.to(device)] = model.get_item_features(**_moved(batch, device)).float()
+            embeds[rows.to(device)] = model.get_item_features(**move(batch, device)).float()
     finally:
         model.train(was_training)
     return accelerator.reduce(embeds, "sum") if world_size > 1 else embeds  # type: ignore[union-attr]
@@ -138,7 +179,7 @@ def standardize_projections(
         if last.bias.any() or len(rows) < 2:
             continue
         sample = np.sort(rng.permutation(rows)[:num_items])
-        batch = _moved(prepare_items(catalogue, sample, processor, store), model.device)
+        batch = move(prepare_items(catalogue, sample, processor, store), model.device)
         if text:
             vectors = model.get_text_features(
                 batch.get("input_ids"), batch["attention_mask"], batch.get("text_states")
@@ -150,17 +191,3 @@ def standardize_projections(
         last.weight.mul_(scale)
         last.bias.copy_(-mean * scale)
     model.train(was_training)
-
-
-def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on another device."""
-    return {
-        name: [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
-        for name, value in batch.items()
-    }
-
-
-def _collate(
-    catalogue: Catalogue, processor: TransRecProcessor, store: ActivationStore | None, rows: list[int]
-) -> dict:
-    return prepare_items(catalogue, np.asarray(rows), processor, store)

@@ -9,6 +9,7 @@ Scores are raw dot products in fp32; each function returns a scalar. `mean` is h
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -210,54 +211,90 @@ def bpr(
     return mean(-F.logsigmoid(positive - negative), negative_index >= 0)
 
 
-class GatherAcrossRanks(torch.autograd.Function):
-    """Stacks a tensor of one shape from every rank: `(...)` to `(ranks, ...)`. Its gradient is summed over ranks."""
+class SumAcrossRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, on each of them. So is its gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, values.contiguous())
-        return torch.stack(parts)
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0].clone()
         dist.all_reduce(gradient)
-        return gradient[dist.get_rank()]
+        return gradient
 
 
-def gather_candidates(
-    item_embeds: Tensor, item_ids: Tensor, slot_counts: Tensor, log_popularity: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass
+class SharedItems:
     """
-    The distinct items of all ranks' batches, with gradients back to the rank that encoded them.
+    The distinct items of all ranks' batches, and who encodes them.
 
     Args:
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of this rank's items.
-        item_ids (`Tensor` of shape `(U,)`): their catalogue rows, which tell the same item on two ranks.
-        slot_counts (`Tensor` of shape `(U,)`): slots of this rank that hold each item.
-        log_popularity (`Tensor` of shape `(U,)`): log popularity of each item.
-
-    Returns:
-        `tuple` of `(C, d)` vectors, `(C,)` slot counts summed over ranks, `(C,)` log popularities, and `(U,)`, the
-        candidate row of each of this rank's items.
+        num_items (`int`): distinct items of all ranks, `C`.
+        rows (`Tensor` of shape `(U,)`): which of them each of this rank's items is.
+        owned (`Tensor` of shape `(U,)`): boolean, the items whose vectors this rank gives to the others.
+        encoded (`Tensor` of shape `(U,)`): boolean, the items it has to encode: those, or one if there are none.
     """
-    sizes = item_ids.new_zeros(dist.get_world_size())
-    sizes[dist.get_rank()] = len(item_ids)
+
+    num_items: int
+    rows: Tensor
+    owned: Tensor
+    encoded: Tensor
+
+
+def share_items(item_ids: Tensor) -> SharedItems:
+    """
+    Decide which rank encodes which item, so that each distinct item of all batches is encoded once. An item that
+    several ranks have goes to each of them in turn.
+
+    Args:
+        item_ids (`Tensor` of shape `(U,)`): catalogue rows of this rank's distinct items.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    sizes = item_ids.new_zeros(num_ranks)
+    sizes[rank] = len(item_ids)
     dist.all_reduce(sizes)
-    longest = int(sizes.max())
-    kept = [slice(rank * longest, rank * longest + size) for rank, size in enumerate(sizes.tolist())]
+    padding = item_ids.new_full((int(sizes.max()) - len(item_ids),), -1)
+    by_rank = [torch.empty(int(sizes.max()), dtype=item_ids.dtype, device=item_ids.device) for _ in range(num_ranks)]
+    dist.all_gather(by_rank, torch.cat([item_ids, padding]))
+    ids, columns = torch.stack(by_rank).unique(return_inverse=True)
+    has = torch.zeros(num_ranks, len(ids), dtype=torch.long, device=ids.device).scatter(1, columns, 1)
+    if ids[0] == -1:
+        ids, has = ids[1:], has[:, 1:]
+    turn = torch.arange(len(ids), device=ids.device) % has.sum(dim=0)
+    rows = torch.searchsorted(ids, item_ids)
+    owned = ((has[rank] == 1) & (has.cumsum(dim=0)[rank] - 1 == turn))[rows]
+    encoded = owned.clone()
+    encoded[0] |= not owned.any()
+    return SharedItems(len(ids), rows, owned, encoded)
 
-    def gather(values: Tensor) -> Tensor:
-        padding = values.new_zeros(longest - len(values), *values.shape[1:])
-        parts = GatherAcrossRanks.apply(torch.cat([values, padding])).flatten(0, 1)
-        return torch.cat([parts[rows] for rows in kept])
 
-    ids, row_of = torch.unique(gather(item_ids), return_inverse=True)
-    first = row_of.new_full((len(ids),), len(row_of)).scatter_reduce(
-        0, row_of, torch.arange(len(row_of), device=row_of.device), "amin"
-    )
-    counts = slot_counts.new_zeros(len(ids)).index_add(0, row_of, gather(slot_counts))
-    start = int(sizes[: dist.get_rank()].sum())
-    own_rows = row_of[start : start + len(item_ids)]
-    return gather(item_embeds)[first], counts, gather(log_popularity)[first], own_rows
+def gather_items(item_embeds: Tensor, shared: SharedItems) -> Tensor:
+    """
+    Vectors of the distinct items of all ranks, with gradients back to the rank that encoded them: `(C, d)`.
+
+    Args:
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of this rank's items; only those that it owns are read.
+        shared ([`SharedItems`]): see [`share_items`].
+    """
+    own = item_embeds.new_zeros(shared.num_items, item_embeds.shape[1])
+    return SumAcrossRanks.apply(own.index_copy(0, shared.rows[shared.owned], item_embeds[shared.owned]))
+
+
+def gather_counts(slot_counts: Tensor, log_popularity: Tensor, shared: SharedItems) -> tuple[Tensor, Tensor]:
+    """
+    Slot counts summed over all ranks, and log popularities, of the distinct items of all ranks: both `(C,)`.
+
+    Args:
+        slot_counts (`Tensor` of shape `(U,)`): slots of this rank that hold each of its items.
+        log_popularity (`Tensor` of shape `(U,)`): log popularity of each of them.
+        shared ([`SharedItems`]): see [`share_items`].
+    """
+    counts = slot_counts.new_zeros(shared.num_items).index_copy(0, shared.rows, slot_counts)
+    dist.all_reduce(counts)
+    popularity = log_popularity.new_full((shared.num_items,), -torch.inf).index_copy(0, shared.rows, log_popularity)
+    dist.all_reduce(popularity, dist.ReduceOp.MAX)
+    return counts, popularity

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -21,17 +23,20 @@ from transformers.utils import ModelOutput
 
 from .configuration_transrec import TransRecConfig
 from .loss_transrec import (
+    SharedItems,
     batch_slots,
     bce,
     bpr,
     count_slots,
     cpc,
     full_softmax,
-    gather_candidates,
+    gather_counts,
+    gather_items,
     in_batch_softmax,
     masked_mean,
     masked_mean_across_ranks,
     sampled_softmax,
+    share_items,
 )
 
 
@@ -143,19 +148,64 @@ def lower_states(tower: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor
 def resumed_from(tower: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]:
     """Inside, the first `depth` blocks of a tower do nothing but hand `states` on to the next one."""
     lower = tower_blocks(tower)[:depth]
+    compiled = [block._compiled_call_impl for block in lower]
     for block in lower:
-        block.forward = lambda *args, **kwargs: states
+        block.forward, block._compiled_call_impl = lambda *args, **kwargs: states, None
     try:
         yield
     finally:
-        for block in lower:
+        for block, call in zip(lower, compiled, strict=True):
             del block.forward
+            block._compiled_call_impl = call
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has no trainable parameter."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@contextmanager
+def keep_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode do not update their running statistics: a second pass must not count."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
+    tracked = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, value in zip(norms, tracked, strict=True):
+            norm.track_running_stats = value
+
+
+def select_items(items: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    """
+    Item inputs without the texts and images of some items; the rows of the items stay what they are.
+
+    Args:
+        items (`dict`): arguments of [`~TransRecModel.get_item_features`], with lists for the texts.
+        keep (`Tensor` of shape `(n_items,)`): boolean, the items that stay.
+    """
+    kept = dict(items)
+    if items.get("text_index") is not None:
+        chosen = keep[items["text_index"]]
+        parts = chosen.split([len(mask) for mask in items["attention_mask"]])
+        some = [i for i, part in enumerate(parts) if part.any()]
+        kept["text_index"] = items["text_index"][chosen] if some else None
+        for name in ("input_ids", "attention_mask", "text_states"):
+            if items.get(name) is not None:
+                kept[name] = [items[name][i][parts[i]] for i in some] or None
+    if items.get("image_index") is not None:
+        chosen = keep[items["image_index"]]
+        for name in ("image_index", "pixel_values", "image_states"):
+            if items.get(name) is not None:
+                kept[name] = items[name][chosen] if chosen.any() else None
+    return kept
 
 
 def evaluate_frozen(module: nn.Module) -> None:
     """Put every sub-module without a trainable parameter in evaluation mode: no dropout, no batch-norm updates."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
+    if is_frozen(module) and any(True for _ in module.parameters()):
         module.eval()
         return
     for child in module.children():
@@ -236,45 +286,59 @@ class ItemEncoder(nn.Module):
         names = {"text": "text_model", "image": "vision_model"}
         return {modality: getattr(self, names[modality]) for modality in self.modalities}
 
+    def is_stored_pooled(self, modality: str) -> bool:
+        """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""
+        return is_frozen(self.towers[modality]) and not (modality == "text" and self.pooling_strategy == "attention")
+
     def encode_text(self, input_ids: Tensor | None, attention_mask: Tensor, states: Tensor | None = None) -> Tensor:
         """
-        Tokens `(n_text, tokens)` to vectors `(n_text, hidden_size)`; or, without `input_ids`, the `states`
-        `(n_text, tokens, width)` of an [`ActivationStore`].
+        Tokens `(n_text, tokens)` to vectors `(n_text, hidden_size)`; or, without `input_ids`, the `states` of an
+        [`ActivationStore`]: `(n_text, tokens, width)`, or pooled `(n_text, width)`.
         """
         if states is None:
             states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        elif states.dim() == 2:
+            return self.text_projection(states.to(self.text_model.dtype))
         else:
             with resumed_from(self.text_model, frozen_depth(self.text_model), states.to(self.text_model.dtype)):
                 tokens = torch.zeros_like(attention_mask)
                 states = self.text_model(input_ids=tokens, attention_mask=attention_mask).last_hidden_state
-        if self.pooling_strategy == "attention":
-            pooled = self.text_pooling(states, attention_mask)
-        elif self.pooling_strategy == "cls":
-            pooled = states[:, 0]
-        else:
-            mask = attention_mask.unsqueeze(-1).to(states.dtype)
-            pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)
-        return self.text_projection(pooled)
+        return self.text_projection(self.pool_text(states, attention_mask))
 
-    def encode_images(self, pixel_values: Any, states: Tensor | None = None) -> Tensor:
+    def pool_text(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token states `(n_text, tokens, width)` to one per text: `(n_text, width)`."""
+        if self.pooling_strategy == "attention":
+            return self.text_pooling(states, attention_mask)
+        if self.pooling_strategy == "cls":
+            return states[:, 0]
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def encode_images(self, pixel_values: Tensor | None, states: Tensor | None = None) -> Tensor:
         """
         Pixels `(n_image, channels, height, width)` to vectors `(n_image, hidden_size)`; or, without `pixel_values`,
-        the `states` `(n_image, ...)` of an [`ActivationStore`].
+        the `states` of an [`ActivationStore`]: `(n_image, ...)`, or pooled `(n_image, width)`.
         """
         dtype, config = self.vision_model.dtype, self.vision_model.config
-        if states is None:
+        if pixel_values is not None:
             output = self.vision_model(pixel_values=pixel_values.to(dtype, memory_format=torch.channels_last))
+        elif states.dim() == 2:  # type: ignore[union-attr]
+            return self.visual_projection(states.to(dtype))  # type: ignore[union-attr]
         else:
             # one blank image for the layers below the blocks, which do not look at the number of images
             size = getattr(config, "image_size", 32)
-            blank = torch.zeros(1, config.num_channels, size, size, dtype=dtype, device=states.device)
-            with resumed_from(self.vision_model, frozen_depth(self.vision_model), states.to(dtype)):
+            blank = torch.zeros(1, config.num_channels, size, size, dtype=dtype, device=states.device)  # type: ignore
+            with resumed_from(self.vision_model, frozen_depth(self.vision_model), states.to(dtype)):  # type: ignore
                 output = self.vision_model(pixel_values=blank)
+        return self.visual_projection(self.pool_image(output))
+
+    def pool_image(self, output: Any) -> Tensor:
+        """Output of the vision tower to one state per image: `(n_image, width)`."""
         pooled = output.get("pooler_output")
         if pooled is None:
             states = output.last_hidden_state
             pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
-        return self.visual_projection(pooled.flatten(1))
+        return pooled.flatten(1)
 
     def fuse(self, parts: dict[str, tuple[Tensor, Tensor]], item_modalities: Tensor) -> Tensor:
         """
@@ -481,6 +545,7 @@ class TransRecModel(TransRecPreTrainedModel):
             raise ValueError("the configuration has no tower: set text_config, vision_config or both, or num_items")
         self.item_encoder = ItemEncoder(config, text_model, vision_model)
         self.user_encoder = UserEncoder(config)
+        self.item_chunk_size: int | None = None
         self.post_init()
 
     @classmethod
@@ -530,6 +595,40 @@ class TransRecModel(TransRecPreTrainedModel):
                     parameter.requires_grad_(reached)
         self.train(self.training)
 
+    def compile_blocks(self, **kwargs: Any) -> None:
+        """
+        Compile the blocks of the towers and the layers of the user encoder, in place. Block by block there are no
+        graph breaks, like blocks share their code, and shapes are dynamic: there is one more compilation, not one for
+        every shape. It costs tens of seconds at the first batches.
+
+        Args:
+            kwargs: of `torch.compile`, e.g. `mode="max-autotune-no-cudagraphs"`.
+        """
+        lists = [tower_blocks(tower) for tower in self.item_encoder.towers.values()]
+        for block in [block for blocks in (*lists, self.user_encoder.layers) for block in blocks]:
+            block.compile(fullgraph=True, dynamic=True, **kwargs)
+
+    def _in_chunks(self, encode: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """
+        Encode `item_chunk_size` items at a time and keep their vectors only; a chunk's activations are computed again
+        when its gradients are (GradCache; Gao et al., 2021). Without a chunk size, or without gradients, all at once.
+        """
+        size = self.item_chunk_size
+        if size is None or not torch.is_grad_enabled():
+            return encode(*inputs)
+        num_items = next(len(values) for values in inputs if values is not None)
+        chunks = (
+            [None if values is None else values[start : start + size] for values in inputs]
+            for start in range(0, num_items, size)
+        )
+        again = partial(keep_running_statistics, self.item_encoder)
+        return torch.cat(
+            [
+                checkpoint(encode, *chunk, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+                for chunk in chunks
+            ]
+        )
+
     def get_text_features(
         self,
         input_ids: Tensor | Sequence[Tensor] | None,
@@ -544,22 +643,25 @@ class TransRecModel(TransRecPreTrainedModel):
             attention_mask (`Tensor` of shape `(n_text, tokens)`): or a list, as `input_ids`.
             text_states (`list[Tensor]`, *optional*): per bucket, what an [`ActivationStore`] has for `input_ids`.
         """
-        encode = self.item_encoder.encode_text
-        if text_states is not None:
-            buckets = zip(attention_mask, text_states, strict=True)
-            return torch.cat([encode(None, mask, states) for mask, states in buckets])
-        if input_ids is None:
+        if input_ids is None and text_states is None:
             raise ValueError("input_ids are missing: prepare items with TransRecProcessor")
         if isinstance(input_ids, Tensor):
             input_ids, attention_mask = [input_ids], [attention_mask]  # type: ignore[list-item]
-        return torch.cat([encode(ids, mask) for ids, mask in zip(input_ids, attention_mask, strict=True)])
+        nothing = [None] * len(attention_mask)
+        buckets = zip(
+            nothing if text_states is not None else input_ids,  # type: ignore[arg-type]
+            attention_mask,
+            nothing if text_states is None else text_states,
+            strict=True,
+        )
+        return torch.cat([self._in_chunks(self.item_encoder.encode_text, *bucket) for bucket in buckets])
 
     def get_image_features(self, pixel_values: Tensor | None, image_states: Tensor | None = None) -> Tensor:
         """
         Vectors of images: `(n_image, channels, height, width)` to `(n_image, hidden_size)`; `image_states` are what an
         [`ActivationStore`] has in place of the pixels.
         """
-        return self.item_encoder.encode_images(pixel_values, image_states)
+        return self._in_chunks(self.item_encoder.encode_images, pixel_values, image_states)
 
     def get_item_features(
         self,
@@ -628,13 +730,15 @@ class TransRecModel(TransRecPreTrainedModel):
         pixel_values: Tensor | None = None,
         image_index: Tensor | None = None,
         item_modalities: Tensor | None = None,
-        item_ids: Tensor | None = None,
+        item_ids: Any = None,
         text_states: Sequence[Tensor] | None = None,
         image_states: Tensor | None = None,
         history_index: Tensor | None = None,
         target_index: Tensor | None = None,
         negative_index: Tensor | None = None,
         log_popularity: Tensor | None = None,
+        cached_embeds: Any = None,
+        cached_index: Tensor | None = None,
         return_loss: bool = True,
     ) -> TransRecOutput:
         """
@@ -647,46 +751,75 @@ class TransRecModel(TransRecPreTrainedModel):
                 Row of the next item at each position, `-1` for none; `(n_users, num_positives)` for `"cpc"`.
             negative_index (`Tensor`, *optional*): rows of drawn negatives, in the shape the objective asks for.
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): log of each item's share of training data.
+            cached_embeds (`Tensor` of shape `(n_cached, hidden_size)`, *optional*): vectors not to be computed.
+            cached_index (`Tensor` of shape `(n_cached,)`, *optional*): the item row of each of those.
             return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
 
         The other arguments are those of [`~TransRecModel.get_item_features`].
         """
-        item_embeds = self.get_item_features(
-            input_ids,
-            attention_mask,
-            text_index,
-            pixel_values,
-            image_index,
-            item_modalities,
-            item_ids,
-            text_states,
-            image_states,
-        )
+        items: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "text_index": text_index,
+            "pixel_values": pixel_values,
+            "image_index": image_index,
+            "text_states": text_states,
+            "image_states": image_states,
+        }
+        has_loss = return_loss and target_index is not None
+        shared = None
+        if has_loss and self._across_ranks() and self.config.objective in ("in_batch", "full_softmax"):
+            # each item of a rank is scored by all users of all ranks, so its vector has to be everywhere
+            shared = share_items(item_ids)
+            items = select_items(items, shared.encoded)
+        item_embeds = self.get_item_features(**items, item_modalities=item_modalities, item_ids=item_ids)
+        candidates = item_embeds
+        if shared is not None:
+            candidates = gather_items(item_embeds, shared)
+            item_embeds = candidates[shared.rows]
+        if cached_index is not None:
+            item_embeds = item_embeds.index_copy(0, cached_index, cached_embeds.to(item_embeds.dtype))
         if history_index is None:
             return TransRecOutput(item_embeds=item_embeds)
         states = self.get_user_features(item_embeds, history_index, item_modalities)
         loss = None
-        if return_loss and target_index is not None:
+        if has_loss:
             loss = self.compute_loss(
-                states, item_embeds, history_index, target_index, negative_index, log_popularity, item_ids
+                states,
+                item_embeds,
+                history_index,
+                target_index,
+                negative_index,
+                log_popularity,
+                shared,
+                candidates,
             )
             if self.training:
-                loss = loss + self.zero_of_unused_towers(text=text_index is None, image=image_index is None)
+                loss = loss + self.zero_of_unused_towers(
+                    text=items["text_index"] is None, image=items["image_index"] is None
+                )
         return TransRecOutput(loss=loss, item_embeds=item_embeds, last_hidden_state=states)
+
+    def _across_ranks(self) -> bool:
+        """Whether several processes train on one batch."""
+        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def compute_loss(
         self,
         states: Tensor,
         item_embeds: Tensor,
         history_index: Tensor,
-        target_index: Tensor,
+        target_index: Any,
         negative_index: Any,
         log_popularity: Any,
-        item_ids: Any,
+        shared: SharedItems | None,
+        candidates: Tensor,
     ) -> Tensor:
-        """The configured objective; in training over several processes, that of their concatenated batch."""
-        across_ranks = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        mean = masked_mean_across_ranks if across_ranks else masked_mean
+        """
+        The configured objective; in training over several processes, that of their concatenated batch. `candidates`
+        are the vectors of all ranks' items then, and `shared` says which of them this rank's are.
+        """
+        mean = masked_mean_across_ranks if self._across_ranks() else masked_mean
         objective = self.config.objective
         if objective in ("in_batch", "sampled_softmax") and log_popularity is None:
             raise ValueError(f"objective {objective!r} needs log_popularity, which DataCollatorForNextItem gives")
@@ -695,15 +828,11 @@ class TransRecModel(TransRecPreTrainedModel):
         if objective == "in_batch":
             slots = batch_slots(history_index, target_index)
             counts = count_slots(slots, len(item_embeds))
-            candidates = item_embeds
-            if across_ranks:
-                candidates, counts, log_popularity, rows = gather_candidates(
-                    item_embeds, item_ids, counts, log_popularity
-                )
+            if shared is not None:
+                counts, log_popularity = gather_counts(counts, log_popularity, shared)
                 # -1, the padding, stays what it is
-                slots, target_index = (
-                    torch.cat([rows, rows.new_tensor([-1])])[index] for index in (slots, target_index)
-                )
+                rows = torch.cat([shared.rows, shared.rows.new_tensor([-1])])
+                slots, target_index = rows[slots], rows[target_index]
             return in_batch_softmax(states, candidates, target_index, slots, counts, log_popularity, mean)
         if objective == "full_softmax":
             return full_softmax(states, item_embeds, target_index, mean)
