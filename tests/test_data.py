@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transrec_hf import data
+from transrec_hf import data, data_reading
 from transrec_hf.data import (
     Catalogue,
     DataError,
@@ -323,6 +324,92 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
     assert private_bytes() - before < 24_000_000  # the images weigh 64 MB
     cached = Path(catalogue.items.cache_files[0]["filename"])
     assert cached.is_relative_to(datasets.config.HF_DATASETS_CACHE)  # memory-mapped from there
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Work on interactions in blocks of `size`, and keep their columns in files."""
+    monkeypatch.setattr(data, "BLOCK", size)
+    monkeypatch.setattr(data_reading, "BLOCK", size)
+    monkeypatch.setattr(data, "MAX_IN_MEMORY", 0)
+
+
+def random_events(folder: Path, size: int, num_users: int, num_items: int) -> pa.Table:
+    """Writes `interactions.parquet`, many of them at the same time."""
+    rng = np.random.default_rng(0)
+    columns = [rng.integers(limit, size=size) for limit in (num_users, num_items, size // 10)]
+    events = pa.table([columns[0], pa.array([f"i{item}" for item in columns[1].tolist()]), columns[2]], EVENT_NAMES)
+    pq.write_table(events, folder / "interactions.parquet")
+    return events
+
+
+@pytest.mark.parametrize("block", [1, 7, 50, 1000])
+@pytest.mark.parametrize("from_file", [True, False])
+def test_interactions_are_read_and_sorted_in_blocks(
+    block: int, from_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks(monkeypatch, block)
+    catalogue, events = text_catalogue(9), random_events(tmp_path, 300, num_users=20, num_items=9)
+    sequences = load_interactions(tmp_path if from_file else datasets.Dataset(events), catalogue)
+    lines: dict[str, list[tuple[int, int]]] = {}
+    for user, item, time in zip(*events.to_pydict().values(), strict=True):
+        lines.setdefault(str(user), []).append((time, int(item[1:])))
+    lines = {user: sorted(line, key=lambda event: event[0]) for user, line in lines.items()}
+    assert sequences.user_ids.tolist() == list(lines)
+    assert as_lists(sequences) == [[item for _, item in line] for line in lines.values()]
+    times = np.split(sequences.timestamps, sequences.starts[1:])
+    assert [part.tolist() for part in times] == [[time for time, _ in line] for line in lines.values()]
+
+
+def test_blocks_do_not_change_splits_and_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    lines = [rng.integers(12, size=rng.integers(1, 9)).tolist() for _ in range(40)]
+    catalogue, sequences = mixed_catalogue(), make_sequences(*lines)
+
+    def results() -> list[Any]:
+        splits = leave_one_out(sequences), leave_one_out(sequences, keep_last=4), temporal_split(sequences, 2, 4)
+        windows = splits[0].train.windows(3)
+        counts = [part.item_counts(12).tolist() for part in (sequences, windows, windows.select(rng.permutation(20)))]
+        return [counts[:2], sum(counts[2]) > 20, *(data_statistics(catalogue, split) for split in splits)]
+
+    whole = results()
+    assert whole[0][0] == np.bincount(np.concatenate(lines), minlength=12).tolist()
+    small_blocks(monkeypatch, 5)
+    assert results() == whole
+
+
+def test_rows_of_defects_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [f"i{row % 4}" for row in range(60)]
+    items[33], items[58], times = "gone", None, [float(row) for row in range(60)]
+    times[41] = 0.5
+    events = pa.table([["u"] * 60, items, times], EVENT_NAMES)
+    messages = []
+    for block in (1000, 8):
+        small_blocks(monkeypatch, block)
+        with pytest.raises(DataError) as caught:
+            load_interactions(datasets.Dataset(events), text_catalogue(3))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "empty item_id: row 59" in messages[1]
+    assert "row 4 (item_id 'i3'), row 8 (item_id 'i3')" in messages[1]
+    assert "and 11 more" in messages[1]
+    assert "row 42 (0.5)" in messages[1]
+
+
+def test_memory_does_not_grow_with_interactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch, 2**11)
+    random_events(tmp_path, 400_000, num_users=100, num_items=50)
+    catalogue = text_catalogue(50)
+    tracemalloc.start()
+    try:
+        sequences = load_interactions(tmp_path, catalogue)
+        split = leave_one_out(sequences)
+        data_statistics(catalogue, split)
+        temporal_split(sequences, 10_000, 30_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(sequences.items) == 400_000
+    assert peak < 1_000_000  # the columns weigh 4.8 MB
 
 
 def test_images_of_files_are_read_on_demand(tmp_path: Path) -> None:

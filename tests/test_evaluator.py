@@ -23,7 +23,7 @@ from transrec_hf import TransRecConfig, TransRecModel
 from transrec_hf.baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast
 from transrec_hf.data import Catalogue, Sequences, leave_one_out
 from transrec_hf.evaluator import PROTOCOLS, EvaluationProtocol, RankingEvaluator
-from transrec_hf.ranking import last_items, rank_scores, rank_targets
+from transrec_hf.ranking import dot_scores, last_items, rank_scores, rank_targets
 
 
 def make_catalogue(num_items: int) -> Catalogue:
@@ -133,6 +133,16 @@ def test_broken_vectors_are_an_error(value):
     items[3] = value  # even where it is masked
     with pytest.raises(ValueError, match="scores of 4 of 4 users"):
         rank_targets(torch.ones(4, 2), items, torch.zeros(4, dtype=torch.int64), torch.full((4, 1), 3))
+
+
+@pytest.mark.parametrize("cached", [1, 8, 100])
+def test_scores_do_not_depend_on_how_many_are_cached(cached, monkeypatch):
+    torch.manual_seed(0)
+    users, items = torch.randn(7, 33), torch.randn(101, 33)
+    expected = (users.double() @ items.double().T).float()
+    monkeypatch.setattr("transrec_hf.ranking.CACHED_SCORES", cached)
+    assert torch.equal(dot_scores(users, items), expected)
+    assert dot_scores(users[:0], items).shape == (0, 101)
 
 
 def test_last_items():
@@ -413,6 +423,19 @@ def test_co_occurrence_against_a_naive_loop():
             expected[user] += 0.8**age * together[row] / np.sqrt(np.maximum(counts[row] * counts, 1))
     scores = CoOccurrence(train, num_items, max_history=4)(history)
     np.testing.assert_allclose(scores.numpy(), expected, atol=1e-6)
+
+
+def test_blocks_of_sequences_change_no_report(monkeypatch):
+    catalogue, sequences = random_case()
+    split, model = leave_one_out(sequences), id_model(len(catalogue))
+    evaluators = [
+        RankingEvaluator(catalogue, split.test, protocol=name, train=split.train) for name in ("full", "pmmrec")
+    ]
+    whole = [evaluator.evaluate(model) for evaluator in evaluators]
+    monkeypatch.setattr("transrec_hf.data.BLOCK", 7)
+    monkeypatch.setattr("transrec_hf.baselines.BLOCK", 7)
+    monkeypatch.setattr("transrec_hf.data.MAX_IN_MEMORY", 0)
+    assert [evaluator.evaluate(model) for evaluator in evaluators] == whole
 
 
 def test_content_neighbours():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from .ranking import dot_scores, flatten
+from .data import flat_column
+from .data_reading import BLOCK
+from .ranking import dot_scores
 
 
 if TYPE_CHECKING:
@@ -81,12 +84,17 @@ class CoOccurrence:
         self.num_items = num_items
         self.max_history = max_history
         self.decay = decay
-        pairs, counts = _pairs(train, num_items, window)
-        left, right = pairs // num_items, pairs % num_items
         norms = np.sqrt(train.item_counts(num_items))
-        self.neighbours = torch.from_numpy(right)  # of item 0, of item 1, ...
-        self.similarities = torch.from_numpy(counts / (norms[left] * norms[right])).float()
-        self.starts = torch.from_numpy(np.searchsorted(left, np.arange(num_items + 1)))
+        degrees = np.zeros(num_items, dtype=np.int64)
+        neighbours, similarities = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.float32)]
+        for pairs, counts in _pairs(train, num_items, window):
+            left, right = pairs // num_items, pairs % num_items
+            degrees += np.bincount(left, minlength=num_items)
+            neighbours.append(right.astype(np.int32))
+            similarities.append((counts / (norms[left] * norms[right])).astype(np.float32))
+        self.neighbours = torch.from_numpy(np.concatenate(neighbours))  # of item 0, of item 1, ...
+        self.similarities = torch.from_numpy(np.concatenate(similarities))
+        self.starts = torch.from_numpy(np.append(0, np.cumsum(degrees)))
 
     def __call__(self, history: torch.Tensor) -> torch.Tensor:
         real = history >= 0
@@ -121,12 +129,27 @@ class ContentNeighbours:
         return dot_scores(means, self.vectors)
 
 
-def _pairs(train: Sequences, num_items: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted pairs `left * num_items + right` of different items within the window, both ways, and their counts."""
-    users, items = flatten(train)
-    pairs = [np.empty(0, dtype=np.int64)]
-    for gap in range(1, window + 1):
-        near = (users[gap:] == users[:-gap]) & (items[gap:] != items[:-gap])
-        left, right = items[:-gap][near], items[gap:][near]
-        pairs += [left * num_items + right, right * num_items + left]
-    return np.unique(np.concatenate(pairs), return_counts=True)
+def _pairs(train: Sequences, num_items: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    Pairs `left * num_items + right` of different items within the window, both ways, and their counts; sorted, in
+    blocks.
+    """
+    pairs = flat_column(2 * window * int(train.lengths.sum()), np.int64)
+    size = 0
+    for block in train.blocks():
+        users, place = block.expand()
+        items = block.items[place].astype(np.int64)
+        for gap in range(1, window + 1):
+            near = (users[gap:] == users[:-gap]) & (items[gap:] != items[:-gap])
+            left, right = items[:-gap][near], items[gap:][near]
+            for found in (left * num_items + right, right * num_items + left):
+                pairs[size : size + len(found)] = found
+                size += len(found)
+    pairs = pairs[:size]
+    pairs.sort()
+    start = 0
+    while start < size:
+        last = pairs[min(start + BLOCK, size) - 1]
+        end = int(np.searchsorted(pairs, last, side="right"))
+        yield np.unique(pairs[start:end], return_counts=True)
+        start = end

@@ -5,8 +5,8 @@ A domain is two tables. `items` holds `item_id` and at least one of `text` and `
 `datasets.Dataset` or a data set of the Hub (configurations `items` and `interactions`).
 
 Images stay encoded, in memory-mapped Arrow or in their files, until [`Catalogue.image`] decodes one. Interactions are
-flat NumPy columns; users are views on them. Every defect is a [`DataError`] that names the source, the rows (data rows
-counted from 1, a CSV header is not counted) or ids, and the mend.
+flat NumPy columns, memory-mapped where they are long; users are views on them. Every defect is a [`DataError`] that
+names the source, the rows (data rows counted from 1, a CSV header is not counted) or ids, and the mend.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import copy
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +33,11 @@ import torch.utils.data
 from transformers.utils import cached_file, logging
 
 from .data_reading import (
+    BLOCK,
     MAX_EXAMPLES,
     MODALITIES,
     DataError,
+    Defects,
     check_columns,
     describe,
     encode_ids,
@@ -55,7 +60,10 @@ MODALITY_POLICIES = ("both", "text", "image", "one_per_item")
 MAX_IMAGE_PIXELS = 64_000_000
 """Largest width x height that is decoded; a header that claims more is refused before any pixel is read."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_IN_MEMORY = 2**22
+"""Interactions up to which their columns are held in memory; longer ones are in temporary files."""
 STATISTICS_NAME = "data_statistics.json"
+_EMPTY_ID = "Give these rows an id or delete them."
 
 
 class _BadImage(Exception):
@@ -322,7 +330,8 @@ class Catalogue:
 def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dataset, np.ndarray, list[str]]:
     """Items with `item_id` as strings, the ids as an array of `str`, and the defects of the ids."""
     column = items.select_columns("item_id").with_format("arrow")[:]["item_id"]
-    codes, values, defects = encode_ids(column, "item_id", source)
+    codes, values = encode_ids(column, "item_id", source)
+    defects = describe("empty item_id", np.flatnonzero(codes < 0), _EMPTY_ID)
     ids = np.append(values.to_numpy(zero_copy_only=False), "")[codes]  # the appended one is for code -1
     rows = np.flatnonzero((np.bincount(codes + 1)[codes + 1] > 1) & (codes >= 0))
     defects += describe("duplicate item_id", rows, "Keep one row for every item.", lambda row: repr(ids[row]))
@@ -430,8 +439,8 @@ class Sequences(torch.utils.data.Dataset):
         """Items in every view, (views,) int64."""
         return self.ends - self.starts
 
-    def select(self, rows: np.ndarray) -> Sequences:
-        """The views at `rows` (indices or a boolean mask)."""
+    def select(self, rows: np.ndarray | slice) -> Sequences:
+        """The views at `rows` (indices, a boolean mask or a slice)."""
         return self._with_views(self.starts[rows], self.ends[rows], self.user_ids[rows])
 
     def truncate(self, keep_last: int) -> Sequences:
@@ -460,24 +469,74 @@ class Sequences(torch.utils.data.Dataset):
 
     def item_counts(self, num_items: int) -> np.ndarray:
         """Interactions of every item, (num_items,) int64; one that several views show counts once."""
-        return np.bincount(self.items[self._covered()], minlength=num_items)
+        counts = np.zeros(num_items, dtype=np.int64)
+        for block in self._disjoint().blocks():
+            counts += np.bincount(self.items[block.expand()[1]], minlength=num_items)
+        return counts
 
-    def _covered(self) -> np.ndarray:
-        """Which flat positions are in a view, (n,) bool."""
-        size = len(self.items) + 1
-        opened = np.bincount(self.starts, minlength=size) - np.bincount(self.ends, minlength=size)
-        return np.cumsum(opened)[:-1] > 0
+    def blocks(self) -> Iterator[Sequences]:
+        """The views in parts that show about `BLOCK` items each, for work that needs memory for every item shown."""
+        parts = np.cumsum(self.lengths) // BLOCK
+        bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(self)]
+        return (self.select(slice(start, end)) for start, end in pairwise(bounds))
+
+    def _disjoint(self) -> Sequences:
+        """Views that show the same interactions, each once."""
+        order = np.argsort(self.starts, kind="stable")
+        starts, ends = self.starts[order], self.ends[order]
+        starts[1:] = np.maximum(starts[1:], np.maximum.accumulate(ends)[:-1])
+        shown = starts < ends
+        return self._with_views(starts[shown], ends[shown], self.user_ids[order][shown])
 
     def _with_views(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
         return Sequences(self.items, self.timestamps, starts, ends, user_ids)
 
 
+def flat_column(length: int, dtype: type) -> np.ndarray:
+    """A column to be filled, in memory or, if it is long, in a temporary file that vanishes with it."""
+    import datasets
+
+    if length <= MAX_IN_MEMORY:
+        return np.empty(length, dtype)
+    folder = Path(datasets.config.HF_DATASETS_CACHE)  # `/tmp` may be memory
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.asarray(np.memmap(file, dtype, shape=length))
+
+
 def _group_by_user(items: np.ndarray, timestamps: np.ndarray, users: np.ndarray, names: np.ndarray) -> Sequences:
-    """Sequences of interactions sorted by user, then time; equal times keep their order."""
-    order = np.lexsort((timestamps, users))
-    users, counts = np.unique(users, return_counts=True)
+    """Sequences of interactions sorted by user, then time; equal times keep their order.
+
+    Users one after the other form parts of about `BLOCK` interactions. All interactions go to the part of their user,
+    and then each part is sorted.
+    """
+    size = len(users)
+    counts = np.zeros(len(names), dtype=np.int64)
+    for start in range(0, size, BLOCK):
+        counts += np.bincount(users[start : start + BLOCK], minlength=len(names))
     ends = np.cumsum(counts)
-    return Sequences(items[order].astype(np.int32), timestamps[order], ends - counts, ends, names[users])
+    starts = ends - counts
+    is_first = np.diff(np.maximum(ends - 1, 0) // BLOCK, prepend=-1) > 0
+    part_of, bounds = np.cumsum(is_first) - 1, np.append(starts[is_first], size)
+
+    columns = flat_column(size, np.int32), flat_column(size, np.int64), flat_column(size, np.int32)
+    free = bounds[:-1].copy()
+    for start in range(0, size, BLOCK):
+        block = slice(start, start + BLOCK)
+        parts = part_of[users[block]]
+        order = np.argsort(parts, kind="stable")
+        cuts = np.searchsorted(parts[order], np.arange(len(bounds)))
+        for part, rows in enumerate(np.split(order, cuts[1:-1])):
+            for column, values in zip(columns, (items, timestamps, users), strict=True):
+                column[free[part] : free[part] + len(rows)] = values[block][rows]
+            free[part] += len(rows)
+    for low, high in pairwise(bounds):
+        parted = [column[low:high] for column in columns]
+        order = np.lexsort((parted[1], parted[2]))
+        for column in parted[:2]:
+            column[:] = column[order]
+    present = counts > 0
+    return Sequences(*columns[:2], starts[present], ends[present], names[present])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -529,23 +588,37 @@ def load_interactions(source: Any, catalogue: Catalogue, *, revision: str | None
         [`DataError`]: for every defect.
     """
     opened, name = open_source(source, "interactions", revision)
-    table = read_interactions(opened, name)
-    if len(table) == 0:
+    size, blocks = read_interactions(opened, name)
+    if size == 0:
         raise DataError(f"{name}: there are no interactions. Add rows of user_id, item_id, timestamp.")
-    users, user_ids, user_defects = encode_ids(table["user_id"], "user_id", name)
-    codes, item_ids, item_defects = encode_ids(table["item_id"], "item_id", name)
-    timestamps, time_defects = read_timestamps(table["timestamp"])
-    items = np.append(catalogue._find(item_ids.to_pylist()), 0)[
-        codes
-    ]  # the appended one is for code -1, an empty id, a defect of its own
+    users, items, timestamps = (flat_column(size, dtype) for dtype in (np.int32, np.int32, np.int64))
+    code_of: dict[str, int] = {}
+    defects, first = Defects(), 0
+    for block in blocks:
+        place = slice(first, first + len(block))
+        codes, ids = encode_ids(block["user_id"], "user_id", name)
+        defects.add("empty user_id", codes < 0, _EMPTY_ID, first)
+        known = [code_of.setdefault(user, len(code_of)) for user in ids.to_pylist()]
+        users[place] = np.array([*known, -1])[codes]
 
-    def unknown_id(row: int) -> str:
-        return f"item_id {item_ids[int(codes[row])].as_py()!r}"
+        codes, ids = encode_ids(block["item_id"], "item_id", name)
+        defects.add("empty item_id", codes < 0, _EMPTY_ID, first)
+        items[place] = np.append(catalogue._find(ids.to_pylist()), 0)[codes]  # 0 for code -1, which has its own defect
+        mend = f"Add these items to {catalogue.source} or delete the rows."
+        defects.add("unknown item_id", items[place] < 0, mend, first, partial(_cell, block["item_id"], "item_id {!r}"))
 
-    mend = f"Add these items to {catalogue.source} or delete the rows."
-    item_defects += describe("unknown item_id", np.flatnonzero(items < 0), mend, unknown_id)
-    raise_defects(name, user_defects + item_defects + time_defects)
-    return _group_by_user(items, timestamps, users, user_ids.to_numpy(zero_copy_only=False))
+        timestamps[place], missing, wrong = read_timestamps(block["timestamp"])
+        mend = "Write an integer, for example seconds since 1970."
+        defects.add("missing timestamp", missing, mend, first)
+        what = f"timestamp that is not an integer (column of {block['timestamp'].type})"
+        defects.add(what, wrong, mend, first, partial(_cell, block["timestamp"], "{:.40}"))
+        first += len(block)
+    raise_defects(name, defects.describe())
+    return _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
+
+
+def _cell(column: pa.ChunkedArray, form: str, row: int) -> str:
+    return form.format(str(column[row]))
 
 
 def load_domain(
@@ -652,10 +725,7 @@ def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -
         [`DataError`]: when a period has no event, or no user has a history before it.
     """
     starts = sequences.starts
-    before = np.concatenate([[0], np.cumsum(sequences.timestamps < validation_from)])
-    validation = starts + before[sequences.ends] - before[starts]
-    before = np.concatenate([[0], np.cumsum(sequences.timestamps < test_from)])
-    test = starts + before[sequences.ends] - before[starts]
+    validation, test = _first_from(sequences, validation_from), _first_from(sequences, test_from)
 
     def views(chosen: np.ndarray, ends: np.ndarray) -> Sequences:
         return sequences._with_views(starts[chosen], ends[chosen], sequences.user_ids[chosen])
@@ -667,13 +737,22 @@ def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -
     }
     for name, part in parts.items():
         if len(part) == 0:
-            times = sequences.timestamps[sequences._covered()]
+            times = sequences.timestamps[sequences.expand()[1]]
             raise DataError(
                 f"temporal split: no user for {name} (validation_from={validation_from}, test_from={test_from}; the "
                 f"data run from {times.min()} to {times.max()}). Move the bounds."
             )
     left_out = len(sequences) - len(parts["training"])
     return Split(parts["training"], parts["validation"], parts["test"], left_out)
+
+
+def _first_from(sequences: Sequences, time: int) -> np.ndarray:
+    """Flat position of every view's first event at `time` or later, its end if there is none, (views,) int64."""
+    earlier = []
+    for block in sequences.blocks():
+        view, place = block.expand()
+        earlier.append(np.bincount(view[sequences.timestamps[place] < time], minlength=len(block)))
+    return sequences.starts + np.concatenate(earlier)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -697,12 +776,15 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
     masked), cold share (items without training interactions) and popularity. Shares are between 0 and 1.
     """
     counts = split.train.item_counts(len(catalogue))
+    parts = split.train, split.validation, split.test
+    bounds = ([getattr(part, name) for part in parts] for name in ("starts", "ends", "user_ids"))
+    shown = split.train._with_views(*map(np.concatenate, bounds))
     both = catalogue.has_text & catalogue.has_image
     return {
         "source": catalogue.source,
         "num_items": len(catalogue),
-        "num_users": len(np.unique(np.concatenate([split.train.user_ids, split.test.user_ids]))),
-        "num_interactions": int((split.train._covered() | split.validation._covered() | split.test._covered()).sum()),
+        "num_users": len(set(split.train.user_ids) | set(split.test.user_ids)),
+        "num_interactions": int(shown._disjoint().lengths.sum()),
         "users_left_out": split.users_left_out,
         "items_with": {
             "text_only": float((catalogue.has_text & ~both).mean()),
@@ -729,13 +811,16 @@ def length_statistics(lengths: np.ndarray) -> dict[str, float]:
 
 def _target_statistics(sequences: Sequences, train_counts: np.ndarray) -> dict[str, Any]:
     """Statistics of views whose last item is the target."""
-    view, place = sequences.expand()
     targets = sequences.items[sequences.ends - 1]
-    same = sequences.items[place] == targets[view]  # the target itself is one of them
+    repeated = 0
+    for block in sequences.blocks():
+        view, place = block.expand()
+        same = block.items[place] == block.items[block.ends - 1][view]  # the target itself is one of them
+        repeated += int((np.bincount(view[same]) > 1).sum())
     return {
         "sequences": len(sequences),
         "length": length_statistics(sequences.lengths),
-        "repeat_target_share": float((np.bincount(view[same], minlength=len(sequences)) > 1).mean()),
+        "repeat_target_share": repeated / len(sequences),
         "cold_target_share": float((train_counts[targets] == 0).mean()),
     }
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MODALITIES = ("text", "image")
 INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
 MAX_EXAMPLES = 5
+BLOCK = 2**20
+"""Interactions read, sorted or counted at a time: what is done with all of them is done in such blocks."""
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl")
 _STRING_COLUMNS = ("item_id", "user_id", "text", "image", "file_name")
@@ -49,6 +51,32 @@ def describe(
     shown = ", ".join(f"row {row + 1}" + (f" ({label(row)})" if label else "") for row in rows[:MAX_EXAMPLES])
     more = f" and {len(rows) - MAX_EXAMPLES} more" if len(rows) > MAX_EXAMPLES else ""
     return [f"{what}: {shown}{more}. {mend}"] if len(rows) else []
+
+
+class Defects:
+    """Defects of a long table, found block by block."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._labels: dict[tuple[str, str], dict[int, str]] = {}
+
+    def add(
+        self, what: str, wrong: np.ndarray, mend: str, first_row: int, label: Callable[[int], str] | None = None
+    ) -> None:
+        """As in [`describe`], for the rows where `wrong` is true of a block that begins at row `first_row`."""
+        rows = np.flatnonzero(wrong)
+        self._rows.setdefault((what, mend), []).append(rows + first_row)
+        if label is not None:
+            labels = self._labels.setdefault((what, mend), {})
+            labels.update({first_row + row: label(row) for row in rows[: MAX_EXAMPLES - len(labels)].tolist()})
+
+    def describe(self) -> list[str]:
+        """The line for each kind of defect."""
+        lines = []
+        for (what, mend), rows in self._rows.items():
+            labels = self._labels.get((what, mend))
+            lines += describe(what, np.concatenate(rows), mend, None if labels is None else labels.__getitem__)
+        return lines
 
 
 def raise_defects(source: str, defects: list[str]) -> None:
@@ -259,26 +287,33 @@ def _read_parquet_shape(path: Path) -> tuple[list[str], int]:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Write the file again.") from error
 
 
-def read_interactions(source: datasets.Dataset | Path, name: str) -> pa.Table:
-    """The three columns of the interactions, ids dictionary-encoded where the file has them so."""
+def read_interactions(source: datasets.Dataset | Path, name: str) -> tuple[int, Iterator[pa.Table]]:
+    """Number of interactions, and their three columns in blocks. Parquet and data sets are never held as a whole."""
+    columns = list(INTERACTION_COLUMNS)
     if not isinstance(source, Path):
-        check_columns(source.column_names, name, INTERACTION_COLUMNS)
-        return source.select_columns(list(INTERACTION_COLUMNS)).with_format("arrow")[:]
+        check_columns(source.column_names, name, columns)
+        return len(source), source.select_columns(columns).with_format("arrow").iter(BLOCK)
     _check_file(source)
     if source.suffix != ".parquet":
         table = _read_text_table(source)
-        check_columns(table.column_names, name, INTERACTION_COLUMNS)
-        return table.select(INTERACTION_COLUMNS)
-    check_columns(_read_parquet_shape(source)[0], name, INTERACTION_COLUMNS)
+        check_columns(table.column_names, name, columns)
+        return len(table), (table.slice(start, BLOCK).select(columns) for start in range(0, len(table), BLOCK))
+    found, rows = _read_parquet_shape(source)
+    check_columns(found, name, columns)
+    return rows, _read_parquet_blocks(source, columns)
+
+
+def _read_parquet_blocks(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     try:
-        columns = list(INTERACTION_COLUMNS)
-        return pa.parquet.read_table(source, columns=columns, read_dictionary=columns[:2])
+        with pa.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(BLOCK, columns=columns):
+                yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{source}: cannot be read ({error}). Write the file again.") from error
+        raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
 
 
-def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndarray, pa.StringArray, list[str]]:
-    """Codes (rows,) into the distinct ids, -1 where empty; these ids as strings (integers count too); the defects."""
+def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndarray, pa.StringArray]:
+    """Codes (rows,) into the distinct ids, -1 where empty; these ids as strings (integers count too)."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         if column.null_count < len(column):
@@ -293,13 +328,11 @@ def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndar
     codes = encoded.indices.fill_null(-1).to_numpy()
     if (empty := values.index("").as_py()) >= 0:
         codes = np.where(codes == empty, -1, codes)
-    mend = "Give these rows an id or delete them."
-    return codes, values, describe(f"empty {name}", np.flatnonzero(codes < 0), mend)
+    return codes, values
 
 
-def read_timestamps(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Timestamps (rows,) int64, and the defects. Floats are accepted when they are integers."""
-    mend = "Write an integer, for example seconds since 1970."
+def read_timestamps(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Timestamps int64, which are missing and which are wrong, all (rows,). Floats may be integers."""
     kind = column.type
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
     wrong = np.zeros(len(column), dtype=bool)
@@ -313,7 +346,4 @@ def read_timestamps(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
         wrong = ~missing & (~integers if not integers.all() else True)
     elif not pa.types.is_null(kind):
         wrong = ~missing
-    what = f"timestamp that is not an integer (column of {kind})"
-    defects = describe("missing timestamp", np.flatnonzero(missing), mend)
-    defects += describe(what, np.flatnonzero(wrong), mend, lambda row: str(column[int(row)])[:40])
-    return numbers, defects
+    return numbers, missing, wrong

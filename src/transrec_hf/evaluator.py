@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from .data import leave_one_out, log_popularity
 from .encoding import encode_catalogue, item_modalities
 from .metrics import DEFAULT_KS, bootstrap_interval, metric_values, ranking_metrics
 from .modeling_transrec import last_state
-from .ranking import MAX_SCORES, check_finite, check_option, dot_scores, flatten, last_items, precise, rank_scores
+from .ranking import MAX_SCORES, check_finite, check_option, dot_scores, last_items, rank_scores
 
 
 if TYPE_CHECKING:
@@ -379,17 +379,17 @@ class RankingEvaluator:
         }
 
     def _repeats(self, ranking: Ranking) -> dict[str, float]:
-        users, items = flatten(ranking.sequences)
-        lengths = ranking.sequences.lengths
-        to_target = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(users))  # steps; 0 at the target itself
-        repeats = (items == self.targets[users]) & (to_target > 0)
-        window = self.protocol.mask_window(ranking.max_history)
-        masked = repeats & (to_target <= (lengths.max() if window is None else window))
-        sure_misses = 0 if self.protocol.protect_target else len(np.unique(users[masked]))
-        return {
-            "share": len(np.unique(users[repeats])) / len(lengths),
-            "hit_rate_ceiling": 1 - sure_misses / len(lengths),
-        }
+        nearest = []  # steps from each user's target back to the same item, infinite if that is new to the user
+        for block in ranking.sequences.blocks():
+            users, place = block.expand()
+            steps = block.ends[users] - 1 - place
+            same = (block.items[place] == block.items[block.ends - 1][users]) & (steps > 0)
+            nearest.append(np.full(len(block), np.inf))
+            np.minimum.at(nearest[-1], users[same], steps[same])
+        steps, window = np.concatenate(nearest), self.protocol.mask_window(ranking.max_history)
+        masked = (steps < np.inf) & (steps <= (np.inf if window is None else window))
+        sure_misses = 0.0 if self.protocol.protect_target else masked.mean()
+        return {"share": float((steps < np.inf).mean()), "hit_rate_ceiling": float(1 - sure_misses)}
 
     def _recommendations(self, ranking: Ranking) -> dict[str, float]:
         described = {f"coverage@{LIST_LENGTH}": _coverage(ranking)}
@@ -418,7 +418,7 @@ class _ModelScorer:
 
     def __init__(self, model: Any, item_embeds: torch.Tensor, modalities: torch.Tensor | None, max_history: int):
         self.model = model
-        self.item_embeds = precise(item_embeds)
+        self.item_embeds = item_embeds.float()
         self.history_embeds = item_embeds.to(model.dtype)
         self.modalities = None if modalities is None else modalities.to(item_embeds.device)
         self.max_history = max_history
@@ -451,10 +451,11 @@ def _modality(catalogue: Catalogue) -> np.ndarray:
 
 def _history_mix(sequences: Sequences, modality: np.ndarray, max_history: int | None) -> np.ndarray:
     """Of each user, the modality that all items of the input share, or 3."""
-    counts = np.zeros((len(sequences.items) + 1, 3), dtype=np.int64)  # running, over the flat columns
-    counts[1:] = np.cumsum(modality[sequences.items][:, None] == np.arange(3), axis=0)
-    ends = sequences.ends - 1
-    starts = sequences.starts if max_history is None else np.maximum(sequences.starts, ends - max_history)
-    shares = counts[ends] - counts[starts]
-    pure = shares == (ends - starts)[:, None]
-    return np.where(pure.any(axis=1), pure.argmax(axis=1), 3)
+    histories = replace(sequences, ends=sequences.ends - 1)
+    mixes = []
+    for block in (histories if max_history is None else histories.truncate(max_history)).blocks():
+        users, place = block.expand()
+        shares = np.bincount(3 * users + modality[block.items[place]], minlength=3 * len(block)).reshape(-1, 3)
+        pure = shares == block.lengths[:, None]
+        mixes.append(np.where(pure.any(axis=1), pure.argmax(axis=1), 3))
+    return np.concatenate(mixes)
