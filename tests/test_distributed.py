@@ -26,6 +26,7 @@ from testing_utils import (
 
 from transrec_hf.data_collator import pad_right, prepare_items
 from transrec_hf.encoding import encode_catalogue
+from transrec_hf.loss_transrec import share_items
 
 
 CATALOGUE = make_catalogue()
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[list[list[int]], list[list[int]]]] = {
     "no item in common": ([[0, 1, 2]], [[3, 4, 5, 6]]),
     "text here, images there": ([[0, 3, 6], [6, 9]], [[1, 4, 7, 10], [4, 1]]),
 }
+SHARES = {"some in common": ([1, 4, 5, 7, 9], [0, 4, 5, 9]), "all in common": ([2, 3, 8],) * 2, "one": ([6], [6])}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "in_batch": {},
     "cpc": {"is_causal": False, "num_positives": 2, "num_negatives": 2},
@@ -50,6 +52,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 RUNS: dict[str, dict[str, Any]] = {
     "mixed items": {},
     "frozen towers": {"trainable_blocks": 1},
+    "in chunks": {"item_chunk_size": 2},
     "text only, with gradient checkpointing": {"kinds": ("text",), "gradient_checkpointing": True},
 }
 
@@ -142,6 +145,12 @@ def encode(accelerator=None) -> torch.Tensor:
     return encode_catalogue(make_model(), catalogue, make_processor(), batch_size=3, accelerator=accelerator)
 
 
+def owned_items(item_ids: torch.Tensor) -> list[int]:
+    shared = share_items(item_ids)
+    assert shared.encoded.any() and (shared.encoded >= shared.owned).all()
+    return item_ids[shared.owned].tolist()
+
+
 def work(rank: int, port: int, folder: str) -> None:
     from accelerate import Accelerator
 
@@ -156,6 +165,7 @@ def work(rank: int, port: int, folder: str) -> None:
         },
         "runs": {name: train(name, Path(folder) / name, batch_size=3) for name in RUNS},
         "items": encode(accelerator),
+        "owned": {case: owned_items(torch.tensor(SHARES[case][rank])) for case in SHARES},
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -214,6 +224,13 @@ def test_both_processes_end_with_the_same_weights(ranks, name):
     one, other = (rank["runs"][name]["weights"] for rank in ranks)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_an_item_that_both_processes_have_is_encoded_by_one(ranks, case):
+    owned = [rank["owned"][case] for rank in ranks]
+    assert sorted(owned[0] + owned[1]) == sorted({*SHARES[case][0], *SHARES[case][1]})
+    assert abs(len(owned[0]) - len(owned[1])) <= 1
 
 
 def test_two_processes_share_the_encoding_of_a_catalogue(ranks):

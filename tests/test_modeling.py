@@ -21,6 +21,7 @@ from testing_utils import (
     make_image_processor,
     make_model,
     make_paper_config,
+    make_processor,
     make_tokenizer,
 )
 from transformers import AutoModel, CLIPConfig, CLIPModel, set_seed
@@ -164,6 +165,101 @@ def test_gradient_checkpointing_repeats_dropout():
         set_seed(0)
         model(**make_batch(config)).loss.backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain))
+
+
+def saved_bytes(compute, model: TransRecModel) -> int:
+    """What autograd keeps until the backward pass, weights aside."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(0 if tensor.data_ptr() in weights else tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(kept)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "with gradient checkpointing"])
+def test_encoding_in_chunks_gives_the_same_gradients(any_tower, checkpointed):
+    whole, chunked = make_model(any_tower), make_model(any_tower)  # in training, batch norms see each chunk alone
+    if checkpointed and any_tower.modalities == ["text"]:
+        chunked.gradient_checkpointing_enable()
+    chunked.item_chunk_size = 2
+    batch = make_batch(any_tower, catalogue=make_catalogue(kinds=any_tower.modalities))
+    for model in (whole, chunked):
+        model(**batch).loss.backward()
+    torch.testing.assert_close(gradients(chunked), gradients(whole), rtol=1e-3, atol=5e-5)
+
+
+def test_a_chunk_draws_the_same_dropout_again():
+    config = make_config("text", text_config=TEXT_TOWERS["bert"](**DROPOUT))
+    model = make_model(config).train()
+    model.item_chunk_size = 3
+    batch = make_batch(config, catalogue=make_catalogue(kinds=("text",)))
+    model.double()
+    weight = model.item_encoder.text_model.encoder.layer[0].output.dense.weight
+    direction, step = torch.randn_like(weight), 1e-3
+
+    def loss() -> torch.Tensor:
+        set_seed(0)
+        return model(**batch).loss
+
+    loss().backward()
+    slope = (weight.grad * direction).sum()
+    weight.data += step * direction
+    up = loss()
+    weight.data -= 2 * step * direction
+    down = loss()
+    assert slope.item() == pytest.approx((up - down).item() / (2 * step), rel=0.05)
+
+
+def test_of_chunks_only_the_vectors_are_kept():
+    catalogue = make_catalogue(64, kinds=("text",))
+    model = make_model(make_config("text")).train()
+    kept = {}
+    for chunk in (None, 4):
+        model.item_chunk_size = chunk
+        for num_items in (16, 64):
+            batch = prepare_items(catalogue, torch.arange(num_items).numpy(), make_processor("text"))
+            kept[chunk, num_items] = saved_bytes(lambda batch=batch: model.get_item_features(**batch), model)
+    assert kept[None, 64] > 3 * kept[None, 16] > 10_000
+    assert kept[4, 64] < kept[None, 64] / 10
+
+
+def test_running_statistics_are_updated_once():
+    config = tower_config("image", "resnet")
+    model = make_model(config).train()
+    model.item_chunk_size = 100
+    batch = make_batch(config, catalogue=make_catalogue(kinds=("image",)))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    loss = model(**batch).loss
+    after_forward = [norm.running_mean.clone() for norm in norms]
+    loss.backward()
+    assert norms and all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, after_forward, strict=True))
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}
+    assert all(norm.track_running_stats for norm in norms)
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_compiled_blocks_have_no_graph_breaks_and_take_any_shape(modality):
+    """`fullgraph` raises for a break, the stance for another compilation."""
+    config = make_config(modality, max_position_embeddings=12)
+    catalogue = make_catalogue(50, kinds=(modality,))
+    plain, compiled = make_model(config), make_model(config)
+    compiled.compile_blocks(backend="aot_eager")
+    sizes = [(4, 3, 2), (11, 5), (12, 2, 7, 3), (3, 3), (2, 8, 9)]
+    users = [[list(range(3 * size, 4 * size)) for size in lengths] for lengths in sizes]
+    batches = [make_batch(config, lines, catalogue) for lines in users]
+    for batch in batches[:2]:  # sizes that happen to be equal are taken for one at first
+        compiled(**batch).loss.backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in batches[2:]:
+            for model in (plain, compiled):
+                model.zero_grad()
+                model(**batch).loss.backward()
+            torch.testing.assert_close(gradients(compiled), gradients(plain), rtol=1e-4, atol=1e-5)
 
 
 # Items

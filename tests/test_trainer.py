@@ -199,6 +199,9 @@ def test_accumulated_gradients_are_the_mean_over_the_small_batches(tmp_path, obj
         torch.testing.assert_close(after[name], parameter - parameter.grad, msg=name)
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -221,7 +224,11 @@ def test_options_of_the_trainer_work(tmp_path, arguments):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("arguments", [{"gradient_checkpointing": True}, {"dataloader_num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"gradient_checkpointing": True}, {"dataloader_num_workers": 2}, {"item_chunk_size": 2}, COMPILED],
+    ids=str,
+)
 def test_options_that_must_not_change_the_result_do_not(tmp_path, arguments):
     plain, other = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "other", **arguments)
     for trainer in (plain, other):

@@ -168,14 +168,14 @@ def is_frozen(module: nn.Module) -> bool:
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, batch norms in training mode do not update their running statistics: a second pass must not count."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
-    tracked = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, value in zip(norms, tracked, strict=True):
-            norm.track_running_stats = value
+        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches
 
 
 def select_items(items: dict[str, Any], keep: Tensor) -> dict[str, Any]:
@@ -574,6 +574,10 @@ class TransRecModel(TransRecPreTrainedModel):
         if mode:
             evaluate_frozen(self.item_encoder)
         return self
+
+    def get_input_embeddings(self) -> None:
+        """None: tokens are read by the towers, not by the model. FSDP asks for it."""
+        return None
 
     def freeze_towers(self, trainable_blocks: int | None) -> None:
         """

@@ -7,13 +7,18 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints, speed_metrics
 from transformers.utils import PushInProgress
@@ -28,10 +33,11 @@ from .data import (
     log_popularity,
     save_statistics,
 )
-from .data_collator import DataCollatorForNextItem, TrainingWindows
+from .data_collator import DataCollatorForNextItem, TrainingWindows, token_budget
 from .encoding import encode_catalogue, standardize_projections
 from .evaluator import LIST_LENGTH, EvaluationProtocol, RankingEvaluator
 from .hub import PICKLES, upload_checkpoint
+from .item_cache import ItemCache
 from .modelcard import (
     CARD_NAME,
     TRAINING_ARGS_NAME,
@@ -104,6 +110,37 @@ def load_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def check_sharding(plugin: Any) -> None:
+    """
+    Raises `ValueError` for settings of FSDP under which the model cannot be trained. The blocks of a tower cannot be
+    units of their own: in a step one process may read three buckets of texts and another two, or no image at all, and
+    then they would wait for each other's weights. The model as a whole is one unit.
+    """
+    state_dict_type = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
+    found = {
+        "version": (plugin.fsdp_version, 2),
+        "auto_wrap_policy": ("NO_WRAP" if plugin.auto_wrap_policy is None else plugin.auto_wrap_policy, "NO_WRAP"),
+        "state_dict_type": (state_dict_type, "FULL_STATE_DICT"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
+    }
+    wrong = [f"{name} {needed} (not {value})" for name, (value, needed) in found.items() if value != needed]
+    if wrong:
+        raise ValueError(f"FSDP needs {', '.join(wrong)}: take examples/accelerate_configs/fsdp2.yaml")
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, each process has all weights of a model that FSDP has sharded, and may run any part of it any time."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint of a run whose saving was not cut off: its trainer state, written last, can be read."""
     for checkpoint in reversed(sort_checkpoints(str(output_dir)) if os.path.isdir(output_dir) else []):
@@ -168,6 +205,11 @@ class TransRecTrainer(Trainer):
         train_dataset = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)
         if not len(train_dataset):
             raise DataError("no training sequence has two items: every user needs a history and a next item")
+        if args.item_cache_age is not None and config.objective != "cpc":
+            raise ValueError(
+                f"item_cache_age saves nothing with objective {config.objective!r}, which scores the items of a "
+                "history as well: leave it out, or train with 'cpc'"
+            )
         if args.trainable_blocks is not None:
             if has_adapter(model):
                 raise ValueError("an adapter says itself what is trained: leave out trainable_blocks")
@@ -184,6 +226,7 @@ class TransRecTrainer(Trainer):
             config,
             log_popularity(self.train_counts),
             seed=args.seed if args.data_seed is None else args.data_seed,
+            max_tokens=token_budget(args.device),
         )
         self.store: ActivationStore | None = None
         super().__init__(
@@ -195,6 +238,10 @@ class TransRecTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            check_sharding(plugin)
+            plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
         if args.activation_store is not None:
             self.store = self.fill_store(args.activation_store)
         if config.modalities and not has_adapter(model):
@@ -202,6 +249,13 @@ class TransRecTrainer(Trainer):
                 standardize_projections(
                     model, catalogue, self.data_collator.processor, seed=args.seed, store=self.store
                 )
+        transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
+        transrec.item_chunk_size = args.item_chunk_size
+        if args.torch_compile:
+            transrec.compile_blocks(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self.item_cache: ItemCache | None = None
+        if args.item_cache_age is not None:
+            self.item_cache = ItemCache(len(catalogue), config.hidden_size, args.item_cache_age, args.device)
         self.add_callback(EpochCallback)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -216,9 +270,31 @@ class TransRecTrainer(Trainer):
                 self.catalogue,
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
-            store.fill(batch_size=self.args.per_device_eval_batch_size, accelerator=self.accelerator)
+            store.fill(
+                batch_size=self.args.per_device_eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+                accelerator=self.accelerator,
+            )
         self.data_collator.store = store
         return store
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        accelerator_args = super()._build_accelerator_args(**kwargs)
+        accelerator_args.pop("dynamo_plugin", None)  # the blocks are compiled, not the whole model
+        return accelerator_args
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if self.item_cache is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        inputs = self.item_cache.leave_out(inputs, self.state.global_step)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.item_cache.update(inputs, outputs.item_embeds, self.state.global_step)
+        return (loss, outputs) if return_outputs else loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        return self.accelerator.autocast()  # `Trainer` leaves it to the model's forward, but encoding calls others
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
@@ -304,8 +380,9 @@ class TransRecTrainer(Trainer):
         """
         evaluator = self.ranking_evaluator(self.split.test if sequences is None else sequences, baselines)
         evaluator.content_vectors = content_vectors
-        with self.autocast_smart_context_manager():
-            model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model)
+        broadcast(list(model.buffers()))  # averages of batch norms, of which those of the first process are saved
+        with self.autocast_smart_context_manager(), whole_weights(model):
             item_embeds = encode_catalogue(
                 model,
                 self.catalogue,
@@ -439,7 +516,16 @@ class TransRecTrainer(Trainer):
             load_adapter_weights(self.model, checkpoint)
             return
         # `Trainer` loads the file's keys as they are, but those of some towers (ViT) are not the names of the modules
-        self.model.load_state_dict(TransRecModel.from_pretrained(checkpoint).state_dict())
+        weights = TransRecModel.from_pretrained(checkpoint).state_dict()
+        if self.is_fsdp_enabled:
+            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
+        else:
+            self.model.load_state_dict(weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # the weights once more, as a pickle
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
@@ -452,7 +538,13 @@ class TransRecTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        sharded = type(self.model)
+        if issubclass(sharded, FSDPModule):
+            self.model.__class__ = sharded.__mro__[2]  # whose code goes with the weights, not that of FSDP
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = sharded
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

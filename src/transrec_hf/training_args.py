@@ -18,7 +18,8 @@ class TransRecTrainingArguments(TrainingArguments):
     > Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `per_device_train_batch_size=128`,
     > `num_train_epochs=10`, `eval_strategy="epoch"`, `save_strategy="epoch"`, `save_total_limit=2`,
     > `load_best_model_at_end=True`, `metric_for_best_model="ndcg@10"`, `remove_unused_columns=False`,
-    > `restore_callback_states_from_checkpoint=True`.
+    > `restore_callback_states_from_checkpoint=True`. With `torch_compile=True` each block is compiled, see
+    > [`~TransRecModel.compile_blocks`], and not the whole model.
 
     Args:
         tower_learning_rate (`float`, *optional*, defaults to 1e-4): peak rate of the text and vision towers.
@@ -30,6 +31,11 @@ class TransRecTrainingArguments(TrainingArguments):
             not giving it trains them whole. The paper trains 2.
         activation_store (`str`, *optional*): folder where the states of the frozen blocks are computed once per item
             and kept, see [`ActivationStore`]; without it they are computed in every step.
+        item_chunk_size (`int`, *optional*): texts, and images, that are encoded at a time in a training step; their
+            activations are computed again for the gradients. Memory then depends on the chunk and not on the batch,
+            for one more forward pass.
+        item_cache_age (`int`, *optional*): steps for which an item's vector is read again in histories, see
+            [`ItemCache`]. For the objective `"cpc"`, where items of a history are not targets as well.
         early_stopping_patience (`int`, *optional*): evaluations without a better `metric_for_best_model` after which
             training stops.
     """
@@ -69,6 +75,12 @@ class TransRecTrainingArguments(TrainingArguments):
     activation_store: str | None = field(
         default=None, metadata={"help": "Folder that keeps the states of the frozen blocks [computed in every step]."}
     )
+    item_chunk_size: int | None = field(
+        default=None, metadata={"help": "Items encoded at a time in a training step, to save memory [all]."}
+    )
+    item_cache_age: int | None = field(
+        default=None, metadata={"help": "Steps for which histories read an item's vector again, for cpc [never]."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without gain after which training stops [never]."}
     )
@@ -79,6 +91,9 @@ class TransRecTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
+        for name in ("item_chunk_size", "item_cache_age"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             strategy = self.hub_strategy.value
             raise ValueError(
