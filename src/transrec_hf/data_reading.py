@@ -318,8 +318,9 @@ def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndar
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         if column.null_count < len(column):
             raise DataError(f"{source}: column {name!r} holds {kind}. Write ids as strings or integers.")
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    encoded = encoded.unify_dictionaries().combine_chunks()
+    if not pa.types.is_dictionary(column.type):  # in one piece: the time to unify many dictionaries is quadratic
+        column = pa.chunked_array([column.combine_chunks().dictionary_encode()])
+    encoded = column.unify_dictionaries().combine_chunks()
     try:
         values = encoded.dictionary.cast(pa.string())
         values.validate(full=True)
