@@ -321,6 +321,37 @@ def test_lists_shorter_than_ten_hold_no_masked_item():
     assert ranking.recommended.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["full", "ninerec"])
+def test_sample_of_users_has_the_ranks_of_these_users(name):
+    catalogue, sequences = random_case(num_users=30, num_items=60)
+    scorer = FixedScores(np.random.default_rng(1).normal(size=60))
+    whole = RankingEvaluator(catalogue, sequences, protocol=name).rank(scorer, max_history=2)
+
+    def sample(seed):
+        evaluator = RankingEvaluator(catalogue, sequences, protocol=name, max_users=8, seed=seed)
+        ranking = evaluator.rank(scorer, max_history=2)
+        users = [sequences.user_ids.tolist().index(user) for user in evaluator.sequences.user_ids]
+        assert torch.equal(ranking.ranks, whole.ranks[users])
+        assert torch.equal(ranking.candidates, whole.candidates)  # those of all users
+        protocol = evaluator.report(ranking)["protocol"]
+        assert (protocol["num_users"], protocol["drawn_from"]) == (8, 30)
+        return users
+
+    drawn = [sample(seed) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] == sorted(set(drawn[0]))
+    assert len(drawn[0]) == 8
+    assert drawn[0] != drawn[2] != drawn[3]
+
+
+def test_sample_as_large_as_the_split_is_the_split():
+    catalogue, sequences = random_case(num_users=9)
+    evaluators = [RankingEvaluator(catalogue, sequences, max_users=number) for number in (None, 9, 100)]
+    scorer = FixedScores(range(len(catalogue)))
+    reports = [evaluator.report(evaluator.rank(scorer)) for evaluator in evaluators]
+    assert reports[0] == reports[1] == reports[2]
+    assert "drawn_from" not in reports[0]["protocol"]
+
+
 # Models
 
 
@@ -385,6 +416,7 @@ def test_diverged_model_is_an_error():
         (lambda c, s: EvaluationProtocol(candidates="sampled"), "candidates is 'sampled'"),
         (lambda c, s: RankingEvaluator(c, make_sequences([[1, 2], [3]])), "1 of 2 sequences .* user 1"),
         (lambda c, s: RankingEvaluator(c, s.select(np.array([], dtype=int))), "no sequences"),
+        (lambda c, s: RankingEvaluator(c, s, max_users=0), "max_users must be 1 or more"),
         (lambda c, s: RankingEvaluator(c, s).evaluate_baselines(), "train=split.train"),
         (lambda c, s: RankingEvaluator(c, s, protocol="ninerec").rank(RepeatLast(40)), "`max_history`"),
         (lambda c, s: RankingEvaluator(c, s, train_counts=np.ones(39)), "train_counts has 39 entries, .* 40 items"),

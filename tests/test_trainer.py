@@ -280,6 +280,22 @@ def test_evaluation_of_other_sequences_has_its_own_prefix(tmp_path):
     )
 
 
+def test_validation_during_training_may_rank_for_a_sample_of_the_users(tmp_path):
+    trainer = make_trainer(tmp_path, make_config(), max_eval_users=4, eval_strategy="epoch")
+    trainer.train()
+    evaluator = trainer.ranking_evaluator(trainer.split.validation, max_users=4)
+    assert len(evaluator.sequences) == 4
+    expected = evaluator.evaluate(trainer.model)["metrics"]
+    assert logged(trainer, "eval_mrr").popitem()[1] == pytest.approx(expected["mrr"])
+    assert (
+        trainer.reports["validation"]["protocol"] | {"num_users": 4, "drawn_from": 10}
+        == (trainer.reports["validation"]["protocol"])
+    )
+    assert trainer.evaluate(trainer.split.validation)["eval_mrr"] != pytest.approx(expected["mrr"])
+    assert trainer.report()["protocol"]["num_users"] == 10
+    assert trainer.report(max_users=3, baselines=False)["protocol"]["num_users"] == 3
+
+
 def test_evaluation_leaves_the_model_in_training_mode(tmp_path):
     trainer = make_trainer(tmp_path, trainable_blocks=1)
     trainer.model.train()

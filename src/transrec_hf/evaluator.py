@@ -148,6 +148,10 @@ class RankingEvaluator:
             or in training; for validation that lacks the items which only occur as test targets.
         content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*):
             Item vectors of untouched encoders, for the zero-shot baseline.
+        max_users (`int`, *optional*):
+            Ranks the targets of so many sequences only, drawn at random; all if None. The candidates of the protocol
+            are those of all sequences.
+        seed (`int`, defaults to 0): Of that draw.
         ks (`Sequence[int]`, defaults to `(5, 10, 20, 50)`): Lengths of the recommended list.
         batch_size (`int`, defaults to 128): Items encoded at a time.
         num_workers (`int`, defaults to 0): Processes that prepare the items.
@@ -174,6 +178,8 @@ class RankingEvaluator:
         train_counts: np.ndarray | None = None,
         candidates: np.ndarray | None = None,
         content_vectors: torch.Tensor | None = None,
+        max_users: int | None = None,
+        seed: int = 0,
         ks: Sequence[int] = DEFAULT_KS,
         batch_size: int = 128,
         num_workers: int = 0,
@@ -187,8 +193,14 @@ class RankingEvaluator:
         for name, values in of_items.items():
             if values is not None and len(values) != len(catalogue):
                 raise ValueError(f"{name} has {len(values)} entries, but the catalogue has {len(catalogue)} items")
+        if max_users is not None and max_users < 1:
+            raise ValueError(f"max_users must be 1 or more, got {max_users}")
+        _check_sequences(sequences)
         self.catalogue = catalogue
-        self.sequences = sequences
+        self.all_sequences = self.sequences = sequences
+        if max_users is not None and max_users < len(sequences):
+            drawn = np.random.default_rng(seed).permutation(len(sequences))[:max_users]
+            self.sequences = sequences.select(np.sort(drawn))
         self.processor = processor
         self.protocol = protocol
         self.train = train
@@ -198,8 +210,7 @@ class RankingEvaluator:
         self.ks = tuple(ks)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        _check_sequences(sequences)
-        self.targets = sequences.items[sequences.ends - 1].astype(np.int64)
+        self.targets = self.sequences.items[self.sequences.ends - 1].astype(np.int64)
 
     def __call__(
         self, model: Any, accelerator: Accelerator | None = None, item_embeds: torch.Tensor | None = None
@@ -303,7 +314,7 @@ class RankingEvaluator:
         max_history = self.protocol.max_history or max_history
         window, keep_last = self.protocol.mask_window(max_history), self.protocol.keep_last(max_history)
         sequences = self.sequences if keep_last is None else self.sequences.truncate(keep_last)
-        candidates, num_items = self._candidates(sequences), len(self.catalogue)
+        candidates, num_items = self._candidates(keep_last), len(self.catalogue)
         process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         device = accelerator.device if accelerator else torch.device("cpu")
         # users with histories of like length in one block, so that the model reads little padding
@@ -337,16 +348,24 @@ class RankingEvaluator:
         Turns ranks into the report.
 
         Returns:
-            `dict`, fit for JSON: `protocol` (masking, ties, `max_history`, `num_items` ranked, `num_users`, ...),
+            `dict`, fit for JSON: `protocol` (masking, ties, `max_history`, `num_items` ranked, `num_users`, and if not
+            all were ranked for, how many they are `drawn_from`, ...),
             `metrics`, `intervals` (95 % bootstrap over users), `slices` (by `target`, `target_modality`,
             `history_length`, `history_modality`), `repeats` (`share` of targets that are in the history,
             `hit_rate_ceiling` under the masking), `recommendations` (`coverage@10`, and `mean_log_popularity@10` if
             training counts are known).
         """
         headline = LIST_LENGTH if LIST_LENGTH in self.ks else max(self.ks)
-        protocol = {**asdict(self.protocol), "max_history": ranking.max_history}
+        protocol = {
+            **asdict(self.protocol),
+            "max_history": ranking.max_history,
+            "num_items": int(ranking.candidates.sum()),
+            "num_users": len(ranking.ranks),
+        }
+        if len(self.sequences) < len(self.all_sequences):
+            protocol["drawn_from"] = len(self.all_sequences)
         return {
-            "protocol": {**protocol, "num_items": int(ranking.candidates.sum()), "num_users": len(ranking.ranks)},
+            "protocol": protocol,
             "metrics": ranking_metrics(ranking.ranks, self.ks),
             "intervals": {
                 name: bootstrap_interval(metric_values(ranking.ranks, name))
@@ -398,7 +417,7 @@ class RankingEvaluator:
             described[f"mean_log_popularity@{LIST_LENGTH}"] = float(popularity)
         return described
 
-    def _candidates(self, sequences: Sequences) -> torch.Tensor:
+    def _candidates(self, keep_last: int | None) -> torch.Tensor:
         num_items = len(self.catalogue)
         if self.candidates is not None:
             candidates = self.candidates
@@ -406,6 +425,7 @@ class RankingEvaluator:
             return torch.ones(num_items, dtype=torch.bool)
         else:
             trained = 0 if self.train_counts is None else self.train_counts
+            sequences = self.all_sequences if keep_last is None else self.all_sequences.truncate(keep_last)
             candidates = sequences.item_counts(num_items) + trained > 0
         missing = int((~candidates[self.targets]).sum())
         if missing:

@@ -618,6 +618,8 @@ def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
     if chosen["mask_history"] != "none" and not chosen["protect_target"]:
         masked += "; a target among them is a sure miss"
     users = f"each of the {protocol['num_users']:,} users" if protocol.get("num_users") else "every user"
+    if protocol.get("drawn_from"):
+        users = f"each of {protocol['num_users']:,} users drawn from {protocol['drawn_from']:,}"
     ranked = "all items" if chosen["candidates"] == "catalogue" else "all items that somebody chose"
     ties = "half" if chosen["ties"] == "expected" else "all"
     count = f", {protocol['num_items']:,} in number" if protocol.get("num_items") else ""

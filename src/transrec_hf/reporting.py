@@ -56,8 +56,9 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
             slices.append([f"{SLICE_TITLES[slice_name]}: {label}", str(part["num_users"]), *cells])
 
     protocol, repeats = report["protocol"], report["repeats"]
+    drawn = f" drawn from {protocol['drawn_from']}" if protocol.get("drawn_from") else ""
     facts = (
-        f"{protocol['num_users']} users, {protocol['num_items']} items ranked, history masked: "
+        f"{protocol['num_users']} users{drawn}, {protocol['num_items']} items ranked, history masked: "
         f"{protocol['mask_history']}; targets chosen before: {repeats['share']:.1%}, "
         f"so that no hit rate exceeds {repeats['hit_rate_ceiling']:.4f}"
     )

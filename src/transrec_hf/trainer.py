@@ -338,20 +338,23 @@ class TransRecTrainer(Trainer):
         Rank the last item of every sequence among the whole catalogue.
 
         Args:
-            eval_dataset ([`Sequences`], *optional*): histories that end with their target; the validation sequences
-                if not given.
+            eval_dataset ([`Sequences`], *optional*): histories that end with their target; if not given, the
+                validation sequences, or as many of them as `args.max_eval_users` says.
             ignore_keys: not used.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): put before the name of each metric.
         """
         started = time.time()
         sequences = self.eval_dataset if eval_dataset is None else eval_dataset
         report = self.report(
-            sequences, "validation" if metric_key_prefix == "eval" else metric_key_prefix, baselines=False
+            sequences,
+            "validation" if metric_key_prefix == "eval" else metric_key_prefix,
+            baselines=False,
+            max_users=self.args.max_eval_users if eval_dataset is None else None,
         )
         coverage = f"coverage@{LIST_LENGTH}"
         ranked = {**report["metrics"], coverage: report["recommendations"][coverage]}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ranked.items()}
-        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(sequences))
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=report["protocol"]["num_users"])
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -362,6 +365,7 @@ class TransRecTrainer(Trainer):
         split: str = "test",
         baselines: bool = True,
         content_vectors: torch.Tensor | None = None,
+        max_users: int | None = None,
     ) -> dict[str, Any]:
         """
         Everything there is to say about the model on one split. The model card shows the last report of a split, and
@@ -374,11 +378,13 @@ class TransRecTrainer(Trainer):
             baselines (`bool`, *optional*, defaults to `True`): report what needs no training as well. The report
                 of another model, such as the ID baseline, may be added to `reports[split]["baselines"]`.
             content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): for a baseline of content alone.
+            max_users (`int`, *optional*): rank for so many users, drawn at random by the seed of the run; for all if
+                not given.
 
         Returns:
             `dict`: see [`RankingEvaluator.evaluate`].
         """
-        evaluator = self.ranking_evaluator(self.split.test if sequences is None else sequences, baselines)
+        evaluator = self.ranking_evaluator(self.split.test if sequences is None else sequences, baselines, max_users)
         evaluator.content_vectors = content_vectors
         model = self.accelerator.unwrap_model(self.model)
         broadcast(list(model.buffers()))  # averages of batch norms, of which those of the first process are saved
@@ -398,7 +404,9 @@ class TransRecTrainer(Trainer):
             self.create_model_card()
         return report
 
-    def ranking_evaluator(self, sequences: Sequences, baselines: bool = False) -> RankingEvaluator:
+    def ranking_evaluator(
+        self, sequences: Sequences, baselines: bool = False, max_users: int | None = None
+    ) -> RankingEvaluator:
         """The evaluator of this run's protocol for the given sequences, e.g. `split.test`."""
         return RankingEvaluator(
             self.catalogue,
@@ -407,6 +415,8 @@ class TransRecTrainer(Trainer):
             protocol=self.protocol,
             train=self.split.train if baselines else None,
             train_counts=self.train_counts,
+            max_users=max_users,
+            seed=self.args.seed,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
         )

@@ -36,6 +36,8 @@ class TransRecTrainingArguments(TrainingArguments):
             for one more forward pass.
         item_cache_age (`int`, *optional*): steps for which an item's vector is read again in histories, see
             [`ItemCache`]. For the objective `"cpc"`, where items of a history are not targets as well.
+        max_eval_users (`int`, *optional*): users for whom validation during training ranks the catalogue, drawn once
+            at random; all if not given. Reports of the test targets always rank for all users.
         early_stopping_patience (`int`, *optional*): evaluations without a better `metric_for_best_model` after which
             training stops.
     """
@@ -81,6 +83,9 @@ class TransRecTrainingArguments(TrainingArguments):
     item_cache_age: int | None = field(
         default=None, metadata={"help": "Steps for which histories read an item's vector again, for cpc [never]."}
     )
+    max_eval_users: int | None = field(
+        default=None, metadata={"help": "Users drawn for validation during training, always the same [all]."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without gain after which training stops [never]."}
     )
@@ -91,7 +96,7 @@ class TransRecTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
-        for name in ("item_chunk_size", "item_cache_age"):
+        for name in ("item_chunk_size", "item_cache_age", "max_eval_users"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
