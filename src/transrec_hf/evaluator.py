@@ -15,7 +15,7 @@ from .data import leave_one_out, log_popularity
 from .encoding import encode_catalogue, item_modalities
 from .metrics import DEFAULT_KS, bootstrap_interval, metric_values, ranking_metrics
 from .modeling_transrec import last_state
-from .ranking import MAX_SCORES, check_finite, check_option, dot_scores, last_items, rank_scores
+from .ranking import MAX_SCORES, MAX_USERS, check_finite, check_option, dot_scores, last_items, rank_scores
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MAX_USERS = 256  # ranked at a time, fewer in a large catalogue
 LIST_LENGTH = 10  # of the recommendations whose coverage and popularity are reported
 LENGTH_EDGES = (5, 10, 20, 50)
 LENGTH_LABELS = ("1-4", "5-9", "10-19", "20-49", "50+")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .data import Sequences
 
 
+MAX_USERS = 256  # ranked at a time, fewer in a large catalogue
 MAX_SCORES = 2**26  # held at a time: 256 MiB in fp32
 CACHED_SCORES = 2**19  # held at a time in fp64: 4 MiB, which a CPU has in its cache
 
@@ -135,7 +136,7 @@ def rank_targets(
     ```
     """
     check_option("ties", ties, ("expected", "pessimistic"))
-    block = max(1, max_scores // len(item_embeds))
+    block = min(MAX_USERS, max(1, max_scores // len(item_embeds)))
     ranks = [
         rank_scores(
             dot_scores(user_embeds[start : start + block], item_embeds),
