@@ -24,7 +24,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from transrec_hf import DataCollatorForNextItem, RankingEvaluator
 from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, option, parse_arguments, script
 from transrec_hf.checkpoint import save_checkpoint
-from transrec_hf.data import data_statistics, log_popularity
+from transrec_hf.data import DataError, data_statistics, log_popularity
 from transrec_hf.data_collator import TrainingWindows
 from transrec_hf.encoding import standardize_projections
 from transrec_hf.trainer import parameter_groups
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     sampling = DataLoaderConfiguration(use_seedable_sampler=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=args.mixed_precision, dataloader_config=sampling)
+    if accelerator.distributed_type == "FSDP":
+        raise DataError("this loop keeps the whole model on each GPU: use finetune.py to shard it")
 
     # Data and model
     with accelerator.main_process_first():

@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing
 import transformers
 from testing_utils import (
+    VISION_TOWERS,
     logged,
     make_batch,
     make_catalogue,
@@ -24,6 +25,7 @@ from testing_utils import (
     make_trainer,
 )
 
+from transrec_hf import TransRecModel
 from transrec_hf.data_collator import pad_right, prepare_items
 from transrec_hf.encoding import encode_catalogue
 from transrec_hf.loss_transrec import share_items
@@ -56,6 +58,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "text only, with gradient checkpointing": {"kinds": ("text",), "gradient_checkpointing": True},
 }
 
+
+IMAGES: dict[str, Any] = {"catalogue": make_catalogue(kinds=("image",)), "per_device_eval_batch_size": 2}
 
 # What a process does
 
@@ -151,6 +155,14 @@ def owned_items(item_ids: torch.Tensor) -> list[int]:
     return item_ids[shared.owned].tolist()
 
 
+def train_batch_norm(folder: Path) -> dict[str, float]:
+    """Metrics of a model whose averages of batch norm are other ones in each process; process 0 saves its own."""
+    trainer = make_trainer(folder, make_config("image", vision_config=VISION_TOWERS["mobilenet_v1"]()), **IMAGES)
+    trainer.train()
+    trainer.save_model()
+    return trainer.evaluate()
+
+
 def work(rank: int, port: int, folder: str) -> None:
     from accelerate import Accelerator
 
@@ -165,6 +177,7 @@ def work(rank: int, port: int, folder: str) -> None:
         },
         "runs": {name: train(name, Path(folder) / name, batch_size=3) for name in RUNS},
         "items": encode(accelerator),
+        "batch norm": train_batch_norm(Path(folder) / "batch_norm"),
         "owned": {case: owned_items(torch.tensor(SHARES[case][rank])) for case in SHARES},
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -184,7 +197,7 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [{"folder": folder, **torch.load(folder / f"{rank}.pt", weights_only=False)} for rank in range(2)]
 
 
 # Tests
@@ -236,3 +249,11 @@ def test_an_item_that_both_processes_have_is_encoded_by_one(ranks, case):
 def test_two_processes_share_the_encoding_of_a_catalogue(ranks):
     for rank in ranks:
         torch.testing.assert_close(rank["items"], encode())
+
+
+def test_two_processes_report_on_the_model_that_is_saved(ranks, tmp_path):
+    saved = TransRecModel.from_pretrained(ranks[0]["folder"] / "batch_norm")
+    alone = make_trainer(tmp_path, model=saved, **IMAGES).evaluate()
+    names = [name for name in alone if "@" in name or "mrr" in name]
+    for rank in ranks:
+        assert [rank["batch norm"][name] for name in names] == pytest.approx([alone[name] for name in names])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +16,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import torch.multiprocessing
+import transformers
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -277,6 +281,48 @@ def load_example(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+# Several processes
+
+
+def _start(rank: int, work: Callable[..., Any], num_processes: int, port: int, folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes))
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork has that of its parent
+    torch.save(work(*arguments), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def in_processes(
+    work: Callable[..., Any],
+    num_processes: int,
+    folder: str | os.PathLike,
+    *arguments: Any,
+    start_method: str = "spawn",
+) -> list[Any]:
+    """
+    What `work(*arguments)`, a function of a test module, returns in each of several processes, over gloo. `"fork"`
+    starts at once, but cannot compute gradients.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.start_processes(
+        _start,
+        (work, num_processes, port, str(folder), arguments),
+        nprocs=num_processes,
+        join=False,
+        start_method=start_method,
+    )
+    try:
+        assert any(context.join(timeout=300) for _ in range(num_processes)), "the processes wait for each other"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
 
 # Comparisons

@@ -314,6 +314,7 @@ class TransRecTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
+        self.reports = before.get("reports", self.reports)
         self.train_seconds, self.train_started = before.get("run", {}).get("seconds", 0.0), time.time()
         processor = self.data_collator.processor
         if processor is not None and processor.tokenizer is None:
@@ -514,7 +515,6 @@ class TransRecTrainer(Trainer):
         self.push_in_progress: Any = PushInProgress([*jobs, job])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.reports = load_evaluation(resume_from_checkpoint).get("reports", {})
         self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
