@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import shlex
 import statistics
 import subprocess
@@ -49,6 +50,37 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
     """Round by round, one number over the other."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+class Peer:
+    """
+    A script of `peers/` in an environment of its own, started once and asked as often as needed; a context manager.
+
+    Args:
+        python (`str`): of the environment of `requirements-peers.txt`.
+        script (`str`): its name in `peers/`.
+        arguments (`str`): of the script.
+    """
+
+    def __init__(self, python: str, script: str, *arguments: str):
+        command = [python, str(FOLDER / "peers" / script), *arguments]
+        self.script = script
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """What the script answers."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.script} ended with exit code {self.process.wait()} instead of an answer")
+        return json.loads(answer)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.process.communicate()
 
 
 class Results:
