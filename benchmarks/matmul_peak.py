@@ -1,0 +1,83 @@
+"""
+Share of the machine's matmul peak that the encoding of texts reaches, with the given text tower and with one of the
+size of BERT-base, which has random weights and the same tokenizer.
+
+The peak is that of square matrix products in the same dtype, the best of some sizes, measured in the same rounds. The
+work is that of the real tokens alone, 2 FLOP for each multiplication and addition in the linear layers and in
+attention: padding, embeddings, norms, activations, tokens and copies all lower the share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from common import Results, interleaved, ratios
+from transformers import AutoConfig, BertConfig
+
+from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode_catalogue
+from transrec_hf.data import load_catalogue
+
+
+SIZES = (1024, 2048, 4096)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder of the domain")
+    parser.add_argument(
+        "--text_model", required=True, help="folder of the text tower; its tokenizer serves BERT-base too"
+    )
+    parser.add_argument("--num_items", type=int, default=1500, help="a sample of the catalogue")
+    parser.add_argument("--max_text_length", type=int, default=64)
+
+
+def useful_flop(config: BertConfig, lengths: np.ndarray) -> float:
+    """Of a forward pass over texts of the given numbers of tokens."""
+    width, inner = config.hidden_size, config.intermediate_size
+    linear = 2 * lengths.sum() * (4 * width**2 + 2 * width * inner)
+    return float(config.num_hidden_layers * (linear + 4 * width * (lengths.astype(float) ** 2).sum()))
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP per second of the best square product."""
+    best = 0.0
+    for size in SIZES:
+        a, b = torch.randn(2, size, size).to(dtype)
+        a @ b
+        started = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        best = max(best, 3 * 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def run(options: argparse.Namespace, results: Results) -> None:
+    catalogue = load_catalogue(options.data).with_policy("text")
+    rows = np.random.default_rng(options.seed).permutation(len(catalogue))[: options.num_items]
+    catalogue = catalogue.select(np.sort(rows))
+    processor = TransRecProcessor.from_towers(options.text_model, max_text_length=options.max_text_length)
+    lengths = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths
+    small = AutoConfig.from_pretrained(options.text_model)
+    base = BertConfig(vocab_size=small.vocab_size)
+    for name, config in ((f"{small.hidden_size} wide, {small.num_hidden_layers} layers", small), ("BERT-base", base)):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(options.seed)
+            model = TransRecModel(TransRecConfig(text_config=config, hidden_size=256)).to(dtype)
+            peaks: list[float] = []
+
+            def encode(model: TransRecModel = model) -> None:
+                encode_catalogue(model, catalogue, processor, batch_size=512)
+
+            def peak(dtype: torch.dtype = dtype, peaks: list[float] = peaks) -> None:
+                peaks.append(matmul_rate(dtype))
+
+            seconds = interleaved({"encode": encode, "peak": peak}, options.repeats)
+            rates = [useful_flop(config, lengths) / value for value in seconds["encode"]]
+            kept, label = peaks[-options.repeats :], str(dtype).removeprefix("torch.")
+            results.add(name, "encoding", [rate / 1e9 for rate in rates], "GFLOP/s", dtype=label)
+            results.add(name, "matmul peak", [value / 1e9 for value in kept], "GFLOP/s", dtype=label)
+            results.add(name, "share of peak", ratios(rates, kept), "x", reference="matmul peak", dtype=label)
+            items = [len(catalogue) / value for value in seconds["encode"]]
+            results.add(name, "items per second", items, "items/s", dtype=label)

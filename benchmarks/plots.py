@@ -1,0 +1,100 @@
+"""
+The plots of README.md from the table of results:
+
+    python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from common import FOLDER
+
+
+Row = dict[str, str]
+
+
+def rows_of(path: str | Path, benchmark: str) -> list[Row]:
+    """The rows of one benchmark; of a row that was measured again the last one."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+    latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype")): row for row in rows}
+    return list(latest.values())
+
+
+def short(data: str) -> str:
+    """`data/hm` to `hm`."""
+    return Path(data).name
+
+
+def plot_speedups(path: str | Path, output: Path) -> None:
+    """Every ratio that the benchmarks report, on one logarithmic axis."""
+    names = ("throughput", "id_baseline", "encoding", "ranking")
+    rows = [row for name in names for row in rows_of(path, name) if row["metric"] == "speedup"]
+    labels = [f"{row['benchmark']}, {row['variant']}, {short(row['data'])} {row['dtype']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1))
+    values = [float(row["value"]) for row in rows]
+    axes.barh(labels[::-1], values[::-1], color="tab:blue")
+    for place, value in enumerate(values[::-1]):
+        axes.text(value, place, f" {value:.2g}x", va="center")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="times as fast as the reference")
+    axes.margins(x=0.15)
+    save(figure, output / "speedups.png")
+
+
+def plot_ablation(path: str | Path, output: Path) -> None:
+    """Users per second of each combination of levers."""
+    rows = [row for row in rows_of(path, "ablation") if row["metric"] == "users per second"]
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1))
+    axes.barh([row["variant"] for row in rows][::-1], [float(row["value"]) for row in rows][::-1], color="tab:green")
+    axes.set(xscale="log", xlabel="users per second")
+    save(figure, output / "ablation.png")
+
+
+def plot_quality(path: str | Path, output: Path) -> None:
+    """ndcg@10 of the validation targets over the time of training, one panel for each data set."""
+    rows = rows_of(path, "time_to_quality")
+    panels = sorted({row["data"] for row in rows})
+    if not panels:
+        return
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axes, data in zip(all_axes[0], panels, strict=True):
+        for variant, colour in (("official", "tab:red"), ("ours", "tab:blue")):
+            seconds, quality = curve(row for row in rows if row["data"] == data and row["variant"] == variant)
+            axes.plot([value / 60 for value in seconds], quality, "o-", color=colour, label=variant, markersize=3)
+        axes.set(title=short(data), xlabel="minutes of training", ylabel="validation ndcg@10", xscale="symlog")
+        axes.legend()
+    save(figure, output / "time_to_quality.png")
+
+
+def curve(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
+    """Seconds and ndcg@10 after each epoch; seconds that were not measured are those of an epoch times its number."""
+    values = {row["metric"]: float(row["value"]) for row in rows}
+    start = "ndcg@10 after epoch "
+    epochs = sorted(int(name.removeprefix(start)) for name in values if name.startswith(start))
+    seconds = [values.get(f"seconds after epoch {epoch}", values.get("epoch", 0.0) * epoch) for epoch in epochs]
+    return seconds, [values[f"{start}{epoch}"] for epoch in epochs]
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=FOLDER / "results.csv", help="table to plot")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the plots")
+    options = parser.parse_args()
+    for plot in (plot_speedups, plot_ablation, plot_quality):
+        plot(options.results, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""
+Two ways to train the same towers, and everything in between.
+
+The official recipe is written anew from the description of the method (arXiv 2206.06190 and its released code): one
+window per user and epoch, of up to 25 items of history, the 5 items after them as positives and 5 random negatives;
+a binary cross-entropy; every slot of the batch encoded, duplicates too, padded to one length; the upper two blocks of
+each tower trained and the lower ones run in every step; Adam at 1e-4, 128 users, fp32. Kinder than the original, it
+does not encode padding and has all images decoded in memory.
+
+Ours is what the package does by default: every position predicts its next item against the distinct items of the
+batch, each encoded once in buckets of like length, bf16, and the frozen blocks' states read from a store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode_catalogue
+from transrec_hf.activation_store import ActivationStore
+from transrec_hf.arguments import CONFIG_FIELDS
+from transrec_hf.data import Catalogue, Split, leave_one_out, load_domain, log_popularity
+from transrec_hf.data_collator import PADDING, DataCollatorForNextItem, TrainingWindows, pad_right, prepare_items
+from transrec_hf.encoding import standardize_projections
+from transrec_hf.evaluator import RankingEvaluator
+from transrec_hf.item_cache import ItemCache
+
+
+TRAINED_BLOCKS = 2
+ONE_BUCKET = 2**62  # tokens
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    How to train. The defaults are the official recipe.
+
+    Args:
+        unique (`bool`): encode each distinct item of a batch once, and not every slot.
+        buckets (`bool`): texts in buckets of like length and bounded size, and not padded to one length.
+        bf16 (`bool`): autocast.
+        store (`bool`): read the states of the frozen blocks.
+        every_position (`bool`): each position predicts the next item against the items of the batch, and not the last
+            position its next five against five random items.
+        batch_size (`int`): users.
+        learning_rate, tower_learning_rate (`float`): of Adam.
+    """
+
+    unique: bool = False
+    buckets: bool = False
+    bf16: bool = False
+    store: bool = False
+    every_position: bool = False
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    tower_learning_rate: float = 1e-4
+
+    @property
+    def levers(self) -> list[str]:
+        """The levers that are on."""
+        return [name for name, value in asdict(self).items() if value is True]
+
+
+OFFICIAL = Recipe()
+OURS = Recipe(*[True] * 5, batch_size=256, learning_rate=1e-3)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that the benchmarks of training share."""
+    parser.add_argument("--data", required=True, help="folder of the domain")
+    parser.add_argument("--text_model", help="folder of the text tower")
+    parser.add_argument("--vision_model", help="folder of the vision tower")
+    parser.add_argument("--modality_policy", default="one_per_item", help="the method has one modality per item")
+    parser.add_argument("--max_text_length", type=int, default=32, help="tokens, as in the paper")
+    parser.add_argument("--max_users", type=int, help="a sample of users, of the sequences as they are")
+
+
+class DecodedImages:
+    """Stands in for a processor, with all images decoded: a step then costs what the towers cost."""
+
+    def __init__(self, processor: TransRecProcessor, catalogue: Catalogue):
+        self.modalities, self.tokenizer = processor.modalities, processor.tokenizer
+        self.max_text_length = processor.max_text_length
+        rows = np.flatnonzero(catalogue.has_image) if "image" in processor.modalities else np.empty(0, dtype=int)
+        self.place = {int(row): place for place, row in enumerate(rows)}
+        parts = [processor(images=[catalogue.image(row)])["pixel_values"] for row in rows]
+        self.pixels = torch.cat(parts) if parts else torch.empty(0)
+
+    def __call__(self, images: list[int]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixels[[self.place[row] for row in images]]}
+
+
+@dataclass
+class Domain:
+    """A data set with its split, and what its items look like to the towers."""
+
+    catalogue: Catalogue
+    split: Split
+    processor: TransRecProcessor
+    towers: dict[str, str]
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> Domain:
+        """From the options of the command line."""
+        catalogue, sequences = load_domain(options.data, modality_policy=options.modality_policy)
+        if options.max_users is not None:
+            chosen = np.random.default_rng(options.seed).permutation(len(sequences))[: options.max_users]
+            sequences = sequences.select(np.sort(chosen))
+        names = {"text_model": options.text_model, "vision_model": options.vision_model}
+        towers = {name: path for name, path in names.items() if path}
+        processor = TransRecProcessor.from_towers(**towers, max_text_length=options.max_text_length)
+        return cls(catalogue, leave_one_out(sequences), processor, towers)
+
+    @functools.cached_property
+    def decoded(self) -> tuple[Catalogue, DecodedImages]:
+        """Catalogue and processor with all images decoded."""
+        catalogue = copy.copy(self.catalogue)
+        catalogue.image = int  # type: ignore[assignment, method-assign]
+        return catalogue, DecodedImages(self.processor, self.catalogue)
+
+    def build(self, recipe: Recipe, seed: int) -> TransRecModel:
+        """A model with its upper blocks trainable: the paper's where the recipe is the paper's, else the default."""
+        base = TransRecConfig() if recipe.every_position else TransRecConfig.paper()
+        fields = {name: getattr(base, name) for name in CONFIG_FIELDS}
+        if recipe.every_position:
+            fields |= {"hidden_size": 256, "max_position_embeddings": 25}
+        torch.manual_seed(seed)
+        model = TransRecModel.from_text_vision_pretrained(**self.towers, **fields)
+        model.freeze_towers(TRAINED_BLOCKS)
+        return model
+
+
+class Training:
+    """
+    A model and its optimizer under one recipe.
+
+    Args:
+        domain ([`Domain`]): the data.
+        recipe ([`Recipe`]): how to train.
+        seed (`int`): of weights, order and negatives.
+    """
+
+    def __init__(self, domain: Domain, recipe: Recipe, seed: int):
+        self.domain, self.recipe, self.seed = domain, recipe, seed
+        self.model = domain.build(recipe, seed)
+        config, train = self.model.config, domain.split.train
+        if not recipe.every_position:
+            train = train.truncate(config.max_position_embeddings + config.num_positives)  # one window per user
+        self.windows = TrainingWindows(train, config.max_position_embeddings, config.num_targets)
+        self.counts = domain.split.train.item_counts(len(domain.catalogue))
+        popularity = log_popularity(self.counts)
+        self.collator = DataCollatorForNextItem(domain.catalogue, domain.processor, config, popularity, seed)
+        self.store: ActivationStore | None = None
+        self.cache: ItemCache | None = None
+        started = time.perf_counter()
+        if recipe.store:
+            self.folder = tempfile.TemporaryDirectory()
+            with self.autocast():
+                self.store = ActivationStore(
+                    self.folder.name,
+                    self.model,
+                    domain.processor,
+                    domain.catalogue,
+                    torch.bfloat16 if recipe.bf16 else torch.float32,
+                )
+                self.store.fill()
+        if recipe.every_position:
+            with self.autocast():
+                standardize_projections(self.model, domain.catalogue, domain.processor, seed=seed, store=self.store)
+        self.preparation_seconds = time.perf_counter() - started
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        towers = [parameter for name, parameter in trained.items() if "text_model." in name or "vision_model." in name]
+        rest = [parameter for parameter in trained.values() if not any(parameter is other for other in towers)]
+        groups = [{"params": towers, "lr": recipe.tower_learning_rate}, {"params": rest, "lr": recipe.learning_rate}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.batches = self.endless()
+
+    def autocast(self) -> torch.autocast:
+        """In the recipe's dtype."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.bf16)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.windows) // self.recipe.batch_size)
+
+    def endless(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches of users, epoch after epoch in another order."""
+        rng = np.random.default_rng(self.seed)
+        while True:
+            order = rng.permutation(len(self.windows))
+            for start in range(0, len(order), self.recipe.batch_size):
+                yield [self.windows[index] for index in order[start : start + self.recipe.batch_size]]
+            self.windows.set_epoch(self.windows.epoch + 1)
+
+    def collate(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of model inputs as the recipe has it."""
+        recipe, domain = self.recipe, self.domain
+        windows = [self.collator.split(np.asarray(feature["items"])) for feature in features]
+        history, target = (pad_right(part) for part in zip(*windows, strict=True))
+        negative = self.collator.negatives(features, np.concatenate([history, target], axis=1), target)
+        indices = {"history_index": history, "target_index": target}
+        if negative.size:
+            indices["negative_index"] = negative
+        slots = np.concatenate([index.ravel() for index in indices.values()])
+        if recipe.unique:
+            rows, place = np.unique(slots[slots != PADDING], return_inverse=True)
+        else:
+            rows = slots[slots != PADDING]
+            place = np.arange(len(rows))
+        flat = np.full(len(slots), PADDING)
+        flat[slots != PADDING] = place
+        max_tokens = 2048 if recipe.buckets else ONE_BUCKET
+        catalogue, processor = domain.decoded if self.store is None else (domain.catalogue, domain.processor)
+        batch = prepare_items(catalogue, rows, processor, self.store, max_tokens)  # type: ignore[arg-type]
+        batch["log_popularity"] = torch.from_numpy(self.collator.log_popularity[rows])
+        sizes = np.cumsum([index.size for index in indices.values()])[:-1]
+        for (name, index), part in zip(indices.items(), np.split(flat, sizes), strict=True):
+            batch[name] = torch.from_numpy(part.reshape(index.shape))
+        return batch
+
+    def steps(self, count: int) -> tuple[int, int]:
+        """Train for some steps. Returns the users and the encoded items they had."""
+        users = items = 0
+        self.model.train()
+        for step in range(count):
+            features = next(self.batches)
+            batch = self.collate(features)
+            if self.cache is not None:
+                batch = self.cache.leave_out(batch, step)
+            with self.autocast():
+                output = self.model(**batch)
+            output.loss.backward()
+            if self.cache is not None:
+                self.cache.update(batch, output.item_embeds, step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            users += len(features)
+            items += len(batch["item_ids"]) - len(batch.get("cached_index", ()))
+        return users, items
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the validation targets."""
+        domain = self.domain
+        evaluator = RankingEvaluator(domain.catalogue, domain.split.validation, domain.processor)
+        with self.autocast():
+            embeds = encode_catalogue(self.model, domain.catalogue, domain.processor, store=self.store)
+            return evaluator(self.model, item_embeds=embeds)
