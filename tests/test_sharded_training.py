@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from transrec_hf.encoding import encode_catalogue
 from transrec_hf.trainer import check_sharding
 
 
-CONFIGS = sorted((Path(__file__).parent.parent / "examples" / "accelerate_configs").glob("*.yaml"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 FSDP = pytest.param("fsdp2", id="FSDP2")
 ZERO = pytest.param(
     "deepspeed_zero2",
@@ -66,6 +68,18 @@ def test_configurations_are_understood(path):
     known = vars(launch_command_parser().parse_args(["train.py"]))
     assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
     assert config.num_processes == 2 and config.mixed_precision == "no"
+
+
+def test_documented_files_exist():
+    """Those of the commands and links of the page on the examples."""
+    page = EXAMPLES / "README.md"
+    text = page.read_text()
+    named = re.findall(r"(?<=\s)(examples/[\w./]+\w)", text) + [
+        f"examples/{link}" for link in re.findall(r"\]\((\w[^)]*)\)", text)
+    ]
+    assert "examples/accelerate_configs/ddp.yaml" in named and "examples/finetune.py" in named
+    assert not [name for name in named if not (EXAMPLES.parent / name).exists()]
+    assert not [path.name for path in CONFIGS if path.name not in text]
 
 
 def test_configurations_shard_what_they_say(monkeypatch):
