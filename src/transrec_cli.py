@@ -1,4 +1,4 @@
-"""The `transrec` command: push, describe and look at checkpoints.
+"""The `transrec` command: plan runs, and push, describe and look at checkpoints.
 
 It is a module of its own, beside the package, because importing the package imports torch: so `transrec --help`
 answers at once. Each verb imports what it needs.
@@ -16,7 +16,7 @@ import typer
 
 
 app = typer.Typer(
-    help="Push, describe and look at checkpoints of transrec-hf.",
+    help="Plan runs of transrec-hf, and push, describe and look at checkpoints.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,7 +29,7 @@ Token = Annotated[str | None, typer.Option(help="Hub token, instead of the one o
 
 @app.callback()
 def root() -> None:
-    """Push, describe and look at checkpoints of transrec-hf."""
+    """Plan runs of transrec-hf, and push, describe and look at checkpoints."""
 
 
 @app.command()
@@ -115,6 +115,29 @@ def info(
         typer.echo(format_facts(path_or_id, facts))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict what a training run takes on this machine.
+
+    Takes the options of examples/pretrain.py, a YAML file or --option value: encodings, operations, memory, time and
+    the activation store, from the data and a calibration of about 10 seconds, and what to change. Nothing is written.
+    """
+    import dataclasses
+
+    from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, parse_arguments
+    from transrec_hf.planning import plan_options
+    from transrec_hf.training_run import RunArguments
+
+    options = parse_arguments(
+        (ModelArguments, DataArguments, SplitArguments, RunArguments), context.args, output_dir="runs/plan"
+    )
+    result = plan_options(*options)
+    typer.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else format_plan(result))
+
+
 def find_folder(path_or_id: str, revision: str | None, token: str | None) -> Path:
     """The folder itself, or one with the small files of a repository on the Hub."""
     from huggingface_hub import snapshot_download
@@ -148,6 +171,33 @@ def format_facts(name: str, facts: dict[str, Any]) -> str:
         lines[f"  {metric}"] = f"{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
     width = max(map(len, lines))
     return "\n".join([name, *(f"  {fact:<{width}}  {value}" for fact, value in lines.items())])
+
+
+def format_plan(plan: Any) -> str:
+    """A [`Plan`], one fact a line, and its advice."""
+    step = plan.step
+    lines = [
+        f"{plan.machine}, {plan.dtype}",
+        f"  an epoch        {plan.steps_per_epoch:,} steps of {step.users:,.0f} users",
+        f"  a step encodes  {step.items:,.0f} distinct items of {step.slots:,.0f} ({step.distinct_share:.0%}): "
+        f"{step.texts:,.0f} texts with {step.tokens:,.0f} tokens, {step.images:,.0f} images",
+        "",
+    ]
+    ways = {"without a store": plan.without_store, "with a store": plan.with_store}
+    ways = {name: way for name, way in ways.items() if way is not None}
+    rows = {
+        "TFLOP of an epoch": lambda way: f"{way.epoch_tflop:,.1f}",
+        "share of the towers": lambda way: f"{way.tower_share:.0%}",
+        "seconds of a step": lambda way: f"{way.step_seconds:,.2f}",
+        "seconds of an epoch": lambda way: f"{way.epoch_seconds:,.0f}",
+        "seconds of an evaluation": lambda way: f"{way.evaluation_seconds:,.1f}",
+        "peak memory, GB": lambda way: f"{way.memory_gb:.1f}",
+    }
+    lines.append(" " * 26 + "".join(f"{name:>18}" for name in ways))
+    lines += [f"  {name:<24}" + "".join(f"{cell(way):>18}" for way in ways.values()) for name, cell in rows.items()]
+    if plan.with_store is not None:
+        lines += ["", f"  filling the store once takes {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB of disk"]
+    return "\n".join([*lines, "", *(f"  {sentence}" for sentence in plan.advice)])
 
 
 def main() -> None:
