@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from common import Results
 from PIL import Image
 
 
-ROWS = 100_000  # written at a time
+ITEM_ROWS, INTERACTION_ROWS = 5_000, 250_000  # written at a time, each a row group, which a reader holds
 IMAGE_SIZE = 32  # pixels, both sides
 NUM_WORDS = 2_000
 HIDDEN_SIZE = 64
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of training")
     parser.add_argument("--batch_size", type=int, default=64, help="users per step")
     parser.add_argument("--trainable_blocks", type=int, default=0, help="of each tower; 0 freezes them")
+    parser.add_argument("--activation_store", action="store_true", help="compute the frozen blocks once per item")
     parser.add_argument("--eval_users", type=int, default=2_000, help="users to rank all items for")
     parser.add_argument("--baselines", action="store_true", help="evaluate those too that need no training")
     parser.add_argument("--folder", help="where to write files and caches; a temporary one, deleted, if not given")
@@ -56,8 +58,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_domain(Path(folder), options)
         os.environ["HF_DATASETS_CACHE"] = str(Path(folder, "cache"))
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            phases = pool.apply(measure, (folder, options))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            phases = pool.submit(measure, folder, options).result()
     variant = (
         f"{options.num_items:,} items, {options.num_images:,} images, {options.num_users:,} users, "
         f"{options.num_interactions:,} interactions"
@@ -91,8 +93,8 @@ def item_parts(rng: np.random.Generator, num_items: int, num_images: int) -> Ite
     words = invented_words(NUM_WORDS)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("item_id", pa.string()), ("text", pa.string()), ("image", image)])
-    for start in range(0, num_items, ROWS):
-        rows = np.arange(start, min(start + ROWS, num_items))
+    for start in range(0, num_items, ITEM_ROWS):
+        rows = np.arange(start, min(start + ITEM_ROWS, num_items))
         sizes = rng.integers(3, 9, size=len(rows))
         titles = [
             " ".join(title)
@@ -133,8 +135,8 @@ def interaction_parts(rng: np.random.Generator, lengths: np.ndarray, num_items: 
     names = rng.permutation(num_items)
     users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     rng.shuffle(users)
-    for start in range(0, len(users), ROWS):
-        part = users[start : start + ROWS]
+    for start in range(0, len(users), INTERACTION_ROWS):
+        part = users[start : start + INTERACTION_ROWS]
         items = names[np.searchsorted(popularity, rng.random(len(part)) * popularity[-1])]
         yield pa.table(
             {
@@ -186,7 +188,6 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
     with memory.phase("import"):
         from transrec_hf import TransRecTrainer, TransRecTrainingArguments, data_statistics, leave_one_out, load_domain
         from transrec_hf.encoding import encode_catalogue
-        from transrec_hf.evaluator import RankingEvaluator
     with memory.phase("read and check"):
         catalogue, sequences = load_domain(folder)
     with memory.phase("split"):
@@ -200,6 +201,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             trainable_blocks=options.trainable_blocks,
+            activation_store=str(Path(folder, "store")) if options.activation_store else None,
             seed=options.seed,
             eval_strategy="no",
             save_strategy="no",
@@ -210,14 +212,14 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
         trainer = TransRecTrainer(model, arguments, catalogue=catalogue, split=split, processing_class=processor)
         trainer.train()
     with memory.phase("encode the catalogue"):
-        item_embeds = encode_catalogue(model, catalogue, processor, batch_size=256)
-    users = np.random.default_rng(options.seed).permutation(len(split.test))[: options.eval_users]
-    with memory.phase(f"rank all items for {len(users)} users"):
-        train = split.train if options.baselines else None
-        evaluator = RankingEvaluator(
-            catalogue, split.test.select(users), processor, train=train, train_counts=trainer.train_counts
-        )
+        item_embeds = encode_catalogue(model, catalogue, processor, batch_size=256, store=trainer.store)
+    with memory.phase(f"rank all items for {options.eval_users} users"):
+        evaluator = trainer.ranking_evaluator(split.test, max_users=options.eval_users)
         evaluator.evaluate(model, item_embeds=item_embeds)
+    if options.baselines:
+        with memory.phase(f"baselines for {options.eval_users} users"):
+            evaluator.train = split.train
+            evaluator.evaluate_baselines(MAX_HISTORY)
     names = ("peak_rss", "peak_private")
     peaks = {name: (max(phase[name][0] for phase in memory.phases.values()), "MiB") for name in names}
     return {**memory.phases, "all": {"seconds": (time.perf_counter() - started, "s"), **peaks}}

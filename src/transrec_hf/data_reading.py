@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.dataset
 import pyarrow.json
 import pyarrow.parquet
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 MODALITIES = ("text", "image")
 INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
 MAX_EXAMPLES = 5
-BLOCK = 2**20
+BLOCK = 2**18
 """Interactions read, sorted or counted at a time: what is done with all of them is done in such blocks."""
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -266,8 +267,13 @@ def read_items(path: Path) -> datasets.Dataset:
     check_columns(columns, str(path), ("item_id",), MODALITIES)
     if rows == 0:
         raise DataError(f"{path}: the catalogue is empty. Add at least one item.")
+    unbuffered = pa.dataset.ParquetFragmentScanOptions(
+        pre_buffer=False
+    )  # or all images are held before one is written
     try:
-        return datasets.load_dataset("parquet", data_files=_escape_glob(path), split="train")
+        return datasets.load_dataset(
+            "parquet", data_files=_escape_glob(path), split="train", fragment_scan_options=unbuffered
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(
             f"{path}: cannot be read into the cache ({error.__cause__ or error}). Write it again."
@@ -306,8 +312,9 @@ def read_interactions(source: datasets.Dataset | Path, name: str) -> tuple[int, 
 def _read_parquet_blocks(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     try:
         with pa.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BLOCK, columns=columns):
-                yield pa.Table.from_batches([batch])
+            for row_group in range(file.num_row_groups):  # of all that it iterates over, Arrow holds what it has read
+                for batch in file.iter_batches(BLOCK, row_groups=[row_group], columns=columns):
+                    yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
 
