@@ -326,6 +326,18 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
     assert cached.is_relative_to(datasets.config.HF_DATASETS_CACHE)  # memory-mapped from there
 
 
+def test_interactions_of_a_parquet_file_are_not_held(tmp_path: Path) -> None:
+    size = 1_000_000
+    users = np.random.default_rng(0).permutation(size)
+    events = pa.table([users, pa.repeat("0", size), np.arange(size)], EVENT_NAMES)
+    pq.write_table(events, tmp_path / "interactions.parquet", row_group_size=10_000)
+    before = pa.total_allocated_bytes()
+    found, blocks = data_reading.read_interactions(tmp_path / "interactions.parquet", "events")
+    held = [pa.total_allocated_bytes() - before for _ in blocks]
+    assert max(held) < 2_000_000  # the file weighs 10 MB
+    assert (found, len(held)) == (size, 100)
+
+
 def small_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Work on interactions in blocks of `size`, and keep their columns in files."""
     monkeypatch.setattr(data, "BLOCK", size)

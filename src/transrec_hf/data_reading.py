@@ -267,9 +267,7 @@ def read_items(path: Path) -> datasets.Dataset:
     check_columns(columns, str(path), ("item_id",), MODALITIES)
     if rows == 0:
         raise DataError(f"{path}: the catalogue is empty. Add at least one item.")
-    unbuffered = pa.dataset.ParquetFragmentScanOptions(
-        pre_buffer=False
-    )  # or all images are held before one is written
+    unbuffered = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False)  # or Arrow holds the whole file
     try:
         return datasets.load_dataset(
             "parquet", data_files=_escape_glob(path), split="train", fragment_scan_options=unbuffered
