@@ -493,19 +493,18 @@ class Calibration:
 
     def fill(
         self, folder: str, rows: np.ndarray, units: dict[str, np.ndarray], pooled: bool
-    ) -> tuple[ActivationStore, float, float]:
-        """A store of some catalogue rows, the seconds it took, and the bytes of one of all items."""
+    ) -> tuple[ActivationStore, float]:
+        """A store of some catalogue rows, and the bytes of one of all items."""
         dtype, sample = torch.bfloat16 if self.args.bf16 else torch.float32, self.catalogue.select(rows)
         with self.autocast():
             store = ActivationStore(folder, self.model, self.processor, sample, dtype=dtype)  # type: ignore[arg-type]
-            started = time.perf_counter()
             store.fill(batch_size=self.args.per_device_eval_batch_size)
-        seconds, num_bytes = time.perf_counter() - started, 0.0
+        num_bytes = 0.0
         for modality, counts in units.items():
             states = counts > 0 if modality == "text" and pooled else counts
             stored_bytes = sum(content_bytes(path) for path in Path(folder).glob(f"{modality}-*/*"))
             num_bytes += stored_bytes * int(states.sum()) / max(int(states[rows].sum()), 1)
-        return store, seconds, num_bytes
+        return store, num_bytes
 
 
 # Forecast -----------------------------------------------------------------------------------------------------------
@@ -670,9 +669,7 @@ def plan_run(
         bar.update()
         pooled = "text" in units and model.item_encoder.is_stored_pooled("text")
         if depths and all(depths):
-            store, fill_seconds, store_bytes = calibration.fill(folder, rows, units, pooled)
-            encoded = count_items(units, rows, max_tokens)
-            fill_seconds *= encoding_seconds(everything, costs, args) / encoding_seconds(encoded, costs, args)
+            store, store_bytes = calibration.fill(folder, rows, units, pooled)
             again = np.resize(np.arange(len(rows)), int(step.items))
             prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, store), store)
             stored_costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
@@ -688,6 +685,8 @@ def plan_run(
         stored_costs = replace(stored_costs, base_bytes=base_bytes)
         counts = step.stored(pooled), everything.stored(pooled)
         with_store = make_forecast(args, num_steps(), *counts, stored_costs, filling)
+        # what evaluations are spared later; not less than nothing where the clock is coarser than the tower
+        fill_seconds = max(0.0, without_store.evaluation_seconds - with_store.evaluation_seconds)
         if args.activation_store is not None:
             used, used_pooled = stored_costs, pooled
     larger_batches = {
