@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         nargs="+",
-        default=["20000x12000x64", "20000x12000x256", "2000x200000x64", "2000x200000x256"],
+        default=["10000x12000x64", "10000x12000x256", "1024x200000x64", "1024x200000x256"],
         help="users x items x size of their vectors",
     )
     parser.add_argument("--history", type=int, default=20, help="items masked for each user")
