@@ -12,8 +12,8 @@ package reads a user's items once and has a target at every position. Seconds of
 What differs is each one's own: RecBole normalises after a sub-layer, this package before it; RecBole's softmax is over
 the catalogue, the one of this package over the items of its batch; this package's learning rate falls to zero.
 
-The defaults were chosen with `--tune` on the validation targets of amazon-beauty, from the first one or two epochs of a
-few settings, RecBole's batch of 256 with histories of 20. Learning rate: 3e-3 rather than 1e-3 for both. RecBole's
+The defaults were chosen with `--tune` on the validation targets of amazon-beauty, from the first one or two epochs of
+a few settings, RecBole's batch of 256 with histories of 20. Learning rate: 3e-3 rather than 1e-3 for both. RecBole's
 batch: 256 rather than its 2048, with which so few epochs hold too few steps. Dropout is RecBole's, for both.
 """
 
