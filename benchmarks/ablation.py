@@ -2,9 +2,9 @@
 What each lever of the training speed is worth: users per second of the official recipe, of it with one lever, of all
 levers together, and of all but one.
 
-`unique` encodes each distinct item of a batch once, `buckets` groups texts by length within a budget of tokens, `bf16`
-is autocast, `store` reads the states of the frozen blocks, `every_position` trains every position against the items of
-the batch in place of the last one against random items.
+`unique` encodes each distinct item of a batch once, `buckets` groups texts by length within a budget of tokens and
+encodes a bounded number of images at a time, `bf16` is autocast, `store` reads the states of the frozen blocks,
+`every_position` trains every position against the items of the batch in place of the last one against random items.
 """
 
 from __future__ import annotations

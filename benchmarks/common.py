@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ COLUMNS = (
     *("benchmark", "variant", "metric", "value", "unit", "low", "high", "repeats", "reference"),
     *("data", "dtype", "seed", "machine", "command", "date", "commit"),
 )
+
+
+Row = dict[str, str]
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -130,3 +133,20 @@ class Results:
             writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
         print(f"{variant}: {metric} {median:.4g} {unit}", flush=True)
         return median
+
+
+def rows_of(path: str | Path, benchmark: str) -> list[Row]:
+    """The rows of one benchmark; of a row that was measured again the last one."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+    latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype")): row for row in rows}
+    return list(latest.values())
+
+
+def learning_curve(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
+    """Seconds and ndcg@10 after each epoch; seconds that were not measured are those of an epoch times its number."""
+    values = {row["metric"]: float(row["value"]) for row in rows}
+    start = "ndcg@10 after epoch "
+    epochs = sorted(int(name.removeprefix(start)) for name in values if name.startswith(start))
+    seconds = [values.get(f"seconds after epoch {epoch}", values.get("epoch", 0.0) * epoch) for epoch in epochs]
+    return seconds, [values[f"{start}{epoch}"] for epoch in epochs]

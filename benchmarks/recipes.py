@@ -36,7 +36,7 @@ from transrec_hf.item_cache import ItemCache
 
 
 TRAINED_BLOCKS = 2
-ONE_BUCKET = 2**62  # tokens
+ONE_BUCKET = 2**62  # tokens or images
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Recipe:
 
     Args:
         unique (`bool`): encode each distinct item of a batch once, and not every slot.
-        buckets (`bool`): texts in buckets of like length and bounded size, and not padded to one length.
+        buckets (`bool`): texts in buckets of like length and bounded size, and not padded to one length; images in
+            passes of bounded size.
         bf16 (`bool`): autocast.
         store (`bool`): read the states of the frozen blocks.
         every_position (`bool`): each position predicts the next item against the items of the batch, and not the last
@@ -152,6 +153,8 @@ class Training:
     def __init__(self, domain: Domain, recipe: Recipe, seed: int):
         self.domain, self.recipe, self.seed = domain, recipe, seed
         self.model = domain.build(recipe, seed)
+        if not recipe.buckets:
+            self.model.images_per_pass = ONE_BUCKET
         config, train = self.model.config, domain.split.train
         if not recipe.every_position:
             train = train.truncate(config.max_position_embeddings + config.num_positives)  # one window per user

@@ -16,7 +16,7 @@ import statistics
 import time
 
 import recipes
-from common import Results
+from common import Results, learning_curve, rows_of
 from recipes import OFFICIAL, OURS, Domain, Training
 
 
@@ -25,11 +25,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--official_epochs", type=int, default=0, help="what the official recipe learns")
     parser.add_argument("--our_epochs", type=int, default=0, help="what ours learns, timed")
     parser.add_argument("--official_steps", type=int, default=0, help="real steps of the official recipe, timed")
+    parser.add_argument("--summary", action="store_true", help="compare what the table has")
     parser.add_argument("--learning_rate", type=float, default=OURS.learning_rate, help="of ours")
     parser.add_argument("--tower_learning_rate", type=float, default=OURS.tower_learning_rate, help="of ours")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
+    if options.summary:
+        summarise(options.data, results)
+        return
     domain = Domain.load(options)
     if options.official_epochs:
         quick = dataclasses.replace(OFFICIAL, unique=True, buckets=True, bf16=True, store=True)
@@ -62,3 +66,21 @@ def learn(variant: str, training: Training, num_epochs: int, results: Results, s
         results.add(variant, f"hit_rate@10 after epoch {epoch}", metrics["hit_rate@10"], "", dtype="bf16")
         if variant == "ours" or epoch == 0:
             results.add(variant, f"seconds after epoch {epoch}", seconds, "s", dtype="bf16")
+
+
+def summarise(data: str, results: Results) -> None:
+    """How much sooner ours reaches the best that the official recipe does, and what it reaches itself."""
+    rows = [row for row in rows_of(results.path, "time_to_quality") if row["data"] == data]
+    curves = {
+        variant: learning_curve(row for row in rows if row["variant"] == variant) for variant in ("official", "ours")
+    }
+    for variant, (_, quality) in curves.items():
+        results.add(variant, "best ndcg@10", max(quality), "")
+    goal = max(curves["official"][1])
+    needed = {
+        variant: next((time for time, value in zip(*curve, strict=True) if value >= goal), float("inf"))
+        for variant, curve in curves.items()
+    }
+    for variant, seconds in needed.items():
+        results.add(variant, "time to the official recipe's best", seconds, "s")
+    results.add("ours", "sooner", needed["official"] / needed["ours"], "x", reference="official")

@@ -215,6 +215,25 @@ def test_a_chunk_draws_the_same_dropout_again():
     assert slope.item() == pytest.approx((up - down).item() / (2 * step), rel=0.05)
 
 
+@pytest.mark.parametrize("tower", VISION_TOWERS)
+def test_passes_of_images_change_nothing(tower):
+    config = tower_config("image", tower)
+    whole, parts = make_model(config), make_model(config)
+    parts.images_per_pass = 2
+    batch = make_batch(config, catalogue=make_catalogue(kinds=("image",)))
+    for model in (whole, parts):
+        model(**batch).loss.backward()
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-3, atol=5e-5)
+
+
+def test_batch_norms_in_training_see_all_images():
+    model = make_model(tower_config("image", "resnet"))
+    assert model.image_pass_size() == 32
+    assert model.train().image_pass_size() > 10**6
+    model.freeze_towers(0)
+    assert model.image_pass_size() == 32
+
+
 def test_of_chunks_only_the_vectors_are_kept():
     catalogue = make_catalogue(64, kinds=("text",))
     model = make_model(make_config("text")).train()

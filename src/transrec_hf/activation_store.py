@@ -215,8 +215,8 @@ class ActivationStore:
         """By modality, catalogue rows and their states, each `(states of the item, ...)`, on the host."""
         encoder, rows, found = self.model.item_encoder, batch["item_ids"], {}
         batch = move(batch, self.model.device)
+        parts: list[Tensor] = []
         if "text_index" in batch:
-            parts: list[Tensor] = []
             for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 inputs = {"input_ids": input_ids, "attention_mask": mask}
                 if encoder.is_stored_pooled("text"):
@@ -227,13 +227,15 @@ class ActivationStore:
                     parts += [item[kept] for item, kept in zip(states, mask.bool().cpu(), strict=True)]
             found["text"] = list(zip(rows[batch["text_index"].cpu()].tolist(), parts, strict=True))
         if "image_index" in batch:
-            pixels = batch["pixel_values"].to(encoder.vision_model.dtype, memory_format=torch.channels_last)
-            if encoder.is_stored_pooled("image"):
-                states = encoder.pool_image(encoder.vision_model(pixel_values=pixels))
-            else:
-                states = lower_states(encoder.vision_model, self.depths["image"], pixel_values=pixels)
-            states = states.to(self.dtype).cpu().unsqueeze(1)
-            found["image"] = list(zip(rows[batch["image_index"].cpu()].tolist(), states, strict=True))
+            parts = []
+            for pixels in batch["pixel_values"].split(self.model.image_pass_size()):
+                pixels = pixels.to(encoder.vision_model.dtype, memory_format=torch.channels_last)
+                if encoder.is_stored_pooled("image"):
+                    states = encoder.pool_image(encoder.vision_model(pixel_values=pixels))
+                else:
+                    states = lower_states(encoder.vision_model, self.depths["image"], pixel_values=pixels)
+                parts += states.to(self.dtype).cpu().unsqueeze(1)
+            found["image"] = list(zip(rows[batch["image_index"].cpu()].tolist(), parts, strict=True))
         return found
 
     def prepare(self, rows: np.ndarray, max_tokens: int = 2048) -> dict[str, Any]:

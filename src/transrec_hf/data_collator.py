@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -225,6 +226,11 @@ class DataCollatorForNextItem:
         items = items[-(length + 1) :]
         return items[:-1], items[1:]
 
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        """Popularity, summed up over the catalogue."""
+        return np.cumsum(np.exp(self.log_popularity.astype(np.float64)))
+
     def negatives(self, features: Sequence[dict[str, Any]], slots: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The catalogue rows of the negatives that the objective draws, empty if it draws none."""
         seed = [self.seed, features[0].get("epoch", 0), *(int(feature.get("user", 0)) for feature in features)]
@@ -237,6 +243,6 @@ class DataCollatorForNextItem:
             drawn = drawn.reshape(*target.shape, num_negatives)
             return np.where(target[..., None] == PADDING, PADDING, drawn)
         if self.config.objective == "sampled_softmax":
-            probabilities = np.exp(self.log_popularity.astype(np.float64))
-            return rng.choice(num_items, size=num_negatives, p=probabilities / probabilities.sum())
+            drawn = rng.random(num_negatives) * self._cumulative[-1]
+            return np.searchsorted(self._cumulative, drawn, side="right").clip(max=num_items - 1)
         return np.empty(0, dtype=np.int64)

@@ -546,6 +546,7 @@ class TransRecModel(TransRecPreTrainedModel):
         self.item_encoder = ItemEncoder(config, text_model, vision_model)
         self.user_encoder = UserEncoder(config)
         self.item_chunk_size: int | None = None
+        self.images_per_pass: int | None = None
         self.post_init()
 
     @classmethod
@@ -665,7 +666,25 @@ class TransRecModel(TransRecPreTrainedModel):
         Vectors of images: `(n_image, channels, height, width)` to `(n_image, hidden_size)`; `image_states` are what an
         [`ActivationStore`] has in place of the pixels.
         """
-        return self._in_chunks(self.item_encoder.encode_images, pixel_values, image_states)
+        size = self.image_pass_size()
+        if pixel_values is None:
+            passes = [(None, states) for states in image_states.split(size)]  # type: ignore[union-attr]
+        else:
+            passes = [(pixels, None) for pixels in pixel_values.split(size)]  # type: ignore[misc]
+        return torch.cat([self._in_chunks(self.item_encoder.encode_images, *images) for images in passes])
+
+    def image_pass_size(self) -> int:
+        """
+        Images that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave their maps in
+        its cache, elsewhere all. Batch norms in training see all images of the batch.
+        """
+        if self.images_per_pass is not None:
+            return self.images_per_pass
+        modules = self.item_encoder.vision_model.modules()
+        all_at_once = self.device.type != "cpu" or any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in modules
+        )
+        return 2**31 if all_at_once else 32
 
     def get_item_features(
         self,

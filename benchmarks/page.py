@@ -1,34 +1,48 @@
 """
-The plots of README.md from the table of results:
+Makes the tables and plots of README.md from the table of results:
 
-    python benchmarks/plots.py
+    python benchmarks/page.py
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Iterable
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import FOLDER
-
-
-Row = dict[str, str]
-
-
-def rows_of(path: str | Path, benchmark: str) -> list[Row]:
-    """The rows of one benchmark; of a row that was measured again the last one."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
-    latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype")): row for row in rows}
-    return list(latest.values())
+from common import FOLDER, Row, learning_curve, rows_of
 
 
 def short(data: str) -> str:
     """`data/hm` to `hm`."""
     return Path(data).name
+
+
+def format_row(row: Row) -> str:
+    """One line of a table."""
+    number = f"{float(row['value']):.3g}"
+    if row["low"]:
+        number += f" [{float(row['low']):.3g}, {float(row['high']):.3g}]"
+    reference = f", over {row['reference']}" if row["reference"] else ""
+    facts = " ".join([short(row["data"]), row["dtype"]]).strip()
+    return f"| {row['variant']} | {facts} | {row['metric']}{reference} | {number} {row['unit']} |"
+
+
+def fill_tables(page: str, path: str | Path) -> str:
+    """
+    The page with its tables made anew: between `<!-- table NAME: METRIC, METRIC -->` and `<!-- end -->` are the rows
+    of that benchmark with these metrics, or with all.
+    """
+
+    def table(match: re.Match) -> str:
+        metrics = [name.strip() for name in match["metrics"].split(",")] if match["metrics"] else None
+        rows = [row for row in rows_of(path, match["name"]) if metrics is None or row["metric"] in metrics]
+        head = "| | data | | median [lowest, highest] |\n|---|---|---|---|\n"
+        return f"{match['start']}\n\n{head}" + "".join(f"{format_row(row)}\n" for row in rows) + "\n<!-- end -->"
+
+    pattern = r"(?P<start><!-- table (?P<name>\w+)(: (?P<metrics>[^>]+?))? -->).*?<!-- end -->"
+    return re.sub(pattern, table, page, flags=re.DOTALL)
 
 
 def plot_speedups(path: str | Path, output: Path) -> None:
@@ -65,20 +79,11 @@ def plot_quality(path: str | Path, output: Path) -> None:
     figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axes, data in zip(all_axes[0], panels, strict=True):
         for variant, colour in (("official", "tab:red"), ("ours", "tab:blue")):
-            seconds, quality = curve(row for row in rows if row["data"] == data and row["variant"] == variant)
+            seconds, quality = learning_curve(row for row in rows if row["data"] == data and row["variant"] == variant)
             axes.plot([value / 60 for value in seconds], quality, "o-", color=colour, label=variant, markersize=3)
         axes.set(title=short(data), xlabel="minutes of training", ylabel="validation ndcg@10", xscale="symlog")
         axes.legend()
     save(figure, output / "time_to_quality.png")
-
-
-def curve(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
-    """Seconds and ndcg@10 after each epoch; seconds that were not measured are those of an epoch times its number."""
-    values = {row["metric"]: float(row["value"]) for row in rows}
-    start = "ndcg@10 after epoch "
-    epochs = sorted(int(name.removeprefix(start)) for name in values if name.startswith(start))
-    seconds = [values.get(f"seconds after epoch {epoch}", values.get("epoch", 0.0) * epoch) for epoch in epochs]
-    return seconds, [values[f"{start}{epoch}"] for epoch in epochs]
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -90,10 +95,12 @@ def save(figure: plt.Figure, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=FOLDER / "results.csv", help="table to plot")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the plots")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of README.md and the plots")
     options = parser.parse_args()
     for plot in (plot_speedups, plot_ablation, plot_quality):
         plot(options.results, options.output)
+    page = options.output / "README.md"
+    page.write_text(fill_tables(page.read_text(encoding="utf-8"), options.results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The table of benchmarks is whole, and the page shows what it says."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROWS = list(csv.DictReader((FOLDER / "results.csv").open(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path():
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def test_every_row_tells_how_it_came_about():
+    columns = importlib.import_module("common").COLUMNS
+    assert ROWS and tuple(ROWS[0]) == columns
+    for row in ROWS:
+        float(row["value"])
+        for name in ("benchmark", "variant", "metric", "repeats", "data", "seed", "machine", "command", "date"):
+            assert row[name], (name, row)
+        assert " /" not in row["command"], f"a path of one machine: {row['command']}"
+        assert bool(row["reference"]) == (row["unit"] == "x"), row
+        if row["low"]:
+            assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+
+
+def test_the_page_shows_the_table():
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert importlib.import_module("page").fill_tables(page, FOLDER / "results.csv") == page, "run benchmarks/page.py"
+
+
+def test_every_benchmark_can_be_run():
+    for name in importlib.import_module("run").BENCHMARKS:
+        module = importlib.import_module(name)
+        assert module.__doc__ and callable(module.run) and callable(module.add_options)
+        assert any(row["benchmark"] == name for row in ROWS), f"{name} has no row"
