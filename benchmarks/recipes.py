@@ -35,7 +35,6 @@ from transrec_hf.evaluator import RankingEvaluator
 from transrec_hf.item_cache import ItemCache
 
 
-TRAINED_BLOCKS = 2
 ONE_BUCKET = 2**62  # tokens or images
 
 
@@ -54,6 +53,8 @@ class Recipe:
             position its next five against five random items.
         batch_size (`int`): users.
         learning_rate, tower_learning_rate (`float`): of Adam.
+        warm_up_steps (`int`): in which the rates rise; with them, gradients are clipped at 1, as `Trainer` does.
+        trained_blocks (`int`): at the top of each tower.
     """
 
     unique: bool = False
@@ -64,6 +65,8 @@ class Recipe:
     batch_size: int = 128
     learning_rate: float = 1e-4
     tower_learning_rate: float = 1e-4
+    warm_up_steps: int = 0
+    trained_blocks: int = 2
 
     @property
     def levers(self) -> list[str]:
@@ -72,7 +75,7 @@ class Recipe:
 
 
 OFFICIAL = Recipe()
-OURS = Recipe(*[True] * 5, batch_size=256, learning_rate=1e-3)
+OURS = Recipe(*[True] * 5, batch_size=256, learning_rate=5e-4, warm_up_steps=50)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -129,14 +132,13 @@ class Domain:
         return catalogue, DecodedImages(self.processor, self.catalogue)
 
     def build(self, recipe: Recipe, seed: int) -> TransRecModel:
-        """A model with its upper blocks trainable: the paper's where the recipe is the paper's, else the default."""
+        """A model of the paper's settings where the recipe is the paper's, else of the default ones."""
         base = TransRecConfig() if recipe.every_position else TransRecConfig.paper()
         fields = {name: getattr(base, name) for name in CONFIG_FIELDS}
         if recipe.every_position:
             fields |= {"hidden_size": 256, "max_position_embeddings": 25}
         torch.manual_seed(seed)
         model = TransRecModel.from_text_vision_pretrained(**self.towers, **fields)
-        model.freeze_towers(TRAINED_BLOCKS)
         return model
 
 
@@ -148,11 +150,13 @@ class Training:
         domain ([`Domain`]): the data.
         recipe ([`Recipe`]): how to train.
         seed (`int`): of weights, order and negatives.
+        model ([`TransRecModel`], *optional*): to go on with.
     """
 
-    def __init__(self, domain: Domain, recipe: Recipe, seed: int):
+    def __init__(self, domain: Domain, recipe: Recipe, seed: int, model: TransRecModel | None = None):
         self.domain, self.recipe, self.seed = domain, recipe, seed
-        self.model = domain.build(recipe, seed)
+        self.model = model or domain.build(recipe, seed)
+        self.model.freeze_towers(recipe.trained_blocks)
         if not recipe.buckets:
             self.model.images_per_pass = ONE_BUCKET
         config, train = self.model.config, domain.split.train
@@ -184,7 +188,8 @@ class Training:
         towers = [parameter for name, parameter in trained.items() if "text_model." in name or "vision_model." in name]
         rest = [parameter for parameter in trained.values() if not any(parameter is other for other in towers)]
         groups = [{"params": towers, "lr": recipe.tower_learning_rate}, {"params": rest, "lr": recipe.learning_rate}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], weight_decay=0.0)
+        self.num_steps = 0
         self.batches = self.endless()
 
     def autocast(self) -> torch.autocast:
@@ -242,6 +247,11 @@ class Training:
             with self.autocast():
                 output = self.model(**batch)
             output.loss.backward()
+            if self.recipe.warm_up_steps:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.num_steps += 1
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["peak"] * min(1.0, self.num_steps / self.recipe.warm_up_steps)
             if self.cache is not None:
                 self.cache.update(batch, output.item_embeds, step)
             self.optimizer.step()
