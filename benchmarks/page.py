@@ -31,33 +31,35 @@ def format_row(row: Row) -> str:
 
 def fill_tables(page: str, path: str | Path) -> str:
     """
-    The page with its tables made anew: between `<!-- table NAME: METRIC, METRIC -->` and `<!-- end -->` are the rows
-    of that benchmark with these metrics, or with all.
+    The page with its tables made anew: between `<!-- table NAME of VARIANT: METRIC, METRIC -->` and `<!-- end -->` are
+    the rows of that benchmark with these metrics, or with all, and with variants that begin so, or with all.
     """
 
     def table(match: re.Match) -> str:
         metrics = [name.strip() for name in match["metrics"].split(",")] if match["metrics"] else None
         rows = [row for row in rows_of(path, match["name"]) if metrics is None or row["metric"] in metrics]
+        rows = [row for row in rows if row["variant"].startswith(match["variant"] or "")]
         head = "| | data | | median [lowest, highest] |\n|---|---|---|---|\n"
         return f"{match['start']}\n\n{head}" + "".join(f"{format_row(row)}\n" for row in rows) + "\n<!-- end -->"
 
-    pattern = r"(?P<start><!-- table (?P<name>\w+)(: (?P<metrics>[^>]+?))? -->).*?<!-- end -->"
-    return re.sub(pattern, table, page, flags=re.DOTALL)
+    start = r"(?P<start><!-- table (?P<name>\w+)( of (?P<variant>[^:>]+))?(: (?P<metrics>[^>]+?))? -->)"
+    return re.sub(f"{start}.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def plot_speedups(path: str | Path, output: Path) -> None:
     """Every ratio that the benchmarks report, on one logarithmic axis."""
     names = ("throughput", "id_baseline", "encoding", "ranking")
     rows = [row for name in names for row in rows_of(path, name) if row["metric"] == "speedup"]
-    labels = [f"{row['benchmark']}, {row['variant']}, {short(row['data'])} {row['dtype']}" for row in rows]
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1))
+    data = [short(row["data"]).removeprefix("random vectors: ") for row in rows]
+    labels = [f"{row['benchmark']}, {name}, {row['dtype']}" for row, name in zip(rows, data, strict=True)]
+    figure, axes = plt.subplots(figsize=(10, 0.4 * len(rows) + 1))
     values = [float(row["value"]) for row in rows]
     axes.barh(labels[::-1], values[::-1], color="tab:blue")
     for place, value in enumerate(values[::-1]):
         axes.text(value, place, f" {value:.2g}x", va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel="times as fast as the reference")
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     save(figure, output / "speedups.png")
 
 
