@@ -19,7 +19,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,18 @@ from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode
 from transrec_hf.activation_store import ActivationStore
 from transrec_hf.arguments import CONFIG_FIELDS
 from transrec_hf.data import Catalogue, Split, leave_one_out, load_domain, log_popularity
-from transrec_hf.data_collator import PADDING, DataCollatorForNextItem, TrainingWindows, pad_right, prepare_items
+from transrec_hf.data_collator import (
+    PADDING,
+    DataCollatorForNextItem,
+    TrainingWindows,
+    pad_right,
+    prepare_items,
+    token_budget,
+)
 from transrec_hf.encoding import standardize_projections
 from transrec_hf.evaluator import RankingEvaluator
 from transrec_hf.item_cache import ItemCache
+from transrec_hf.trainer import part_of
 
 
 ONE_BUCKET = 2**62  # tokens or images
@@ -111,6 +119,7 @@ class Domain:
     split: Split
     processor: TransRecProcessor
     towers: dict[str, str]
+    store_folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Domain:
@@ -138,8 +147,7 @@ class Domain:
         if recipe.every_position:
             fields |= {"hidden_size": 256, "max_position_embeddings": 25}
         torch.manual_seed(seed)
-        model = TransRecModel.from_text_vision_pretrained(**self.towers, **fields)
-        return model
+        return TransRecModel.from_text_vision_pretrained(**self.towers, **fields)
 
 
 class Training:
@@ -163,17 +171,15 @@ class Training:
         if not recipe.every_position:
             train = train.truncate(config.max_position_embeddings + config.num_positives)  # one window per user
         self.windows = TrainingWindows(train, config.max_position_embeddings, config.num_targets)
-        self.counts = domain.split.train.item_counts(len(domain.catalogue))
-        popularity = log_popularity(self.counts)
+        popularity = log_popularity(domain.split.train.item_counts(len(domain.catalogue)))
         self.collator = DataCollatorForNextItem(domain.catalogue, domain.processor, config, popularity, seed)
         self.store: ActivationStore | None = None
         self.cache: ItemCache | None = None
         started = time.perf_counter()
         if recipe.store:
-            self.folder = tempfile.TemporaryDirectory()
             with self.autocast():
                 self.store = ActivationStore(
-                    self.folder.name,
+                    domain.store_folder.name,
                     self.model,
                     domain.processor,
                     domain.catalogue,
@@ -184,9 +190,10 @@ class Training:
             with self.autocast():
                 standardize_projections(self.model, domain.catalogue, domain.processor, seed=seed, store=self.store)
         self.preparation_seconds = time.perf_counter() - started
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        towers = [parameter for name, parameter in trained.items() if "text_model." in name or "vision_model." in name]
-        rest = [parameter for parameter in trained.values() if not any(parameter is other for other in towers)]
+        towers, rest = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (towers if part_of(name) == "tower" else rest).append(parameter)
         groups = [{"params": towers, "lr": recipe.tower_learning_rate}, {"params": rest, "lr": recipe.learning_rate}]
         self.optimizer = torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], weight_decay=0.0)
         self.num_steps = 0
@@ -226,7 +233,7 @@ class Training:
             place = np.arange(len(rows))
         flat = np.full(len(slots), PADDING)
         flat[slots != PADDING] = place
-        max_tokens = 2048 if recipe.buckets else ONE_BUCKET
+        max_tokens = token_budget(self.model.device) if recipe.buckets else ONE_BUCKET
         catalogue, processor = domain.decoded if self.store is None else (domain.catalogue, domain.processor)
         batch = prepare_items(catalogue, rows, processor, self.store, max_tokens)  # type: ignore[arg-type]
         batch["log_popularity"] = torch.from_numpy(self.collator.log_popularity[rows])

@@ -38,6 +38,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     if options.official_epochs:
         quick = dataclasses.replace(OFFICIAL, unique=True, buckets=True, bf16=True, store=True)
         learn("official", Training(domain, quick, options.seed), options.official_epochs, results)
+        domain = Domain.load(options)  # with no store yet: ours pays for its own
     if options.frozen_epochs:
         frozen = dataclasses.replace(OURS, batch_size=128, learning_rate=1e-3, trained_blocks=0)
         upper = dataclasses.replace(OURS, batch_size=128, learning_rate=3e-4)

@@ -164,10 +164,16 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def training_batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms inside that are in training mode: their output depends on the batch, and they count it."""
+    norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.training]
+
+
 @contextmanager
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, batch norms in training mode do not update their running statistics: a second pass must not count."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
+    norms = training_batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -205,7 +211,7 @@ def select_items(items: dict[str, Any], keep: Tensor) -> dict[str, Any]:
 
 def evaluate_frozen(module: nn.Module) -> None:
     """Put every sub-module without a trainable parameter in evaluation mode: no dropout, no batch-norm updates."""
-    if is_frozen(module) and any(True for _ in module.parameters()):
+    if is_frozen(module) and next(module.parameters(), None) is not None:
         module.eval()
         return
     for child in module.children():
@@ -680,10 +686,7 @@ class TransRecModel(TransRecPreTrainedModel):
         """
         if self.images_per_pass is not None:
             return self.images_per_pass
-        modules = self.item_encoder.vision_model.modules()
-        all_at_once = self.device.type != "cpu" or any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in modules
-        )
+        all_at_once = self.device.type != "cpu" or training_batch_norms(self.item_encoder.vision_model)
         return 2**31 if all_at_once else 32
 
     def get_item_features(
