@@ -108,8 +108,10 @@ def full_softmax(states: Tensor, item_embeds: Tensor, target_index: Tensor, mean
         item_embeds (`Tensor` of shape `(U, d)`): vectors of every item of the catalogue.
         target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
     """
-    nll = F.cross_entropy(scores(states, item_embeds).transpose(1, 2), target_index.clamp(min=0), reduction="none")
-    return mean(nll, target_index >= 0)
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)  # padding has no logits
+    logits = scores(states[users, positions], item_embeds)
+    nll = F.cross_entropy(logits, target_index[users, positions], reduction="none")
+    return mean(nll, torch.ones_like(nll, dtype=torch.bool))
 
 
 def sampled_softmax(
