@@ -311,7 +311,7 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
 
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
-    load_catalogue(big_items(tmp_path / "small", 16, 1000)).check_images()  # imports and pools are paid for here
+    load_catalogue(big_items(tmp_path / "small", 32, 500_000)).check_images()  # imports and pools are paid for here
     big_items(tmp_path / "large", 256, 500_000)
     pa.default_memory_pool().release_unused()
     allocated, before = pa.total_allocated_bytes(), private_bytes()
@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
     assert len(catalogue.content_hash()) == 64
     pa.default_memory_pool().release_unused()
     assert pa.total_allocated_bytes() - allocated < 2_000_000
-    assert private_bytes() - before < 64_000_000  # the images weigh 128 MB; what a pool keeps varies
+    assert private_bytes() - before < 24_000_000  # the images weigh 128 MB
     cached = Path(catalogue.items.cache_files[0]["filename"])
     assert cached.is_relative_to(datasets.config.HF_DATASETS_CACHE)  # memory-mapped from there
 

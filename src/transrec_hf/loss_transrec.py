@@ -1,7 +1,8 @@
 """
 Training objectives: pure functions of user states, item vectors and index tensors.
 
-Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding.
+Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding; a
+softmax is taken at positions with a target only.
 Scores are raw dot products in fp32; each function returns a scalar. `mean` is how values are averaged under a mask:
 [`masked_mean`], or [`masked_mean_across_ranks`] when several processes share one batch.
 """
@@ -95,8 +96,8 @@ def in_batch_softmax(
     own = torch.zeros(len(slots), len(item_embeds) + 1, dtype=torch.bool, device=slots.device)
     own = own.scatter(1, slots.where(slots >= 0, len(item_embeds)), True)[:, :-1]
     negatives = (logits + slot_counts.float().log()).masked_fill(own[users], -torch.inf)
-    nll = torch.logsumexp(negatives.scatter(-1, target, target_logits), dim=-1) - target_logits.squeeze(-1)
-    return mean(nll, torch.ones_like(nll, dtype=torch.bool))
+    nll = torch.logsumexp(negatives.scatter(-1, target, target_logits), dim=-1, keepdim=True) - target_logits
+    return mean(nll, target >= 0)
 
 
 def full_softmax(states: Tensor, item_embeds: Tensor, target_index: Tensor, mean: Mean = masked_mean) -> Tensor:
@@ -108,10 +109,10 @@ def full_softmax(states: Tensor, item_embeds: Tensor, target_index: Tensor, mean
         item_embeds (`Tensor` of shape `(U, d)`): vectors of every item of the catalogue.
         target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
     """
-    users, positions = (target_index >= 0).nonzero(as_tuple=True)  # padding has no logits
-    logits = scores(states[users, positions], item_embeds)
-    nll = F.cross_entropy(logits, target_index[users, positions], reduction="none")
-    return mean(nll, torch.ones_like(nll, dtype=torch.bool))
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    target = target_index[users, positions]
+    nll = F.cross_entropy(scores(states[users, positions], item_embeds), target, reduction="none")
+    return mean(nll, target >= 0)
 
 
 def sampled_softmax(
@@ -134,13 +135,14 @@ def sampled_softmax(
         negative_index (`Tensor` of shape `(K,)`): rows of the sampled items.
         log_popularity (`Tensor` of shape `(U,)`): log of the probability to be sampled.
     """
-    target = target_index.clamp(min=0)
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, target = states[users, positions], target_index[users, positions].unsqueeze(-1)
     corrected = log_popularity.float()
-    positive = paired_scores(states, item_embeds[target].unsqueeze(-2)).squeeze(-1) - corrected[target]
+    positive = paired_scores(states, item_embeds[target]) - corrected[target]
     negative = scores(states, item_embeds[negative_index]) - corrected[negative_index]
-    negative = negative.masked_fill(negative_index == target.unsqueeze(-1), -torch.inf)
-    nll = torch.logsumexp(torch.cat([positive.unsqueeze(-1), negative], dim=-1), dim=-1) - positive
-    return mean(nll, target_index >= 0)
+    negative = negative.masked_fill(negative_index == target, -torch.inf)
+    nll = torch.logsumexp(torch.cat([positive, negative], dim=-1), dim=-1, keepdim=True) - positive
+    return mean(nll, target >= 0)
 
 
 def cpc(
