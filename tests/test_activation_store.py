@@ -82,7 +82,12 @@ def test_the_catalogue_is_encoded_the_same_from_the_store(tmp_path, catalogue, p
     torch.testing.assert_close(encode_catalogue(model, catalogue, processor, store=store), expected)
 
 
-def test_it_is_filled_with_new_items_only(tmp_path):
+def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
+    tokenised = []
+    tokens_of = Catalogue.tokens
+    monkeypatch.setattr(
+        Catalogue, "tokens", lambda items, *args: tokenised.append(len(items)) or tokens_of(items, *args)
+    )
     model, few, all_items = make_frozen(), make_catalogue(6), make_catalogue(12)
     make_store(tmp_path, model, few).fill()
     store = make_store(tmp_path, model, all_items)
@@ -91,7 +96,13 @@ def test_it_is_filled_with_new_items_only(tmp_path):
     store.fill()
     assert not len(store.missing_rows())
     assert before < set(tmp_path.rglob("*.safetensors"))
-    assert not len(make_store(tmp_path, model, all_items).missing_rows())
+    again = make_store(tmp_path, model, all_items)
+    assert not len(again.missing_rows())
+    again.fill()
+    assert tokenised == {6}  # never all twelve
+    monkeypatch.undo()
+    expected = encode_catalogue(model, all_items, processor)
+    torch.testing.assert_close(encode_catalogue(model, all_items, processor, store=again), expected)
 
 
 def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue, monkeypatch):
@@ -177,6 +188,7 @@ def test_a_run_with_a_store_is_a_run_without(tmp_path):
         trainer = make_trainer(tmp_path / name, config, trainable_blocks=1, activation_store=store)
         trainer.train()
         logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [trainer.evaluate()])
+    assert trainer.catalogue._tokens is None  # nobody has read a text again
     metrics = [log.pop() for log in logs]
     assert logs[0] == pytest.approx(logs[1], abs=1e-5)
     assert metrics[0]["eval_ndcg@10"] == pytest.approx(metrics[1]["eval_ndcg@10"], abs=1e-5)

@@ -15,22 +15,10 @@ from torch import nn
 
 from transrec_hf import TransRecModel, TransRecTrainingArguments
 from transrec_hf.activation_store import ActivationStore
+from transrec_hf.calibration import Costs, Counts, TowerCost, count_bytes, count_flop, count_units, simulate_steps
 from transrec_hf.data import log_popularity
 from transrec_hf.data_collator import DataCollatorForNextItem, TrainingWindows
-from transrec_hf.planning import (
-    Costs,
-    Counts,
-    Plan,
-    TowerCost,
-    count_bytes,
-    count_flop,
-    count_units,
-    encoding_bytes,
-    make_forecast,
-    plan_run,
-    simulate_steps,
-    training_bytes,
-)
+from transrec_hf.planning import Plan, encoding_bytes, make_forecast, plan_run, training_bytes
 
 
 DEMO = ("--data", "demo:target", "--report_to", "none")

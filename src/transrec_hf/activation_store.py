@@ -180,9 +180,19 @@ class ActivationStore:
             accelerator (`Accelerator`, *optional*): its processes share the work.
         """
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        rows = sort_by_length(self.catalogue, self.processor, self.missing_rows())[rank::world_size]
+        missing = self.missing_rows()
+        if len(missing):
+            self._compute(missing, rank, world_size, batch_size, num_workers)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        self.refresh()
+
+    def _compute(self, missing: np.ndarray, rank: int, world_size: int, batch_size: int, num_workers: int) -> None:
+        """Compute and write one process's share of the states of catalogue rows."""
+        catalogue = self.catalogue.select(missing)  # of which alone the texts are tokenised
+        rows = sort_by_length(catalogue, self.processor)[rank::world_size]
         loader = item_loader(
-            self.catalogue, self.processor, rows, batch_size, num_workers=num_workers, device=self.model.device
+            catalogue, self.processor, rows, batch_size, num_workers=num_workers, device=self.model.device
         )
         waiting: dict[str, list[tuple[int, Tensor]]] = {modality: [] for modality in self.modalities}
         num_bytes = dict.fromkeys(waiting, 0)
@@ -190,6 +200,7 @@ class ActivationStore:
         self.model.eval()
         try:
             for batch in tqdm(loader, desc="Storing frozen states", disable=rank > 0 or not len(rows)):
+                batch["item_ids"] = torch.from_numpy(missing)[batch["item_ids"]]
                 for modality, states in self._states_of(batch).items():
                     waiting[modality] += states
                     num_bytes[modality] += sum(state.nbytes for _, state in states)
@@ -200,9 +211,6 @@ class ActivationStore:
                 self._write(modality, states)
         finally:
             self.model.train(was_training)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        self.refresh()
 
     def _write(self, modality: str, states: list[tuple[int, Tensor]]) -> None:
         """Write states of catalogue rows, and forget them."""

@@ -190,7 +190,8 @@ class DataCollatorForNextItem:
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if self.processor is not None and "text" in self.processor.modalities:  # now, not in each worker
+        if self.store is None and self.processor is not None and "text" in self.processor.modalities:
+            # now, not in each worker
             self.catalogue.tokens(self.processor.tokenizer, self.processor.max_text_length)
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:

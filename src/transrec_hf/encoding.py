@@ -34,12 +34,12 @@ def item_modalities(catalogue: Catalogue, model: TransRecModel) -> torch.Tensor 
     return torch.from_numpy(np.stack(columns, axis=1))
 
 
-def sort_by_length(catalogue: Catalogue, processor: TransRecProcessor, rows: np.ndarray) -> np.ndarray:
+def sort_by_length(catalogue: Catalogue, processor: TransRecProcessor) -> np.ndarray:
     """Catalogue rows by the tokens of their texts, the longest first, so that it shows at once if memory suffices."""
     if "text" not in processor.modalities:
-        return rows
-    lengths = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths[rows]
-    return rows[np.argsort(-lengths, kind="stable")]
+        return np.arange(len(catalogue))
+    lengths = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths
+    return np.argsort(-lengths, kind="stable")
 
 
 def item_loader(
@@ -120,9 +120,7 @@ def encode_catalogue(
     catalogue.require(model.config.modalities)
 
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows = np.arange(len(catalogue))
-    if store is None:
-        rows = sort_by_length(catalogue, processor, rows)
+    rows = sort_by_length(catalogue, processor) if store is None else np.arange(len(catalogue))
     loader = item_loader(
         catalogue,
         processor,

@@ -220,19 +220,10 @@ class TransRecTrainer(Trainer):
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
         self.train_counts = split.train.item_counts(len(catalogue))
-        collator = DataCollatorForNextItem(
-            catalogue,
-            processing_class if config.modalities else None,
-            config,
-            log_popularity(self.train_counts),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            max_tokens=token_budget(args.device),
-        )
         self.store: ActivationStore | None = None
         super().__init__(
             model,
             args,
-            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=split.validation,
             processing_class=processing_class,
@@ -242,13 +233,21 @@ class TransRecTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             check_sharding(plugin)
             plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
+        processor = processing_class if config.modalities else None
         if args.activation_store is not None:
             self.store = self.fill_store(args.activation_store)
-        if config.modalities and not has_adapter(model):
+        if processor is not None and not has_adapter(model):
             with self.autocast_smart_context_manager():
-                standardize_projections(
-                    model, catalogue, self.data_collator.processor, seed=args.seed, store=self.store
-                )
+                standardize_projections(model, catalogue, processor, seed=args.seed, store=self.store)
+        self.data_collator = DataCollatorForNextItem(
+            catalogue,
+            processor,
+            config,
+            log_popularity(self.train_counts),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            store=self.store,
+            max_tokens=token_budget(args.device),
+        )
         transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
         transrec.item_chunk_size = args.item_chunk_size
         if args.torch_compile:
@@ -266,7 +265,7 @@ class TransRecTrainer(Trainer):
             store = ActivationStore(
                 folder,
                 self.model,
-                self.data_collator.processor,
+                self.processing_class,
                 self.catalogue,
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
@@ -275,7 +274,6 @@ class TransRecTrainer(Trainer):
                 num_workers=self.args.dataloader_num_workers,
                 accelerator=self.accelerator,
             )
-        self.data_collator.store = store
         return store
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
