@@ -83,11 +83,13 @@ def test_the_catalogue_is_encoded_the_same_from_the_store(tmp_path, catalogue, p
 
 
 def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
-    tokenised = []
-    tokens_of = Catalogue.tokens
-    monkeypatch.setattr(
-        Catalogue, "tokens", lambda items, *args: tokenised.append(len(items)) or tokens_of(items, *args)
-    )
+    tokenised, tokens_of = set(), Catalogue.tokens
+
+    def tokens(items, *args):
+        tokenised.add(len(items))
+        return tokens_of(items, *args)
+
+    monkeypatch.setattr(Catalogue, "tokens", tokens)
     model, few, all_items = make_frozen(), make_catalogue(6), make_catalogue(12)
     make_store(tmp_path, model, few).fill()
     store = make_store(tmp_path, model, all_items)
