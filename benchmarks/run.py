@@ -21,6 +21,12 @@ BENCHMARKS = (
 )
 
 
+def data_of(options: argparse.Namespace) -> str:
+    """What the table calls the data: the folder and, of a sample, the number of its users."""
+    sample = f", {options.max_users} users" if getattr(options, "max_users", None) else ""
+    return getattr(options, "data", "synthetic") + sample
+
+
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in BENCHMARKS:
@@ -35,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of which the median is reported")
     module.add_options(parser)
     options = parser.parse_args(sys.argv[2:])
-    module.run(options, Results(options.results, name, seed=options.seed, data=getattr(options, "data", "synthetic")))
+    module.run(options, Results(options.results, name, seed=options.seed, data=data_of(options)))
 
 
 if __name__ == "__main__":

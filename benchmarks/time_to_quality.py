@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, results: Results) -> None:
     if options.summary:
-        summarise(options.data, results)
+        summarise(results)
         return
     domain = Domain.load(options)
     if options.official_epochs:
@@ -75,9 +75,9 @@ def learn(
     return seconds
 
 
-def summarise(data: str, results: Results) -> None:
+def summarise(results: Results) -> None:
     """How much sooner ours reaches the best that the official recipe does, and what it reaches itself."""
-    rows = [row for row in rows_of(results.path, "time_to_quality") if row["data"] == data]
+    rows = [row for row in rows_of(results.path, "time_to_quality") if row["data"] == results.facts["data"]]
     curves = {
         variant: learning_curve(row for row in rows if row["variant"] == variant) for variant in ("official", "ours")
     }

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import Catalogue
-from .data_collator import bucket_by_tokens
+from .data_collator import TOKENS_ON_CPU, bucket_by_tokens
 from .encoding import item_loader, move, sort_by_length
 from .modeling_transrec import TransRecModel, frozen_depth, lower_states, tower_blocks
 from .processing_transrec import TransRecProcessor
@@ -246,7 +246,7 @@ class ActivationStore:
             found["image"] = list(zip(rows[batch["image_index"].cpu()].tolist(), parts, strict=True))
         return found
 
-    def prepare(self, rows: np.ndarray, max_tokens: int = 2048) -> dict[str, Any]:
+    def prepare(self, rows: np.ndarray, max_tokens: int = TOKENS_ON_CPU) -> dict[str, Any]:
         """Stored states of the given rows, in place of what [`prepare_items`] would read for them."""
         has = {modality: part.content_of[rows] >= 0 for modality, part in self.modalities.items()}
         none = np.zeros(len(rows), dtype=bool)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .activation_store import ActivationStore
 
 PADDING = -1
+TOKENS_ON_CPU = 2048  # in one pass of a text tower
 
 
 class TrainingWindows(torch.utils.data.Dataset):
@@ -53,7 +54,7 @@ class TrainingWindows(torch.utils.data.Dataset):
 
 def token_budget(device: torch.device) -> int:
     """Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy."""
-    return 2048 if device.type == "cpu" else 32768
+    return TOKENS_ON_CPU if device.type == "cpu" else 32768
 
 
 def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -77,7 +78,7 @@ def prepare_items(
     rows: np.ndarray,
     processor: TransRecProcessor | None,
     store: ActivationStore | None = None,
-    max_tokens: int = 2048,
+    max_tokens: int = TOKENS_ON_CPU,
 ) -> dict[str, Any]:
     """
     Model inputs of the given catalogue rows, read and decoded now; or from a store of the frozen blocks' states.
@@ -187,7 +188,7 @@ class DataCollatorForNextItem:
     log_popularity: np.ndarray
     seed: int = 0
     store: ActivationStore | None = None
-    max_tokens: int = 2048
+    max_tokens: int = TOKENS_ON_CPU
 
     def __post_init__(self) -> None:
         if self.store is None and self.processor is not None and "text" in self.processor.modalities:

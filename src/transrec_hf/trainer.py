@@ -224,6 +224,7 @@ class TransRecTrainer(Trainer):
         super().__init__(
             model,
             args,
+            data_collator=None,  # made below: it reads the store, if there is to be one
             train_dataset=train_dataset,
             eval_dataset=split.validation,
             processing_class=processing_class,
