@@ -220,7 +220,6 @@ class TransRecTrainer(Trainer):
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
         self.train_counts = split.train.item_counts(len(catalogue))
-        self.store: ActivationStore | None = None
         super().__init__(
             model,
             args,
@@ -235,8 +234,7 @@ class TransRecTrainer(Trainer):
             check_sharding(plugin)
             plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
         processor = processing_class if config.modalities else None
-        if args.activation_store is not None:
-            self.store = self.fill_store(args.activation_store)
+        self.store = None if args.activation_store is None else self.fill_store(args.activation_store)
         if processor is not None and not has_adapter(model):
             with self.autocast_smart_context_manager():
                 standardize_projections(model, catalogue, processor, seed=args.seed, store=self.store)
