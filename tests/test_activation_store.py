@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,24 @@ def test_two_processes_may_fill_one_store(tmp_path, catalogue):
     rows = np.arange(len(catalogue))
     for name, value in first.prepare(rows).items():
         torch.testing.assert_close(make_store(tmp_path, model, catalogue).prepare(rows)[name], value)
+
+
+@dataclass
+class Rank:
+    """What the store asks of an `Accelerator`."""
+
+    process_index: int
+    num_processes: int = 2
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def test_a_process_that_comes_late_does_its_whole_share(tmp_path, catalogue):
+    model = make_frozen()
+    for rank in (0, 1):  # the second one looks when the first has written
+        make_store(tmp_path, model, catalogue).fill(accelerator=Rank(rank))
+    assert not len(make_store(tmp_path, model, catalogue).missing_rows())
 
 
 def change_frozen_weight(model: TransRecModel) -> None:

@@ -181,26 +181,27 @@ class ActivationStore:
         """
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         missing = self.missing_rows()
-        if len(missing):
-            self._compute(missing, rank, world_size, batch_size, num_workers)
+        own = missing[missing % world_size == rank]  # also if some see what others have written meanwhile
+        if len(own):
+            self._compute(own, batch_size, num_workers, show_progress=rank == 0)
         if accelerator is not None:
             accelerator.wait_for_everyone()
         self.refresh()
 
-    def _compute(self, missing: np.ndarray, rank: int, world_size: int, batch_size: int, num_workers: int) -> None:
-        """Compute and write one process's share of the states of catalogue rows."""
-        catalogue = self.catalogue.select(missing)  # of which alone the texts are tokenised
-        rows = sort_by_length(catalogue, self.processor)[rank::world_size]
+    def _compute(self, rows: np.ndarray, batch_size: int, num_workers: int, show_progress: bool) -> None:
+        """Compute and write the states of catalogue rows."""
+        catalogue = self.catalogue.select(rows)  # of which alone the texts are tokenised
+        order = sort_by_length(catalogue, self.processor)
         loader = item_loader(
-            catalogue, self.processor, rows, batch_size, num_workers=num_workers, device=self.model.device
+            catalogue, self.processor, order, batch_size, num_workers=num_workers, device=self.model.device
         )
         waiting: dict[str, list[tuple[int, Tensor]]] = {modality: [] for modality in self.modalities}
         num_bytes = dict.fromkeys(waiting, 0)
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in tqdm(loader, desc="Storing frozen states", disable=rank > 0 or not len(rows)):
-                batch["item_ids"] = torch.from_numpy(missing)[batch["item_ids"]]
+            for batch in tqdm(loader, desc="Storing frozen states", disable=not show_progress):
+                batch["item_ids"] = torch.from_numpy(rows)[batch["item_ids"]]
                 for modality, states in self._states_of(batch).items():
                     waiting[modality] += states
                     num_bytes[modality] += sum(state.nbytes for _, state in states)
