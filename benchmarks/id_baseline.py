@@ -155,6 +155,7 @@ def ask_peer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def record(results: Results, variant: str, answer: dict[str, Any]) -> None:
+    """The rows of one side."""
     results.add(variant, "seconds per epoch", answer["seconds"], "s", dtype="float32")
     results.add(variant, "best epoch", answer["best_epoch"], "epoch", dtype="float32")
     for name in METRICS:
