@@ -245,6 +245,13 @@ def test_bpr_equals_its_formula(case, negative_index):
     assert bpr(**case, negative_index=negative_index).item() == pytest.approx(mean(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", [bce, bpr])
+def test_states_of_positions_without_a_target_are_not_read(objective, case, negative_index):
+    states = case["states"].masked_fill(case["target_index"].unsqueeze(-1) < 0, torch.nan)
+    loss = objective(**{**case, "states": states}, negative_index=negative_index)
+    assert loss.item() == objective(**case, negative_index=negative_index).item()
+
+
 def test_mean_over_nothing_is_zero():
     values = torch.randn(4, requires_grad=True)
     loss = masked_mean(values, torch.zeros(4, dtype=torch.bool))

@@ -1,8 +1,8 @@
 """
 Training objectives: pure functions of user states, item vectors and index tensors.
 
-Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding; a
-softmax is taken at positions with a target only.
+Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding;
+a position without a target is not computed.
 Scores are raw dot products in fp32; each function returns a scalar. `mean` is how values are averaged under a mask:
 [`masked_mean`], or [`masked_mean_across_ranks`] when several processes share one batch.
 """
@@ -187,9 +187,12 @@ def bce(
         target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
         negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
     """
-    positive = paired_scores(states, item_embeds[target_index.clamp(min=0)].unsqueeze(-2)).squeeze(-1)
-    negative = paired_scores(states, item_embeds[negative_index.clamp(min=0)])
-    return mean(F.softplus(-positive), target_index >= 0) + mean(F.softplus(negative), negative_index >= 0)
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, negatives = states[users, positions], negative_index[users, positions]
+    target = target_index[users, positions].unsqueeze(-1)
+    positive = paired_scores(states, item_embeds[target])
+    negative = paired_scores(states, item_embeds[negatives.clamp(min=0)])
+    return mean(F.softplus(-positive), target >= 0) + mean(F.softplus(negative), negatives >= 0)
 
 
 def bpr(
@@ -210,9 +213,12 @@ def bpr(
         target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
         negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
     """
-    positive = paired_scores(states, item_embeds[target_index.clamp(min=0)].unsqueeze(-2))
-    negative = paired_scores(states, item_embeds[negative_index.clamp(min=0)])
-    return mean(-F.logsigmoid(positive - negative), negative_index >= 0)
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, negatives = states[users, positions], negative_index[users, positions]
+    target = target_index[users, positions].unsqueeze(-1)
+    positive = paired_scores(states, item_embeds[target])
+    negative = paired_scores(states, item_embeds[negatives.clamp(min=0)])
+    return mean(-F.logsigmoid(positive - negative), negatives >= 0)
 
 
 class SumAcrossRanks(torch.autograd.Function):
