@@ -30,7 +30,7 @@ from testing_utils import (
 
 from transrec_hf import RankingEvaluator, TransRecModel, TransRecTrainer
 from transrec_hf.encoding import encode_catalogue
-from transrec_hf.trainer import check_sharding
+from transrec_hf.sharding import check_sharding
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -7,16 +7,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
@@ -51,6 +48,7 @@ from .modelcard import (
 )
 from .modeling_transrec import TransRecModel
 from .processing_transrec import TransRecProcessor
+from .sharding import check_sharding, load_whole_weights, own_class, whole_weights
 from .training_args import TransRecTrainingArguments
 
 
@@ -108,37 +106,6 @@ def load_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     if isinstance(model, TransRecModel):  # `add_adapter`, which leaves the names of the modules as they were
         weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     set_peft_model_state_dict(model, weights)
-
-
-def check_sharding(plugin: Any) -> None:
-    """
-    Raises `ValueError` for settings of FSDP under which the model cannot be trained. The blocks of a tower cannot be
-    units of their own: in a step one process may read three buckets of texts and another two, or no image at all, and
-    then they would wait for each other's weights. The model as a whole is one unit.
-    """
-    state_dict_type = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
-    found = {
-        "version": (plugin.fsdp_version, 2),
-        "auto_wrap_policy": ("NO_WRAP" if plugin.auto_wrap_policy is None else plugin.auto_wrap_policy, "NO_WRAP"),
-        "state_dict_type": (state_dict_type, "FULL_STATE_DICT"),
-        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
-    }
-    wrong = [f"{name} {needed} (not {value})" for name, (value, needed) in found.items() if value != needed]
-    if wrong:
-        raise ValueError(f"FSDP needs {', '.join(wrong)}: take examples/accelerate_configs/fsdp2.yaml")
-
-
-@contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, each process has all weights of a model that FSDP has sharded, and may run any part of it any time."""
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -523,11 +490,7 @@ class TransRecTrainer(Trainer):
             load_adapter_weights(self.model, checkpoint)
             return
         # `Trainer` loads the file's keys as they are, but those of some towers (ViT) are not the names of the modules
-        weights = TransRecModel.from_pretrained(checkpoint).state_dict()
-        if self.is_fsdp_enabled:
-            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
-        else:
-            self.model.load_state_dict(weights)
+        load_whole_weights(self.model, TransRecModel.from_pretrained(checkpoint).state_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -545,13 +508,8 @@ class TransRecTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        sharded = type(self.model)
-        if issubclass(sharded, FSDPModule):
-            self.model.__class__ = sharded.__mro__[2]  # whose code goes with the weights, not that of FSDP
-        try:
+        with own_class(self.model):
             super()._save(output_dir, state_dict)
-        finally:
-            self.model.__class__ = sharded
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
