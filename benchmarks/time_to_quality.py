@@ -7,6 +7,10 @@ states (losses and gradients are equal but for rounding, and for dropout, which 
 long it takes: the median seconds of real steps of the official recipe, times the steps of an epoch. Our own recipe,
 epochs with frozen towers and then some with their upper two blocks, is timed as it runs, the filling of its stores
 included. Evaluation is timed on neither side.
+
+The rates and the numbers of epochs of our recipe were chosen on the validation targets of 3,000 users of amazon-beauty
+and of hm, seed 0, among ten. With frozen towers alone so few users are soon overfitted, at 1e-3 more than at 3e-4, and
+with more dropout or weight decay as well; the upper blocks bring more than any of these.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
         learn("official", Training(domain, quick, options.seed), options.official_epochs, results)
         domain = Domain.load(options)  # with no store yet: ours pays for its own
     if options.frozen_epochs:
-        frozen = dataclasses.replace(OURS, batch_size=128, learning_rate=1e-3, trained_blocks=0)
-        upper = dataclasses.replace(OURS, batch_size=128, learning_rate=3e-4)
+        frozen = dataclasses.replace(OURS, batch_size=128, trained_blocks=0)
+        upper = dataclasses.replace(OURS, batch_size=128, learning_rate=2e-4)
         training = Training(domain, frozen, options.seed)
         seconds = learn("ours", training, options.frozen_epochs, results, training.preparation_seconds)
         training = Training(domain, upper, options.seed, training.model)

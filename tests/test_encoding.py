@@ -7,7 +7,13 @@ import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
 from transrec_hf.data import DataError
-from transrec_hf.encoding import encode_catalogue, item_modalities, sort_by_length
+from transrec_hf.encoding import (
+    encode_catalogue,
+    has_packed_linears,
+    item_modalities,
+    packed_linears,
+    sort_by_length,
+)
 
 
 def one_by_one(model, catalogue, processor):
@@ -68,6 +74,50 @@ def test_vectors_are_fp32_and_need_no_gradient(catalogue, processor, dtype):
     assert found.dtype == torch.float32
     assert not found.requires_grad
     assert found.shape == (12, 16)
+
+
+needs_packed_linears = pytest.mark.skipif(not has_packed_linears(torch.float32), reason="no oneDNN for this CPU")
+
+
+@needs_packed_linears
+def test_towers_multiply_by_packed_weights(catalogue, processor, monkeypatch):
+    model = make_model()
+    expected = one_by_one(model, catalogue, processor)
+    monkeypatch.delattr(torch.nn.Linear, "forward")
+    torch.testing.assert_close(encode_catalogue(model, catalogue, processor), expected)
+
+
+@needs_packed_linears
+@pytest.mark.parametrize("bf16", [False, True])
+def test_packed_weights_compute_in_the_dtype_of_the_layer_or_of_autocast(bf16):
+    batch = make_batch(make_config())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = make_model().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = model.get_text_features(**inputs)
+        with packed_linears(model):
+            found = model.get_text_features(**inputs)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_packed_weights_are_gone_afterwards(error):
+    model = make_model()
+    try:
+        with packed_linears(model):
+            if error:
+                raise error
+    except RuntimeError:
+        pass
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_compiled_blocks_keep_their_weights():
+    model = make_model()
+    model.compile_blocks(backend="aot_eager")
+    with packed_linears(model):
+        assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_id_baseline_is_its_table(catalogue):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .data import Catalogue
 from .data_collator import TOKENS_ON_CPU, bucket_by_tokens
-from .encoding import item_loader, move, sort_by_length
+from .encoding import item_loader, move, packed_linears, sort_by_length
 from .modeling_transrec import TransRecModel, frozen_depth, lower_states, tower_blocks
 from .processing_transrec import TransRecProcessor
 
@@ -200,14 +200,15 @@ class ActivationStore:
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in tqdm(loader, desc="Storing frozen states", disable=not show_progress):
-                batch["item_ids"] = torch.from_numpy(rows)[batch["item_ids"]]
-                for modality, states in self._states_of(batch).items():
-                    waiting[modality] += states
-                    num_bytes[modality] += sum(state.nbytes for _, state in states)
-                    if num_bytes[modality] > FILE_BYTES:
-                        self._write(modality, waiting[modality])
-                        num_bytes[modality] = 0
+            with packed_linears(self.model):
+                for batch in tqdm(loader, desc="Storing frozen states", disable=not show_progress):
+                    batch["item_ids"] = torch.from_numpy(rows)[batch["item_ids"]]
+                    for modality, states in self._states_of(batch).items():
+                        waiting[modality] += states
+                        num_bytes[modality] += sum(state.nbytes for _, state in states)
+                        if num_bytes[modality] > FILE_BYTES:
+                            self._write(modality, waiting[modality])
+                            num_bytes[modality] = 0
             for modality, states in waiting.items():
                 self._write(modality, states)
         finally:

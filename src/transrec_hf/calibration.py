@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .activation_store import ActivationStore
 from .data import Catalogue, Split
 from .data_collator import DataCollatorForNextItem, TrainingWindows, bucket_by_tokens, prepare_items, token_budget
-from .encoding import item_modalities, move
+from .encoding import item_modalities, move, packed_linears
 from .evaluator import RankingEvaluator
 from .modeling_transrec import TransRecModel
 from .processing_transrec import TransRecProcessor
@@ -347,9 +347,11 @@ class Calibration:
         )
         self.model.item_chunk_size = chunk
         measured = more if modality in units_of(more) else batch
+        with self.autocast(), packed_linears(self.model):
+            eval_seconds = self.clock(lambda: self.evaluate(batch, modality)) / units
         return TowerCost(
             train_seconds=self.clock(lambda: self.train(batch, modality)) / units,
-            eval_seconds=self.clock(lambda: self.evaluate(batch, modality)) / units,
+            eval_seconds=eval_seconds,
             train_flop=count_flop(lambda: self.train(measured, modality)) / units_of(measured)[modality],
             train_bytes=train_bytes,
             held_bytes=held_bytes,
