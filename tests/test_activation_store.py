@@ -20,7 +20,7 @@ from testing_utils import (
     make_trainer,
 )
 
-from transrec_hf import TransRecModel, encode_catalogue
+from transrec_hf import Recommender, TransRecModel, encode_catalogue
 from transrec_hf.activation_store import ActivationStore
 from transrec_hf.configuration_transrec import TEXT_POOLINGS
 from transrec_hf.data import Catalogue
@@ -81,6 +81,21 @@ def test_the_catalogue_is_encoded_the_same_from_the_store(tmp_path, catalogue, p
     store.fill()
     expected = encode_catalogue(model, catalogue, processor)
     torch.testing.assert_close(encode_catalogue(model, catalogue, processor, store=store), expected)
+
+
+def test_a_run_its_evaluation_and_serving_share_it(tmp_path):
+    trainer = make_trainer(tmp_path / "run", trainable_blocks=1, activation_store=str(tmp_path / "store"))
+    trainer.train()
+    trainer.save_model()
+    files = set(tmp_path.glob("store/**/*.safetensors"))
+    model, catalogue = TransRecModel.from_pretrained(tmp_path / "run"), trainer.catalogue
+    model.freeze_towers(1)
+    store = ActivationStore(tmp_path / "store", model, trainer.processing_class, catalogue)
+    assert not len(store.missing_rows())
+    served = Recommender(model, catalogue, trainer.processing_class, store=store)
+    assert set(tmp_path.glob("store/**/*.safetensors")) == files != set()
+    expected = Recommender(model, catalogue, trainer.processing_class)
+    torch.testing.assert_close(served.item_embeds, expected.item_embeds)
 
 
 def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
+from transrec_hf import encoding
 from transrec_hf.data import DataError
 from transrec_hf.encoding import (
     encode_catalogue,
@@ -111,6 +112,22 @@ def test_packed_weights_are_gone_afterwards(error):
     except RuntimeError:
         pass
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_forward_that_was_replaced_already_stays():
+    model = make_model()
+    layer = model.item_encoder.text_projection
+    layer.forward = forward = lambda states: states
+    with packed_linears(model):
+        assert layer.forward is forward
+    assert layer.forward is forward
+
+
+def test_a_torch_without_packed_products_does_without(monkeypatch):
+    monkeypatch.setattr(encoding, "PACKED_OPERATORS", ("_an_operator_that_is_gone",))
+    model = make_model()
+    with packed_linears(model):
+        assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_compiled_blocks_keep_their_weights():

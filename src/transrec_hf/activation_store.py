@@ -133,6 +133,17 @@ class ActivationStore:
 
     Raises:
         `ValueError`: if a tower has no frozen block.
+
+    Example:
+
+    ```python
+    >>> model.freeze_towers(2)  # as in the training, whose store this is; `activation_store` of the arguments
+    >>> store = ActivationStore("my_store", model, processor, catalogue)
+    >>> store.fill()  # what it lacks: items that are new, or whose content has changed
+    >>> item_embeds = encode_catalogue(model, catalogue, processor, store=store)
+    >>> RankingEvaluator(catalogue, split.test, processor).evaluate(model, item_embeds=item_embeds)
+    >>> Recommender(model, catalogue, processor, store=store)
+    ```
     """
 
     def __init__(

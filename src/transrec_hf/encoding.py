@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .data import Catalogue
 from .data_collator import prepare_items, token_budget
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
     from .activation_store import ActivationStore
 
-logger = logging.get_logger(__name__)
+# not of the public interface of PyTorch, whose compiler uses them
+PACKED_OPERATORS = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
 
 
 def item_modalities(catalogue: Catalogue, model: TransRecModel) -> torch.Tensor | None:
@@ -89,8 +89,10 @@ def linear_dtype(layer: nn.Linear) -> torch.dtype:
 
 
 def has_packed_linears(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has matrix products of packed weights for this CPU and dtype."""
+    """Whether oneDNN has matrix products of packed weights for this CPU and dtype, and this PyTorch hands them out."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in PACKED_OPERATORS):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -101,7 +103,7 @@ def packed_linears(model: TransRecModel) -> Iterator[None]:
     Inside, on a CPU, the linear layers of the item encoder multiply in oneDNN by weights that were cast and laid out
     for it once; they have no gradients. PyTorch itself takes MKL in fp32, which leaves half the speed of a CPU of AMD
     unused; in bf16 it lays the weights out anew at each call and, under autocast, casts frozen ones anew. Compiled
-    models, other devices and dtypes stay as they are.
+    models, layers whose `forward` was replaced already, other devices and dtypes stay as they are.
     """
 
     def pack(layer: nn.Linear) -> None:
@@ -115,7 +117,8 @@ def packed_linears(model: TransRecModel) -> Iterator[None]:
         layer.forward = forward  # type: ignore[assignment]
 
     modules = list(model.item_encoder.modules()) if model.device.type == "cpu" else []
-    linears = [module for module in modules if type(module) is nn.Linear and has_packed_linears(linear_dtype(module))]
+    linears = [module for module in modules if type(module) is nn.Linear and "forward" not in vars(module)]
+    linears = [layer for layer in linears if has_packed_linears(linear_dtype(layer))]
     if any(module._compiled_call_impl for module in modules):
         linears = []
     try:
@@ -124,7 +127,7 @@ def packed_linears(model: TransRecModel) -> Iterator[None]:
         yield
     finally:
         for layer in linears:
-            layer.__dict__.pop("forward", None)
+            vars(layer).pop("forward", None)
 
 
 @torch.no_grad()
