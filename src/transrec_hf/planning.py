@@ -26,7 +26,7 @@ from .training_args import TransRecTrainingArguments
 
 
 FACTORS = (2, 4, 8)  # by which larger batches are looked at
-ROOM = 0.9  # of the memory, which a run may take
+ROOM = 0.7  # of the memory, which a run may take: the allocator of a CPU holds up to 1.4 times what it has handed out
 WORTH = 0.9  # of the time, to which a change has to bring it down
 
 
