@@ -35,7 +35,11 @@ from transrec_hf.sharding import check_sharding
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
-FSDP = pytest.param("fsdp2", id="FSDP2")
+FSDP = pytest.param(
+    "fsdp2",
+    id="FSDP2",
+    marks=pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs"),
+)
 ZERO = pytest.param(
     "deepspeed_zero2",
     id="ZeRO-2",
