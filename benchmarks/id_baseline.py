@@ -16,9 +16,9 @@ The defaults were chosen with `--tune` on the validation targets of amazon-beaut
 a few settings, RecBole's batch of 256 with histories of 20. Learning rate: 3e-3 rather than 1e-3 for both. RecBole's
 batch: 256 rather than its 2048, with which so few epochs hold too few steps. Dropout is RecBole's, for both. From four
 epochs each, for this package: "full_softmax" rather than "in_batch", 64 users rather than 32, 48 or 128, and a rate
-that stays at 3e-3 rather than 2e-3, or than one that falls to zero, with which so few epochs learn too little.
-Warm-up, clipping, norms after a sub-layer, the scale of the initial weights and Adam's second moment changed little
-or hurt.
+that stays at 3e-3 rather than 2e-3, or than one that falls to zero, with which so few epochs learn too little. What
+is no option was tried in the code: warm-up, clipping, norms after a sub-layer, the scale of the initial weights and
+Adam's second moment changed little or hurt.
 """
 
 from __future__ import annotations

@@ -117,10 +117,10 @@ def packed_linears(model: TransRecModel) -> Iterator[None]:
         layer.forward = forward  # type: ignore[assignment]
 
     modules = list(model.item_encoder.modules()) if model.device.type == "cpu" else []
+    if any(module._compiled_call_impl for module in modules):
+        modules = []
     linears = [module for module in modules if type(module) is nn.Linear and "forward" not in vars(module)]
     linears = [layer for layer in linears if has_packed_linears(linear_dtype(layer))]
-    if any(module._compiled_call_impl for module in modules):
-        linears = []
     try:
         for layer in linears:
             pack(layer)
