@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from transrec_hf.modelcard import describe_device
+from transrec_hf.publishing.results import describe_device
 
 
 FOLDER = Path(__file__).parent

@@ -12,7 +12,7 @@ import recipes
 from common import Results
 from recipes import OFFICIAL, Domain, Training
 
-from transrec_hf.item_cache import ItemCache
+from transrec_hf.training.item_cache import ItemCache
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

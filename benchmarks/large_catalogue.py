@@ -187,7 +187,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
     started = time.perf_counter()
     with memory.phase("import"):
         from transrec_hf import TransRecTrainer, TransRecTrainingArguments, data_statistics, leave_one_out, load_domain
-        from transrec_hf.encoding import encode_catalogue
+        from transrec_hf.items.encoding import encode_catalogue
     with memory.phase("read and check"):
         catalogue, sequences = load_domain(folder)
     with memory.phase("split"):

@@ -19,8 +19,8 @@ from common import Results, interleaved, ratios
 from transformers import AutoConfig, BertConfig
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode_catalogue
-from transrec_hf.data import load_catalogue
-from transrec_hf.encoding import has_packed_linears
+from transrec_hf.data.catalogue import load_catalogue
+from transrec_hf.items.encoding import has_packed_linears
 
 
 SIZES = (1024, 2048, 4096)

@@ -24,9 +24,9 @@ from common import Results
 from transformers import TrainerCallback
 
 from transrec_hf import TransRecTrainer
-from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, parse_arguments
-from transrec_hf.modelcard import describe_device
-from transrec_hf.training_run import RunArguments, prepare_run
+from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments
+from transrec_hf.commands.runs import RunArguments, prepare_run
+from transrec_hf.publishing.results import describe_device
 
 
 HM = "--data {data}/hm --protocol ninerec --max_position_embeddings 20 --hidden_size 256 --max_text_length 32"

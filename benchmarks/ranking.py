@@ -16,8 +16,8 @@ import torch
 from common import Results, interleaved, ratios
 from large_catalogue import Memory
 
-from transrec_hf.metrics import ranking_metrics
-from transrec_hf.ranking import rank_targets
+from transrec_hf.evaluation.metrics import ranking_metrics
+from transrec_hf.evaluation.ranking import rank_targets
 
 
 COUNT, SORT = "transrec-hf", "argsort"

@@ -26,21 +26,17 @@ import numpy as np
 import torch
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode_catalogue
-from transrec_hf.activation_store import ActivationStore
-from transrec_hf.arguments import CONFIG_FIELDS
-from transrec_hf.data import Catalogue, Split, leave_one_out, load_domain, log_popularity
-from transrec_hf.data_collator import (
-    PADDING,
-    DataCollatorForNextItem,
-    TrainingWindows,
-    pad_right,
-    prepare_items,
-    token_budget,
-)
-from transrec_hf.encoding import standardize_projections
-from transrec_hf.evaluator import RankingEvaluator
-from transrec_hf.item_cache import ItemCache
-from transrec_hf.trainer import part_of
+from transrec_hf.commands.options import CONFIG_FIELDS
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.data.interactions import Split, leave_one_out, load_domain
+from transrec_hf.data.statistics import log_popularity
+from transrec_hf.evaluation.evaluator import RankingEvaluator
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.items.preparing import PADDING, pad_right, prepare_items, token_budget
+from transrec_hf.items.store import ActivationStore
+from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
+from transrec_hf.training.item_cache import ItemCache
+from transrec_hf.training.trainer import part_of
 
 
 ONE_BUCKET = 2**62  # tokens or images

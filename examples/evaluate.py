@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator
 
 from transrec_hf import RankingEvaluator
-from transrec_hf.arguments import DataArguments, SplitArguments, option, parse_arguments, script
-from transrec_hf.checkpoint import bad_input, check_fits, load_checkpoint, written_whole
-from transrec_hf.reporting import format_report
-from transrec_hf.training_run import content_vectors, write_json
+from transrec_hf.commands.options import DataArguments, SplitArguments, option, parse_arguments, script
+from transrec_hf.commands.reporting import format_report
+from transrec_hf.commands.runs import write_json
+from transrec_hf.errors import bad_input
+from transrec_hf.items.encoding import content_vectors
+from transrec_hf.publishing.checkpoint import check_fits, load_checkpoint, written_whole
 
 
 @dataclass

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from transrec_hf import DataCollatorForNextItem, RankingEvaluator
-from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, option, parse_arguments, script
-from transrec_hf.checkpoint import save_checkpoint
-from transrec_hf.data import DataError, data_statistics, log_popularity
-from transrec_hf.data_collator import TrainingWindows
-from transrec_hf.encoding import standardize_projections
-from transrec_hf.trainer import parameter_groups
-from transrec_hf.training_run import check_output_dir, prepare_run
+from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, option, parse_arguments, script
+from transrec_hf.commands.runs import check_output_dir, prepare_run
+from transrec_hf.data.statistics import data_statistics, log_popularity
+from transrec_hf.errors import DataError
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.publishing.checkpoint import save_checkpoint
+from transrec_hf.training.collator import TrainingWindows
+from transrec_hf.training.trainer import parameter_groups
 
 
 logger = logging.getLogger("transrec_hf.examples")

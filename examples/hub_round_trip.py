@@ -51,8 +51,8 @@ def round_trip(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import set_seed
 
     from transrec_hf import Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments, leave_one_out
-    from transrec_hf.demo import demo_config, demo_processor, demo_world
-    from transrec_hf.hub import hub_errors
+    from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+    from transrec_hf.errors import hub_errors
 
     set_seed(args.seed)
     world, processor = demo_world(args.seed), demo_processor()
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             os.environ |= {**LocalHub().start().environment, "HF_HOME": home}
             args.owner = USER
-        from transrec_hf.arguments import script
+        from transrec_hf.commands.options import script
 
         return script(lambda _: round_trip(args))(None)
 

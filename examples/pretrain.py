@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, parse_arguments, script
-from transrec_hf.training_run import RunArguments, run_training
+from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments, script
+from transrec_hf.commands.runs import RunArguments, run_training
 
 
 @script

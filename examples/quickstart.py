@@ -39,7 +39,7 @@ from transrec_hf import (
     leave_one_out,
     load_domain,
 )
-from transrec_hf.demo import DemoPlatform, demo_config, demo_processor, demo_world
+from transrec_hf.data.demo import DemoPlatform, demo_config, demo_processor, demo_world
 
 
 METRICS = ("hit_rate@10", "ndcg@10", "mrr")

@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from transrec_hf import Catalogue, DataError, Recommender, Sequences
-from transrec_hf.arguments import DataArguments, option, parse_arguments, script
-from transrec_hf.checkpoint import check_fits, load_checkpoint, written_whole
-from transrec_hf.reporting import format_table
+from transrec_hf.commands.options import DataArguments, option, parse_arguments, script
+from transrec_hf.commands.reporting import format_table
+from transrec_hf.publishing.checkpoint import check_fits, load_checkpoint, written_whole
 
 
 @dataclass

@@ -48,8 +48,10 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    from transrec_hf.hub import hub_errors, upload_checkpoint
-    from transrec_hf.modelcard import CARD_NAME, model_card, read_config, update_model_card
+    from transrec_hf.errors import hub_errors
+    from transrec_hf.publishing.card import CARD_NAME, model_card, update_model_card
+    from transrec_hf.publishing.checkpoint import read_config
+    from transrec_hf.publishing.hub import upload_checkpoint
 
     read_config(path)
     card = path / CARD_NAME
@@ -84,7 +86,8 @@ def card(
     It is rendered from the small files beside the weights, so it needs neither training nor data. A card whose numbers
     came from a CSV reads it again.
     """
-    from transrec_hf.modelcard import read_results, update_model_card
+    from transrec_hf.publishing.card import update_model_card
+    from transrec_hf.publishing.results import read_results
 
     if len(paths) > 1 and (from_results or output or repo_id):
         raise typer.BadParameter("give one PATH with --from-results, --output or --id")
@@ -106,7 +109,7 @@ def info(
 
     Modalities, towers, sizes, parameters, data and metrics. Weights are not downloaded.
     """
-    from transrec_hf.modelcard import describe_checkpoint
+    from transrec_hf.publishing.card import describe_checkpoint
 
     facts = describe_checkpoint(find_folder(path_or_id, revision, token))
     if as_json:
@@ -127,9 +130,8 @@ def plan(
     """
     import dataclasses
 
-    from transrec_hf.arguments import DataArguments, ModelArguments, SplitArguments, parse_arguments
-    from transrec_hf.planning import plan_options
-    from transrec_hf.training_run import RunArguments
+    from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments
+    from transrec_hf.commands.runs import RunArguments, plan_options
 
     options = parse_arguments(
         (ModelArguments, DataArguments, SplitArguments, RunArguments), context.args, output_dir="runs/plan"
@@ -142,8 +144,8 @@ def find_folder(path_or_id: str, revision: str | None, token: str | None) -> Pat
     """The folder itself, or one with the small files of a repository on the Hub."""
     from huggingface_hub import snapshot_download
 
-    from transrec_hf.checkpoint import check_place
-    from transrec_hf.hub import hub_errors
+    from transrec_hf.errors import hub_errors
+    from transrec_hf.publishing.checkpoint import check_place
 
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
@@ -205,9 +207,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from transrec_hf.checkpoint import one_line
-        from transrec_hf.data import DataError
-        from transrec_hf.hub import HubError
+        from transrec_hf.errors import DataError, HubError, one_line
 
         if not isinstance(error, (OSError, ValueError)) or os.environ.get("TRANSREC_DEBUG"):
             raise

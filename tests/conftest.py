@@ -33,7 +33,8 @@ from testing_utils import (
 )
 
 from transrec_hf import TransRecProcessor
-from transrec_hf.data import Catalogue, Split
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.data.interactions import Split
 
 
 torch.set_num_threads(1)  # tensors are tiny, and the machine may have others to serve

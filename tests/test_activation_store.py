@@ -21,10 +21,10 @@ from testing_utils import (
 )
 
 from transrec_hf import Recommender, TransRecModel, encode_catalogue
-from transrec_hf.activation_store import ActivationStore
-from transrec_hf.configuration_transrec import TEXT_POOLINGS
-from transrec_hf.data import Catalogue
-from transrec_hf.encoding import standardize_projections
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.items.store import ActivationStore
+from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
 
 
 FAMILIES = [{"text_config": text} for text in TEXT_TOWERS] + [{"vision_config": image} for image in VISION_TOWERS]
@@ -124,7 +124,7 @@ def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue, monkeypatch):
-    monkeypatch.setattr("transrec_hf.activation_store.FILE_BYTES", 1000)
+    monkeypatch.setattr("transrec_hf.items.store.FILE_BYTES", 1000)
     model = make_frozen()
     store = make_store(tmp_path, model, catalogue)
     store.fill(batch_size=4)

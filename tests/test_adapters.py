@@ -14,8 +14,8 @@ from testing_utils import assert_same_weights, make_batch, make_catalogue, make_
 from torch import nn
 
 from transrec_hf import Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments
-from transrec_hf.hub import PICKLES
-from transrec_hf.trainer import parameter_groups
+from transrec_hf.publishing.hub import PICKLES
+from transrec_hf.training.trainer import parameter_groups
 
 
 BASE, ADAPTER = "me/base", "me/adapter"

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from testing_utils import assert_same_weights
 from transformers import AutoModel, AutoProcessor
 
-from transrec_hf import Recommender, TransRecModel, inference, load_catalogue
-from transrec_hf.data import load_statistics
+from transrec_hf import Recommender, TransRecModel, load_catalogue
+from transrec_hf.data.statistics import load_statistics
+from transrec_hf.serving import recommender as recommender_module
 
 
 CHECKPOINTS = sorted(path for path in (Path(__file__).parent / "checkpoints").iterdir() if path.is_dir())
@@ -59,7 +60,7 @@ def test_gives_the_same_from_raw_items(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_gives_the_same_from_its_index(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(inference, "encode_catalogue")  # neither the weights nor the items have changed
+    monkeypatch.delattr(recommender_module, "encode_catalogue")  # neither the weights nor the items have changed
     recommendations = json.loads((checkpoint / "recommendations.json").read_text())
     found = Recommender.from_pretrained(checkpoint, checkpoint / "items.parquet").recommend_batch(
         recommendations["histories"], top_k=5

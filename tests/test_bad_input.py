@@ -17,18 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transrec_hf.data import (
-    Catalogue,
-    DataError,
+from transrec_hf.data.catalogue import Catalogue, load_catalogue
+from transrec_hf.data.interactions import (
     Sequences,
     k_core,
     leave_one_out,
-    load_catalogue,
     load_domain,
     load_interactions,
-    load_statistics,
     temporal_split,
 )
+from transrec_hf.data.statistics import load_statistics
+from transrec_hf.errors import DataError
 
 
 @pytest.fixture(autouse=True)

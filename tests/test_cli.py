@@ -16,8 +16,10 @@ from testing_utils import make_catalogue, make_model, make_processor, make_split
 
 import transrec_cli
 from transrec_hf import TransRecModel
-from transrec_hf.data import data_statistics, save_statistics
-from transrec_hf.modelcard import append_results, save_evaluation, write_model_card
+from transrec_hf.data.statistics import data_statistics, save_statistics
+from transrec_hf.publishing.card import write_model_card
+from transrec_hf.publishing.checkpoint import save_evaluation
+from transrec_hf.publishing.results import append_results
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from testing_utils import LINES, make_catalogue, make_collator, make_config, make_processor, make_sequences
 from torch.utils.data import DataLoader
 
-from transrec_hf.configuration_transrec import OBJECTIVES
-from transrec_hf.data_collator import TrainingWindows, bucket_by_tokens, draw_negatives, pad_right, prepare_items
+from transrec_hf.items.preparing import bucket_by_tokens, pad_right, prepare_items
+from transrec_hf.model.configuration_transrec import OBJECTIVES
+from transrec_hf.training.collator import TrainingWindows, draw_negatives
 
 
 NUM_ITEMS = 30

@@ -20,25 +20,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transrec_hf import data, data_reading
-from transrec_hf.data import (
-    Catalogue,
-    DataError,
+from transrec_hf.data import interactions, reading
+from transrec_hf.data.catalogue import Catalogue, load_catalogue
+from transrec_hf.data.interactions import (
     Sequences,
     Split,
-    data_statistics,
     drop_unused,
     k_core,
     keep_items,
     leave_one_out,
-    load_catalogue,
     load_domain,
     load_interactions,
-    load_statistics,
-    log_popularity,
-    save_statistics,
     temporal_split,
 )
+from transrec_hf.data.statistics import data_statistics, load_statistics, log_popularity, save_statistics
+from transrec_hf.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -332,7 +328,7 @@ def test_interactions_of_a_parquet_file_are_not_held(tmp_path: Path) -> None:
     events = pa.table([users, pa.repeat("0", size), np.arange(size)], EVENT_NAMES)
     pq.write_table(events, tmp_path / "interactions.parquet", row_group_size=10_000)
     before = pa.total_allocated_bytes()
-    found, blocks = data_reading.read_interactions(tmp_path / "interactions.parquet", "events")
+    found, blocks = reading.read_interactions(tmp_path / "interactions.parquet", "events")
     held = [pa.total_allocated_bytes() - before for _ in blocks]
     assert max(held) < 2_000_000  # the file weighs 10 MB
     assert (found, len(held)) == (size, 100)
@@ -340,9 +336,9 @@ def test_interactions_of_a_parquet_file_are_not_held(tmp_path: Path) -> None:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Work on interactions in blocks of `size`, and keep their columns in files."""
-    monkeypatch.setattr(data, "BLOCK", size)
-    monkeypatch.setattr(data_reading, "BLOCK", size)
-    monkeypatch.setattr(data, "MAX_IN_MEMORY", 0)
+    monkeypatch.setattr(interactions, "BLOCK", size)
+    monkeypatch.setattr(reading, "BLOCK", size)
+    monkeypatch.setattr(interactions, "MAX_IN_MEMORY", 0)
 
 
 def random_events(folder: Path, size: int, num_users: int, num_items: int) -> pa.Table:
@@ -667,4 +663,3 @@ def test_statistics_are_finite_for_the_smallest_split() -> None:
 def test_split_is_plain() -> None:
     part = make_sequences([0, 1])
     assert Split(part, part, part).users_left_out == 0
-    assert data.MODALITIES == ("text", "image")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from transrec_hf import load_domain
-from transrec_hf.demo import (
+from transrec_hf.data.demo import (
     ATTRIBUTES,
     SOURCE,
     TARGET,

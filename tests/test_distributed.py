@@ -26,9 +26,9 @@ from testing_utils import (
 )
 
 from transrec_hf import TransRecModel
-from transrec_hf.data_collator import pad_right, prepare_items
-from transrec_hf.encoding import encode_catalogue
-from transrec_hf.loss_transrec import share_items
+from transrec_hf.items.encoding import encode_catalogue
+from transrec_hf.items.preparing import pad_right, prepare_items
+from transrec_hf.model.sharing_transrec import share_items
 
 
 CATALOGUE = make_catalogue()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
-from transrec_hf import encoding
-from transrec_hf.data import DataError
-from transrec_hf.encoding import (
+from transrec_hf.errors import DataError
+from transrec_hf.items import encoding
+from transrec_hf.items.encoding import (
     encode_catalogue,
     has_packed_linears,
     item_modalities,

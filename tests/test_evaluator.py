@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transrec_hf import TransRecConfig, TransRecModel
-from transrec_hf.baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast
-from transrec_hf.data import Catalogue, Sequences, leave_one_out
-from transrec_hf.evaluator import PROTOCOLS, EvaluationProtocol, RankingEvaluator
-from transrec_hf.ranking import dot_scores, last_items, rank_scores, rank_targets
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.data.interactions import Sequences, leave_one_out
+from transrec_hf.evaluation.baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast
+from transrec_hf.evaluation.evaluator import RankingEvaluator
+from transrec_hf.evaluation.protocol import PROTOCOLS, EvaluationProtocol
+from transrec_hf.evaluation.ranking import dot_scores, last_items, rank_scores, rank_targets
 
 
 def make_catalogue(num_items: int) -> Catalogue:
@@ -140,7 +142,7 @@ def test_scores_do_not_depend_on_how_many_are_cached(cached, monkeypatch):
     torch.manual_seed(0)
     users, items = torch.randn(7, 33), torch.randn(101, 33)
     expected = (users.double() @ items.double().T).float()
-    monkeypatch.setattr("transrec_hf.ranking.CACHED_SCORES", cached)
+    monkeypatch.setattr("transrec_hf.evaluation.ranking.CACHED_SCORES", cached)
     assert torch.equal(dot_scores(users, items), expected)
     assert dot_scores(users[:0], items).shape == (0, 101)
 
@@ -359,7 +361,7 @@ def test_sample_as_large_as_the_split_is_the_split():
 def test_model_against_a_naive_loop(name, monkeypatch):
     catalogue, sequences = random_case()
     model, length = id_model(len(catalogue)), 5
-    monkeypatch.setattr("transrec_hf.evaluator.MAX_USERS", 7)
+    monkeypatch.setattr("transrec_hf.evaluation.evaluator.MAX_USERS", 7)
     evaluator = RankingEvaluator(catalogue, sequences, protocol=name)
     ranking = evaluator.rank_model(model)
     protocol = PROTOCOLS[name]
@@ -464,9 +466,9 @@ def test_blocks_of_sequences_change_no_report(monkeypatch):
         RankingEvaluator(catalogue, split.test, protocol=name, train=split.train) for name in ("full", "pmmrec")
     ]
     whole = [evaluator.evaluate(model) for evaluator in evaluators]
-    monkeypatch.setattr("transrec_hf.data.BLOCK", 7)
-    monkeypatch.setattr("transrec_hf.baselines.BLOCK", 7)
-    monkeypatch.setattr("transrec_hf.data.MAX_IN_MEMORY", 0)
+    monkeypatch.setattr("transrec_hf.data.interactions.BLOCK", 7)
+    monkeypatch.setattr("transrec_hf.evaluation.baselines.BLOCK", 7)
+    monkeypatch.setattr("transrec_hf.data.interactions.MAX_IN_MEMORY", 0)
     assert [evaluator.evaluate(model) for evaluator in evaluators] == whole
 
 

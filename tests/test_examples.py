@@ -27,10 +27,11 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from transformers import AutoModel
 
-from transrec_hf import TransRecConfig, TransRecModel, TransRecTrainer, demo, load_catalogue
-from transrec_hf.checkpoint import load_checkpoint
-from transrec_hf.demo import demo_config, demo_processor, demo_world
-from transrec_hf.training_run import content_vectors
+from transrec_hf import TransRecConfig, TransRecModel, TransRecTrainer, load_catalogue
+from transrec_hf.data import demo
+from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+from transrec_hf.items.encoding import content_vectors
+from transrec_hf.publishing.checkpoint import load_checkpoint
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -28,10 +28,11 @@ from transrec_hf import (
     TransRecProcessor,
     TransRecTrainer,
     TransRecTrainingArguments,
-    inference,
 )
-from transrec_hf.data import data_statistics, load_statistics, save_statistics
-from transrec_hf.hub import PICKLES, explain, hub_errors, upload_checkpoint
+from transrec_hf.data.statistics import data_statistics, load_statistics, save_statistics
+from transrec_hf.errors import explain, hub_errors
+from transrec_hf.publishing.hub import PICKLES, upload_checkpoint
+from transrec_hf.serving import recommender as recommender_module
 
 
 ID = "me/tiny"
@@ -163,7 +164,7 @@ def test_cache_and_no_network(hub: LocalHub, recommender: Recommender, tmp_path:
     script = f"""
 import sys
 from transrec_hf import Recommender
-from transrec_hf.hub import HubError
+from transrec_hf.errors import HubError
 for cache in sys.argv[1:]:
     try:
         found = Recommender.from_pretrained({ID!r}, cache_dir=cache).recommend({HISTORY!r}, top_k=5)
@@ -193,7 +194,7 @@ def test_recommending_from_the_index_needs_no_encoding(
     hub: LocalHub, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recommender.push_to_hub(ID)
-    monkeypatch.delattr(inference, "encode_catalogue")
+    monkeypatch.delattr(recommender_module, "encode_catalogue")
     found = Recommender.from_pretrained(ID)
     assert recommended(found) == recommended(recommender)
     assert all(item.text is None for item in found.recommend(HISTORY))
@@ -242,7 +243,7 @@ def test_user_encoder_does_not_make_the_index_stale(
     recommender.save_pretrained(tmp_path)
     recommender.model.user_encoder.final_norm.weight.data.mul_(0.5)
     recommender.model.save_pretrained(tmp_path)
-    monkeypatch.delattr(inference, "encode_catalogue")
+    monkeypatch.delattr(recommender_module, "encode_catalogue")
     assert recommended(Recommender.from_pretrained(tmp_path)) == recommended(recommender)
 
 

@@ -8,9 +8,9 @@ import torch
 from testing_utils import make_catalogue, make_config, make_model, make_processor
 
 from transrec_hf import Recommender
-from transrec_hf.data import DataError
-from transrec_hf.encoding import encode_catalogue, item_modalities
-from transrec_hf.modeling_transrec import last_state
+from transrec_hf.errors import DataError
+from transrec_hf.items.encoding import encode_catalogue, item_modalities
+from transrec_hf.model.user_encoder_transrec import last_state
 
 
 @pytest.fixture(scope="module")

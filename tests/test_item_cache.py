@@ -15,7 +15,7 @@ from testing_utils import (
     make_trainer,
 )
 
-from transrec_hf.item_cache import ItemCache
+from transrec_hf.training.item_cache import ItemCache
 
 
 CPC = {"objective": "cpc", "num_positives": 1, "num_negatives": 1, "is_causal": False}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing_utils import make_batch, make_collator, make_config, make_model
 
-from transrec_hf.loss_transrec import (
+from transrec_hf.model.loss_transrec import (
     batch_slots,
     bce,
     bpr,

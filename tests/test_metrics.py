@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ir_measures import RR, Qrel, ScoredDoc, Success, nDCG
 
 import transrec_hf
-from transrec_hf.metrics import (
+from transrec_hf.evaluation.metrics import (
     bootstrap_interval,
     hit_rate,
     metric_values,
@@ -130,7 +130,7 @@ def test_paired_bootstrap_sees_what_single_intervals_cannot():
 
 def test_evaluate_metrics_agree_with_the_functions(tmp_path, monkeypatch):
     evaluate = pytest.importorskip("evaluate")
-    from transrec_hf.metrics import MRR, NDCG, HitRate
+    from transrec_hf.evaluation.metrics_evaluate import MRR, NDCG, HitRate
 
     ranks = RANKS[:6]
     combined = evaluate.combine([metric(cache_dir=str(tmp_path)) for metric in (HitRate, NDCG, MRR)])
@@ -143,6 +143,7 @@ def test_evaluate_metrics_agree_with_the_functions(tmp_path, monkeypatch):
 
 
 def test_importing_the_package_does_not_import_evaluate():
-    code = "import sys, transrec_hf.metrics, transrec_hf.evaluator; sys.exit('evaluate' in sys.modules)"
+    modules = "transrec_hf.evaluation.metrics, transrec_hf.evaluation.evaluator"
+    code = f"import sys, {modules}; sys.exit('evaluate' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(transrec_hf.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -23,25 +23,25 @@ from transrec_hf import (
     load_domain,
     push_dataset_to_hub,
 )
-from transrec_hf.data import Catalogue
-from transrec_hf.modelcard import (
-    RESULT_COLUMNS,
-    UNKNOWN_LICENCE,
-    append_results,
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.publishing.card import (
     describe_checkpoint,
     describe_protocol,
     duration,
-    load_evaluation,
     model_card,
-    named_source,
     non_default_arguments,
-    parameter_counts,
-    read_licence,
-    read_results,
-    save_evaluation,
     update_model_card,
     verdict,
 )
+from transrec_hf.publishing.checkpoint import (
+    UNKNOWN_LICENCE,
+    load_evaluation,
+    named_source,
+    parameter_counts,
+    read_licence,
+    save_evaluation,
+)
+from transrec_hf.publishing.results import RESULT_COLUMNS, append_results, read_results
 
 
 ROOT = Path(__file__).parent.parent

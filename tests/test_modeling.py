@@ -27,9 +27,10 @@ from testing_utils import (
 from transformers import AutoModel, CLIPConfig, CLIPModel, set_seed
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor
-from transrec_hf.configuration_transrec import TEXT_POOLINGS
-from transrec_hf.data_collator import prepare_items
-from transrec_hf.modeling_transrec import last_state, tower_blocks
+from transrec_hf.items.preparing import prepare_items
+from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
+from transrec_hf.model.item_encoder_transrec import tower_blocks
+from transrec_hf.model.user_encoder_transrec import last_state
 
 
 ALL_TOWERS = [*(("text", name) for name in TEXT_TOWERS), *(("image", name) for name in VISION_TOWERS)]

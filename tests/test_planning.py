@@ -14,11 +14,19 @@ from testing_utils import make_catalogue, make_config, make_model, make_processo
 from torch import nn
 
 from transrec_hf import TransRecModel, TransRecTrainingArguments
-from transrec_hf.activation_store import ActivationStore
-from transrec_hf.calibration import Costs, Counts, TowerCost, count_bytes, count_flop, count_units, simulate_steps
-from transrec_hf.data import log_popularity
-from transrec_hf.data_collator import DataCollatorForNextItem, TrainingWindows
-from transrec_hf.planning import Plan, encoding_bytes, make_forecast, plan_run, training_bytes
+from transrec_hf.data.statistics import log_popularity
+from transrec_hf.items.store import ActivationStore
+from transrec_hf.training.calibration import (
+    Costs,
+    Counts,
+    TowerCost,
+    count_bytes,
+    count_flop,
+    count_units,
+    simulate_steps,
+)
+from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
+from transrec_hf.training.planning import Plan, encoding_bytes, make_forecast, plan_run, training_bytes
 
 
 DEMO = ("--data", "demo:target", "--report_to", "none")
@@ -175,7 +183,7 @@ def test_planning_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command calibrates for a moment only."""
-    monkeypatch.setattr("transrec_hf.planning.plan_run", partial(plan_run, seconds=0.1))
+    monkeypatch.setattr("transrec_hf.training.planning.plan_run", partial(plan_run, seconds=0.1))
 
 
 def test_the_command_line(transrec: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

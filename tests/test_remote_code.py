@@ -25,6 +25,9 @@ from transrec_hf import TransRecModel
 
 
 MODULES = {
+    "item_encoder_transrec.py": None,
+    "sharing_transrec.py": None,
+    "user_encoder_transrec.py": None,
     "configuration_transrec.py": "config.json",
     "loss_transrec.py": None,
     "modeling_transrec.py": "config.json",
@@ -167,7 +170,7 @@ def test_a_repository_carries_its_code(hub: LocalHub) -> None:
     push("text image")
     files = hub.files(repo_id("text image"))
     for module, config in MODULES.items():
-        source = Path(sys.modules[f"transrec_hf.{module.removesuffix('.py')}"].__file__ or "").read_bytes()
+        source = Path(sys.modules[f"transrec_hf.model.{module.removesuffix('.py')}"].__file__ or "").read_bytes()
         assert files[module] == source
         if config is not None:
             assert module.removesuffix(".py") in str(json.loads(files[config])["auto_map"])
@@ -176,7 +179,7 @@ def test_a_repository_carries_its_code(hub: LocalHub) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_code_that_travels_imports_siblings_only(module: str) -> None:
-    source = Path(sys.modules[f"transrec_hf.{module.removesuffix('.py')}"].__file__ or "").read_text()
+    source = Path(sys.modules[f"transrec_hf.model.{module.removesuffix('.py')}"].__file__ or "").read_text()
     imported = re.findall(r"^\s*(?:from|import) +([\w.]+)", source, flags=re.MULTILINE)
     siblings = {name for name in imported if name.startswith(".")}
     assert siblings <= {f".{name.removesuffix('.py')}" for name in MODULES}

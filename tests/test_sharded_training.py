@@ -29,8 +29,8 @@ from testing_utils import (
 )
 
 from transrec_hf import RankingEvaluator, TransRecModel, TransRecTrainer
-from transrec_hf.encoding import encode_catalogue
-from transrec_hf.sharding import check_sharding
+from transrec_hf.items.encoding import encode_catalogue
+from transrec_hf.training.sharding import check_sharding
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

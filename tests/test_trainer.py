@@ -30,8 +30,10 @@ from testing_utils import (
 from transformers import AutoModel, AutoProcessor
 
 from transrec_hf import TransRecModel, TransRecProcessor, TransRecTrainer, TransRecTrainingArguments
-from transrec_hf.data import DataError, Split, load_statistics
-from transrec_hf.trainer import last_complete_checkpoint
+from transrec_hf.data.interactions import Split
+from transrec_hf.data.statistics import load_statistics
+from transrec_hf.errors import DataError
+from transrec_hf.training.trainer import last_complete_checkpoint
 
 
 def snapshot(model):

@@ -48,8 +48,10 @@ from transrec_hf import (
     TransRecTrainer,
     TransRecTrainingArguments,
 )
-from transrec_hf.data import Catalogue, Sequences, Split, leave_one_out, log_popularity
-from transrec_hf.data_collator import DataCollatorForNextItem
+from transrec_hf.data.catalogue import Catalogue
+from transrec_hf.data.interactions import Sequences, Split, leave_one_out
+from transrec_hf.data.statistics import log_popularity
+from transrec_hf.training.collator import DataCollatorForNextItem
 
 
 IMAGE_SIZE = 32  # pixels, both sides

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .configuration_transrec import TransRecConfig
-from .modeling_transrec import TransRecModel, TransRecOutput, TransRecPreTrainedModel
-from .processing_transrec import TransRecProcessor
+from .model.configuration_transrec import TransRecConfig
+from .model.modeling_transrec import TransRecModel, TransRecOutput, TransRecPreTrainedModel
+from .model.processing_transrec import TransRecProcessor
 
 
 if TYPE_CHECKING:
-    from .data import Catalogue, DataError, Sequences, Split
-    from .data_collator import DataCollatorForNextItem
-    from .evaluator import EvaluationProtocol, RankingEvaluator
-    from .hub import HubError
-    from .inference import ItemIndex, Recommender
-    from .trainer import TransRecTrainer
-    from .training_args import TransRecTrainingArguments
+    from .data.catalogue import Catalogue
+    from .data.interactions import Sequences, Split
+    from .errors import DataError, HubError
+    from .evaluation.evaluator import RankingEvaluator
+    from .evaluation.protocol import EvaluationProtocol
+    from .serving.index import ItemIndex
+    from .serving.recommender import Recommender
+    from .training.arguments import TransRecTrainingArguments
+    from .training.collator import DataCollatorForNextItem
+    from .training.trainer import TransRecTrainer
 
 __version__ = "0.1.0"
 
@@ -34,35 +37,35 @@ TransRecProcessor.register_for_auto_class()
 
 # what pulls in datasets, the trainer or an evaluator is imported when it is first used
 _LAZY = {
-    "ActivationStore": "activation_store",
-    "Catalogue": "data",
-    "DataError": "data",
-    "Sequences": "data",
-    "Split": "data",
-    "data_statistics": "data",
-    "k_core": "data",
-    "keep_items": "data",
-    "leave_one_out": "data",
-    "load_catalogue": "data",
-    "load_domain": "data",
-    "load_interactions": "data",
-    "temporal_split": "data",
-    "DataCollatorForNextItem": "data_collator",
-    "EvaluationProtocol": "evaluator",
-    "PROTOCOLS": "evaluator",
-    "RankingEvaluator": "evaluator",
-    "HitRate": "metrics",
-    "MRR": "metrics",
-    "NDCG": "metrics",
-    "bootstrap_interval": "metrics",
-    "paired_bootstrap": "metrics",
-    "push_dataset_to_hub": "dataset_hub",
-    "HubError": "hub",
-    "ItemIndex": "inference",
-    "Recommender": "inference",
-    "TransRecTrainer": "trainer",
-    "TransRecTrainingArguments": "training_args",
-    "encode_catalogue": "encoding",
+    "ActivationStore": "items.store",
+    "Catalogue": "data.catalogue",
+    "DataError": "errors",
+    "Sequences": "data.interactions",
+    "Split": "data.interactions",
+    "data_statistics": "data.statistics",
+    "k_core": "data.interactions",
+    "keep_items": "data.interactions",
+    "leave_one_out": "data.interactions",
+    "load_catalogue": "data.catalogue",
+    "load_domain": "data.interactions",
+    "load_interactions": "data.interactions",
+    "temporal_split": "data.interactions",
+    "DataCollatorForNextItem": "training.collator",
+    "EvaluationProtocol": "evaluation.protocol",
+    "PROTOCOLS": "evaluation.protocol",
+    "RankingEvaluator": "evaluation.evaluator",
+    "HitRate": "evaluation.metrics_evaluate",
+    "MRR": "evaluation.metrics_evaluate",
+    "NDCG": "evaluation.metrics_evaluate",
+    "bootstrap_interval": "evaluation.metrics",
+    "paired_bootstrap": "evaluation.metrics",
+    "push_dataset_to_hub": "publishing.dataset",
+    "HubError": "errors",
+    "ItemIndex": "serving.index",
+    "Recommender": "serving.recommender",
+    "TransRecTrainer": "training.trainer",
+    "TransRecTrainingArguments": "training.arguments",
+    "encode_catalogue": "items.encoding",
 }
 
 __all__ = [

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from testing_utils import make_catalogue, make_model, make_processor, make_split
 
 from transrec_hf import Recommender, TransRecModel, __version__
-from transrec_hf.data import data_statistics, save_statistics
+from transrec_hf.data.statistics import data_statistics, save_statistics
 
 
 HISTORIES = [["item-3", "item-7", "item-5"], ["item-1"]]

@@ -1,0 +1,3 @@
+"""What the commands and scripts share: options, runs and their reports."""
+
+from __future__ import annotations

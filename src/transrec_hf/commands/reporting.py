@@ -1,0 +1,90 @@
+"""Reports for people: tables of metrics and plots of learning curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+SLICE_TITLES = {
+    "target": "target in training",
+    "target_modality": "modality of the target",
+    "history_length": "length of the history",
+    "history_modality": "modality of the history",
+}
+
+
+def format_table(rows: Sequence[Sequence[str]], flush_left: int = 1) -> str:
+    """Rows of cells, the first one the header, to aligned lines; the first `flush_left` columns are flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < flush_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def format_report(report: Mapping[str, Any], name: str = "model") -> str:
+    """
+    What [`RankingEvaluator.evaluate`] reports, as text: the model beside the baselines with their intervals, then the
+    slices of the model.
+
+    Args:
+        report (`dict`): the report.
+        name (`str`, *optional*, defaults to `"model"`): what to call the model.
+    """
+    metrics = list(report["intervals"])
+    compared = {name: report, **report.get("baselines", {})}
+    rows = [["", *metrics]]
+    for row_name, row in compared.items():
+        bounds = [(row["metrics"][metric], *row["intervals"][metric]) for metric in metrics]
+        cells = [f"{value:.4f} [{low:.4f}, {high:.4f}]" for value, low, high in bounds]
+        rows.append([row_name.replace("_", " "), *cells])
+
+    slices = [["users where", "users", *metrics]]
+    for slice_name, parts in report["slices"].items():
+        for label, part in parts.items():
+            cells = [f"{part[metric]:.4f}" for metric in metrics]
+            slices.append([f"{SLICE_TITLES[slice_name]}: {label}", str(part["num_users"]), *cells])
+
+    protocol, repeats = report["protocol"], report["repeats"]
+    drawn = f" drawn from {protocol['drawn_from']}" if protocol.get("drawn_from") else ""
+    facts = (
+        f"{protocol['num_users']} users{drawn}, {protocol['num_items']} items ranked, history masked: "
+        f"{protocol['mask_history']}; targets chosen before: {repeats['share']:.1%}, "
+        f"so that no hit rate exceeds {repeats['hit_rate_ceiling']:.4f}"
+    )
+    return "\n\n".join([format_table(rows), format_table(slices), facts])
+
+
+def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike, metric: str) -> None:
+    """
+    Draws the training loss and the validation metric of a run, as a PNG; without Matplotlib, says so.
+
+    Args:
+        log_history (`list[dict]`): `Trainer.state.log_history`.
+        path (`str` or `os.PathLike`): file to write.
+        metric (`str`): name of the metric, e.g. `"ndcg@10"`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[demo].")
+        return
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    panels = {"training loss": "loss", f"validation {metric}": f"eval_{metric}"}
+    for axes, (title, key) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
+        axes.set(title=title, xlabel="epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, format="png")

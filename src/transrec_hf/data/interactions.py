@@ -1,0 +1,347 @@
+"""Interactions as users' sequences, and their filters and splits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch.utils.data
+from transformers.utils import logging
+
+from ..errors import DataError, Defects, raise_defects
+from .catalogue import _EMPTY_ID, Catalogue, load_catalogue
+from .reading import BLOCK, encode_ids, open_source, read_interactions, read_timestamps
+
+
+if TYPE_CHECKING:
+    pass
+
+
+logger = logging.get_logger(__name__)
+
+MAX_IN_MEMORY = 2**22
+"""Interactions up to which their columns are held in memory; longer ones are in temporary files."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sequences(torch.utils.data.Dataset):
+    """Users' item sequences in time order, as views on flat columns.
+
+    View `i` is `items[starts[i]:ends[i]]`. Views share the columns, so splits and windows copy no interaction.
+
+    Attributes:
+        items (`np.ndarray` of shape `(n,)`, int32): catalogue rows.
+        timestamps (`np.ndarray` of shape `(n,)`, int64): in the unit of the data.
+        starts, ends (`np.ndarray` of shape `(views,)`, int64): bounds of the views.
+        user_ids (`np.ndarray` of shape `(views,)`, str): the user of every view.
+    """
+
+    items: np.ndarray
+    timestamps: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    user_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self.starts[index], self.ends[index]
+        return {"user": int(index), "items": self.items[start:end].astype(np.int64)}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Sequences(users={len(self)}, interactions={int(self.lengths.sum())})"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items in every view, (views,) int64."""
+        return self.ends - self.starts
+
+    def select(self, rows: np.ndarray | slice) -> Sequences:
+        """The views at `rows` (indices, a boolean mask or a slice)."""
+        return self._with_views(self.starts[rows], self.ends[rows], self.user_ids[rows])
+
+    def truncate(self, keep_last: int) -> Sequences:
+        """Every view cut to its last `keep_last` items."""
+        return self._with_views(np.maximum(self.starts, self.ends - keep_last), self.ends, self.user_ids)
+
+    def windows(self, length: int) -> Sequences:
+        """Every view cut, from its end, into windows of at most `length` items that overlap by one.
+
+        Every (previous, next) pair is in exactly one window, and the last window of a user is full when the view is
+        long enough. Views of one item hold no pair and give no window.
+        """
+        if length < 2:
+            raise ValueError(f"a window needs at least 2 items, got length={length}")
+        step = length - 1
+        counts = -(-np.maximum(self.lengths - 1, 0) // step)
+        view = np.repeat(np.arange(len(self)), counts)
+        back = np.arange(len(view)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = self.ends[view] - back * step
+        return self._with_views(np.maximum(self.starts[view], ends - length), ends, self.user_ids[view])
+
+    def expand(self) -> tuple[np.ndarray, np.ndarray]:
+        """View and flat position of everything that the views show, in order; both (sum of lengths,) int64."""
+        view = np.repeat(np.arange(len(self)), self.lengths)
+        return view, np.arange(len(view)) + np.repeat(self.ends - np.cumsum(self.lengths), self.lengths)
+
+    def item_counts(self, num_items: int) -> np.ndarray:
+        """Interactions of every item, (num_items,) int64; one that several views show counts once."""
+        counts = np.zeros(num_items, dtype=np.int64)
+        for block in self._disjoint().blocks():
+            counts += np.bincount(self.items[block.expand()[1]], minlength=num_items)
+        return counts
+
+    def blocks(self) -> Iterator[Sequences]:
+        """The views in parts that show about `BLOCK` items each, for work that needs memory for every item shown."""
+        parts = np.cumsum(self.lengths) // BLOCK
+        bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(self)]
+        return (self.select(slice(start, end)) for start, end in pairwise(bounds))
+
+    def _disjoint(self) -> Sequences:
+        """Views that show the same interactions, each once."""
+        order = np.argsort(self.starts, kind="stable")
+        starts, ends = self.starts[order], self.ends[order]
+        starts[1:] = np.maximum(starts[1:], np.maximum.accumulate(ends)[:-1])
+        shown = starts < ends
+        return self._with_views(starts[shown], ends[shown], self.user_ids[order][shown])
+
+    def _with_views(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
+        return Sequences(self.items, self.timestamps, starts, ends, user_ids)
+
+
+def flat_column(length: int, dtype: type) -> np.ndarray:
+    """A column to be filled, in memory or, if it is long, in a temporary file that vanishes with it."""
+    import datasets
+
+    if length <= MAX_IN_MEMORY:
+        return np.empty(length, dtype)
+    folder = Path(datasets.config.HF_DATASETS_CACHE)  # `/tmp` may be memory
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.asarray(np.memmap(file, dtype, shape=length))
+
+
+def _group_by_user(items: np.ndarray, timestamps: np.ndarray, users: np.ndarray, names: np.ndarray) -> Sequences:
+    """Sequences of interactions sorted by user, then time; equal times keep their order.
+
+    Users one after the other form parts of about `BLOCK` interactions. All interactions go to the part of their user,
+    and then each part is sorted.
+    """
+    size = len(users)
+    counts = np.zeros(len(names), dtype=np.int64)
+    for start in range(0, size, BLOCK):
+        counts += np.bincount(users[start : start + BLOCK], minlength=len(names))
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    is_first = np.diff(np.maximum(ends - 1, 0) // BLOCK, prepend=-1) > 0
+    part_of, bounds = np.cumsum(is_first) - 1, np.append(starts[is_first], size)
+
+    columns = flat_column(size, np.int32), flat_column(size, np.int64), flat_column(size, np.int32)
+    free = bounds[:-1].copy()
+    for start in range(0, size, BLOCK):
+        block = slice(start, start + BLOCK)
+        parts = part_of[users[block]]
+        order = np.argsort(parts, kind="stable")
+        cuts = np.searchsorted(parts[order], np.arange(len(bounds)))
+        for part, rows in enumerate(np.split(order, cuts[1:-1])):
+            for column, values in zip(columns, (items, timestamps, users), strict=True):
+                column[free[part] : free[part] + len(rows)] = values[block][rows]
+            free[part] += len(rows)
+    for low, high in pairwise(bounds):
+        parted = [column[low:high] for column in columns]
+        order = np.lexsort((parted[1], parted[2]))
+        for column in parted[:2]:
+            column[:] = column[order]
+    present = counts > 0
+    return Sequences(*columns[:2], starts[present], ends[present], names[present])
+
+
+def load_interactions(source: Any, catalogue: Catalogue, *, revision: str | None = None) -> Sequences:
+    """Read and validate interactions as users' sequences in time order.
+
+    Rows may come in any order; equal timestamps of a user keep the order of the file. A row that occurs twice is two
+    interactions: repeats are real. Timestamps are integers of any unit and sign.
+
+    Args:
+        source (`str`, `os.PathLike` or `datasets.Dataset`):
+            As in [`load_catalogue`], with `interactions` for `items`.
+        catalogue ([`Catalogue`]):
+            The items that interactions refer to.
+        revision (`str`, *optional*):
+            Revision of the Hub data set.
+
+    Raises:
+        [`DataError`]: for every defect.
+    """
+    opened, name = open_source(source, "interactions", revision)
+    size, blocks = read_interactions(opened, name)
+    if size == 0:
+        raise DataError(f"{name}: there are no interactions. Add rows of user_id, item_id, timestamp.")
+    users, items, timestamps = (flat_column(size, dtype) for dtype in (np.int32, np.int32, np.int64))
+    code_of: dict[str, int] = {}
+    defects, first = Defects(), 0
+    for block in blocks:
+        place = slice(first, first + len(block))
+        codes, ids = encode_ids(block["user_id"], "user_id", name)
+        defects.add("empty user_id", codes < 0, _EMPTY_ID, first)
+        known = [code_of.setdefault(user, len(code_of)) for user in ids.to_pylist()]
+        users[place] = np.array([*known, -1])[codes]
+
+        codes, ids = encode_ids(block["item_id"], "item_id", name)
+        defects.add("empty item_id", codes < 0, _EMPTY_ID, first)
+        items[place] = np.append(catalogue._find(ids.to_pylist()), 0)[codes]  # 0 for code -1, which has its own defect
+        mend = f"Add these items to {catalogue.source} or delete the rows."
+        defects.add("unknown item_id", items[place] < 0, mend, first, partial(_cell, block["item_id"], "item_id {!r}"))
+
+        timestamps[place], missing, wrong = read_timestamps(block["timestamp"])
+        mend = "Write an integer, for example seconds since 1970."
+        defects.add("missing timestamp", missing, mend, first)
+        what = f"timestamp that is not an integer (column of {block['timestamp'].type})"
+        defects.add(what, wrong, mend, first, partial(_cell, block["timestamp"], "{:.40}"))
+        first += len(block)
+    raise_defects(name, defects.describe())
+    return _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
+
+
+def _cell(column: pa.ChunkedArray, form: str, row: int) -> str:
+    return form.format(str(column[row]))
+
+
+def load_domain(
+    path: Any, *, revision: str | None = None, modality_policy: str = "both", seed: int = 0
+) -> tuple[Catalogue, Sequences]:
+    """Catalogue and sequences of one folder or one Hub data set; see [`load_catalogue`], [`load_interactions`]."""
+    catalogue = load_catalogue(path, revision=revision, modality_policy=modality_policy, seed=seed)
+    return catalogue, load_interactions(path, catalogue, revision=revision)
+
+
+def keep_items(catalogue: Catalogue, sequences: Sequences, keep: np.ndarray) -> tuple[Catalogue, Sequences]:
+    """The items where the mask `keep`, (N,) bool, is true, and the interactions with them."""
+    view, place = sequences.expand()
+    kept = keep[sequences.items[place]]
+    view, place = view[kept], place[kept]
+    rows = np.cumsum(keep) - 1
+    items = rows[sequences.items[place]]
+    return catalogue.select(keep), _group_by_user(items, sequences.timestamps[place], view, sequences.user_ids)
+
+
+def drop_unused(catalogue: Catalogue, sequences: Sequences) -> tuple[Catalogue, Sequences]:
+    """The catalogue without items that occur in no view, and the sequences with the new rows."""
+    return keep_items(catalogue, sequences, sequences.item_counts(len(catalogue)) > 0)
+
+
+def k_core(catalogue: Catalogue, sequences: Sequences, k: int) -> tuple[Catalogue, Sequences]:
+    """Keep users and items with at least `k` interactions each, again and again until nothing changes.
+
+    Repeats count as interactions. Raises [`DataError`] when nothing is left.
+    """
+    view, place = sequences.expand()
+    while len(place):
+        items = sequences.items[place]
+        keep = (np.bincount(view)[view] >= k) & (np.bincount(items)[items] >= k)
+        if keep.all():
+            break
+        view, place = view[keep], place[keep]
+    if len(place) == 0:
+        raise DataError(f"{catalogue.source}: the {k}-core is empty. Use a smaller k.")
+    core = _group_by_user(sequences.items[place], sequences.timestamps[place], view, sequences.user_ids)
+    return drop_unused(catalogue, core)
+
+
+@dataclass
+class Split:
+    """Views for training, validation and test. In the last two, the last item of each view is the target."""
+
+    train: Sequences
+    validation: Sequences
+    test: Sequences
+    users_left_out: int = 0
+
+
+def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: int | None = None) -> Split:
+    """Train on all but a user's last two items, validate on the one before the last, test on the last.
+
+    Args:
+        sequences ([`Sequences`]):
+            One view per user.
+        min_interactions (`int`, *optional*, defaults to 3):
+            Users with fewer interactions are left out, and counted.
+        keep_last (`int`, *optional*):
+            Forget all but the last `keep_last` items of every user (history length + 3 in the NineRec protocol).
+
+    Raises:
+        [`DataError`]: when no user is left.
+    """
+    if min_interactions < 3 or (keep_last is not None and keep_last < 3):
+        raise ValueError("leave-one-out needs at least 3 interactions per user: train, validation, test")
+    long_enough = sequences.lengths >= min_interactions
+    left_out = int((~long_enough).sum())
+    if not long_enough.any():
+        longest = int(sequences.lengths.max(initial=0))
+        raise DataError(
+            f"no user has {min_interactions} interactions (the longest history has {longest}), so none can be split. "
+            "Add interactions, or lower min_interactions (3 is the least)."
+        )
+    if left_out:
+        logger.warning(f"{left_out} of {len(sequences)} users have fewer than {min_interactions} interactions.")
+    lines = sequences.select(long_enough)
+    lines = lines if keep_last is None else lines.truncate(keep_last)
+    train, validation = (lines._with_views(lines.starts, lines.ends - cut, lines.user_ids) for cut in (2, 1))
+    return Split(train, validation, lines, left_out)
+
+
+def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -> Split:
+    """Split by time: train before `validation_from`; the target is a user's first event of a period.
+
+    A target's history is everything before it. Users without an event before the period have no history and are not
+    evaluated there.
+
+    Args:
+        sequences ([`Sequences`]):
+            One view per user.
+        validation_from, test_from (`int`):
+            First timestamp of the validation period `[validation_from, test_from)` and of the test period.
+
+    Raises:
+        [`DataError`]: when a period has no event, or no user has a history before it.
+    """
+    starts = sequences.starts
+    validation, test = _first_from(sequences, validation_from), _first_from(sequences, test_from)
+
+    def views(chosen: np.ndarray, ends: np.ndarray) -> Sequences:
+        return sequences._with_views(starts[chosen], ends[chosen], sequences.user_ids[chosen])
+
+    parts = {
+        "training": views(validation > starts, validation),
+        "validation": views((validation > starts) & (validation < test), validation + 1),
+        "test": views((test > starts) & (test < sequences.ends), test + 1),
+    }
+    for name, part in parts.items():
+        if len(part) == 0:
+            times = sequences.timestamps[sequences.expand()[1]]
+            raise DataError(
+                f"temporal split: no user for {name} (validation_from={validation_from}, test_from={test_from}; the "
+                f"data run from {times.min()} to {times.max()}). Move the bounds."
+            )
+    left_out = len(sequences) - len(parts["training"])
+    return Split(parts["training"], parts["validation"], parts["test"], left_out)
+
+
+def _first_from(sequences: Sequences, time: int) -> np.ndarray:
+    """Flat position of every view's first event at `time` or later, its end if there is none, (views,) int64."""
+    earlier = []
+    for block in sequences.blocks():
+        view, place = block.expand()
+        earlier.append(np.bincount(view[sequences.timestamps[place] < time], minlength=len(block)))
+    return sequences.starts + np.concatenate(earlier)

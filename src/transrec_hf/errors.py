@@ -1,0 +1,191 @@
+"""What goes wrong with input, with the Hub and on the way there, and the sentences for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from huggingface_hub import constants, resolve_revision
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+
+
+MAX_EXAMPLES = 5
+
+
+class DataError(ValueError):
+    """Bad input. The message names the file, the row or the id, and the mend."""
+
+
+def describe(
+    what: str, rows: np.ndarray | list[int], mend: str, label: Callable[[int], str] | None = None
+) -> list[str]:
+    """The line for one kind of defect with its first rows (0-based here, 1-based there); nothing without rows."""
+    shown = ", ".join(f"row {row + 1}" + (f" ({label(row)})" if label else "") for row in rows[:MAX_EXAMPLES])
+    more = f" and {len(rows) - MAX_EXAMPLES} more" if len(rows) > MAX_EXAMPLES else ""
+    return [f"{what}: {shown}{more}. {mend}"] if len(rows) else []
+
+
+class Defects:
+    """Defects of a long table, found block by block."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._labels: dict[tuple[str, str], dict[int, str]] = {}
+
+    def add(
+        self, what: str, wrong: np.ndarray, mend: str, first_row: int, label: Callable[[int], str] | None = None
+    ) -> None:
+        """As in [`describe`], for the rows where `wrong` is true of a block that begins at row `first_row`."""
+        rows = np.flatnonzero(wrong)
+        self._rows.setdefault((what, mend), []).append(rows + first_row)
+        if label is not None:
+            labels = self._labels.setdefault((what, mend), {})
+            labels.update({first_row + row: label(row) for row in rows[: MAX_EXAMPLES - len(labels)].tolist()})
+
+    def describe(self) -> list[str]:
+        """The line for each kind of defect."""
+        lines = []
+        for (what, mend), rows in self._rows.items():
+            labels = self._labels.get((what, mend))
+            lines += describe(what, np.concatenate(rows), mend, None if labels is None else labels.__getitem__)
+        return lines
+
+
+def raise_defects(source: str, defects: list[str]) -> None:
+    """Raise one [`DataError`] for all `defects`, a line each."""
+    if defects:
+        raise DataError("\n".join(f"{source}: {defect}" for defect in defects))
+
+
+class HubError(OSError):
+    """Something is wrong with the Hub, the way there, or a checkpoint. The message is one sentence, with the mend."""
+
+
+def pinned(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The keywords that say where a checkpoint is (`revision`, `token`, `cache_dir`, `local_files_only`, ...) with the
+    revision resolved to a commit: whatever is loaded with them comes from one state of the repository. A repository
+    that cannot be had is found out at once, by one request.
+    """
+    if os.path.isdir(name_or_path):
+        return dict(place)
+    access = {name: place[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in place}
+    return {**place, "revision": resolve_revision(str(name_or_path), **access)}
+
+
+def _http_sentence(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token"
+    if status == 403:
+        return "your token is not allowed to do this: use one with write access to the repository"
+    if status == 429 or status >= 500:
+        return f"the Hub at {constants.ENDPOINT} is overloaded or out of order (HTTP {status}): try again later"
+    return (
+        f"the Hub at {constants.ENDPOINT} refused the request (HTTP {status}: {error.server_message or 'no reason'})"
+    )
+
+
+def _unreachable(error: BaseException) -> str:
+    return f"the Hub at {constants.ENDPOINT} cannot be reached or broke off: check the network, then try again"
+
+
+def _not_cached(error: BaseException) -> str:
+    return "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online"
+
+
+_SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
+    (
+        GatedRepoError,
+        lambda error: f"access is given on request: ask on {constants.ENDPOINT}, then log in with `hf auth login`",
+    ),
+    (
+        RepositoryNotFoundError,
+        lambda error: (
+            f"the Hub at {constants.ENDPOINT} has no such repository, or it is private: check the id, "
+            "or log in with `hf auth login`"
+        ),
+    ),
+    (RevisionNotFoundError, lambda error: "the repository has no such revision: check the branch, tag or commit"),
+    (LocalTokenNotFoundError, lambda error: "there is no token: log in with `hf auth login`, or set HF_TOKEN"),
+    (OfflineModeIsEnabled, _not_cached),
+    (
+        SafetensorError,
+        lambda error: (
+            f"a weight file is damaged or cut off ({error}): "
+            "get it again with force_download=True, or have it uploaded again"
+        ),
+    ),
+    (HfHubHTTPError, _http_sentence),
+    (HTTPError, _unreachable),
+    (LocalEntryNotFoundError, _not_cached),
+    (RevisionResolutionError, _not_cached),
+    (HFValidationError, lambda error: "neither a folder nor an id of the Hub, which is `name` or `owner/name`"),
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """
+    What an error of the Hub, of the way there or of a file from it means and how to mend it, in one sentence; `None`
+    for any other error. The error that libraries have wrapped in their own is found as well.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind, sentence in _SENTENCES:
+        for cause in chain:
+            if isinstance(cause, kind):
+                return sentence(cause)
+    if any(isinstance(cause, ValueError) and "trust_remote_code=True" in str(cause) for cause in chain):
+        return "it brings its own code, which is not run untrusted: read it, then pass trust_remote_code=True"
+    return None
+
+
+@contextmanager
+def hub_errors(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Turn what [`explain`] knows into a [`HubError`] that begins with the checkpoint's id or folder."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        raise HubError(f"{name_or_path}: {sentence}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; of a configuration error, what its validator said."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def bad_input(what: str) -> Iterator[None]:
+    """Turn what libraries raise on bad input into a [`DataError`] that begins with `what`, a file or an option."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+        raise DataError(f"{what}: {explain(error) or one_line(error)}") from error

@@ -1,0 +1,155 @@
+"""Recommenders that need no training, to hold every number against: they go through the same ranking as the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from ..data.interactions import flat_column
+from ..data.reading import BLOCK
+from .ranking import dot_scores
+
+
+if TYPE_CHECKING:
+    from ..data.interactions import Sequences
+
+
+class Scorer(Protocol):
+    """
+    Anything that scores all items for histories: `(num_users, length)` rows of the catalogue, oldest first and padded
+    on the right with -1, to `(num_users, num_items)`, a new tensor, which the caller changes. Its `max_history` is how
+    many last items it looks at.
+    """
+
+    max_history: int
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor: ...
+
+
+class Popularity:
+    """
+    Scores an item by how often it occurs in the training sequences.
+
+    Args:
+        train_counts (`np.ndarray` of shape `(num_items,)`): Occurrences of each item (`Sequences.item_counts`).
+    """
+
+    max_history = 1
+
+    def __init__(self, train_counts: np.ndarray):
+        self.scores = torch.as_tensor(train_counts, dtype=torch.float32)
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+        return self.scores.repeat(len(history), 1)
+
+
+class RepeatLast:
+    """
+    Recommends the last items of the history again, the latest first. Only of use where the history is not masked, and
+    there the bar which a model of repeated consumption has to pass.
+
+    Args:
+        num_items (`int`): Size of the catalogue.
+        max_history (`int`, defaults to 10): Number of last items.
+    """
+
+    def __init__(self, num_items: int, max_history: int = 10):
+        self.num_items = num_items
+        self.max_history = max_history
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+        recency = torch.arange(1.0, history.shape[1] + 1).expand(len(history), -1) * (history >= 0)
+        scores = torch.zeros(len(history), self.num_items)
+        return scores.scatter_reduce_(1, history.clamp(min=0), recency, reduce="amax")
+
+
+class CoOccurrence:
+    """
+    Item-item neighbours: an item scores `sum over the last items h of decay**age(h) C[h, item] / sqrt(n_h n_item)`,
+    with C[a, b] how often a and b are at most `window` steps apart in a training sequence, n the item counts, and the
+    age of the last item 0, of the one before it 1, and so on.
+
+    Args:
+        train (`Sequences`): The training sequences.
+        num_items (`int`): Size of the catalogue.
+        window (`int`, defaults to 3): Largest distance of two items, in steps.
+        max_history (`int`, defaults to 10): Number of last items that vote.
+        decay (`float`, defaults to 0.8): What an item's vote is worth against that of the next one.
+    """
+
+    def __init__(self, train: Sequences, num_items: int, window: int = 3, max_history: int = 10, decay: float = 0.8):
+        self.num_items = num_items
+        self.max_history = max_history
+        self.decay = decay
+        norms = np.sqrt(train.item_counts(num_items))
+        degrees = np.zeros(num_items, dtype=np.int64)
+        neighbours, similarities = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.float32)]
+        for pairs, counts in _pairs(train, num_items, window):
+            left, right = pairs // num_items, pairs % num_items
+            degrees += np.bincount(left, minlength=num_items)
+            neighbours.append(right.astype(np.int32))
+            similarities.append((counts / (norms[left] * norms[right])).astype(np.float32))
+        self.neighbours = torch.from_numpy(np.concatenate(neighbours))  # of item 0, of item 1, ...
+        self.similarities = torch.from_numpy(np.concatenate(similarities))
+        self.starts = torch.from_numpy(np.append(0, np.cumsum(degrees)))
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+        real = history >= 0
+        user, slot = real.nonzero(as_tuple=True)
+        item, votes = history[user, slot], self.decay ** (real.sum(dim=1)[user] - 1 - slot)
+        degrees = self.starts[item + 1] - self.starts[item]
+        offsets = self.starts[item] - (degrees.cumsum(0) - degrees)
+        edges = torch.arange(int(degrees.sum())) + offsets.repeat_interleave(degrees)
+        cells = user.repeat_interleave(degrees) * self.num_items + self.neighbours[edges]
+        similarities = self.similarities[edges] * votes.repeat_interleave(degrees)
+        scores = torch.zeros(len(history) * self.num_items).index_add_(0, cells, similarities)
+        return scores.view(len(history), self.num_items)
+
+
+class ContentNeighbours:
+    """
+    Zero-shot content: the cosine of an item with the mean of the last items. On vectors of untouched encoders it tells
+    what the content is worth before any interaction is learnt from.
+
+    Args:
+        item_vectors (`torch.Tensor` of shape `(num_items, size)`): Content vectors; they are normalised here.
+        max_history (`int`, defaults to 10): Number of last items in the mean.
+    """
+
+    def __init__(self, item_vectors: torch.Tensor, max_history: int = 10):
+        self.vectors = torch.nn.functional.normalize(item_vectors.detach().float().cpu(), dim=1)
+        self.max_history = max_history
+
+    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+        real = (history >= 0).unsqueeze(2)
+        means = (self.vectors[history.clamp(min=0)] * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+        return dot_scores(means, self.vectors)
+
+
+def _pairs(train: Sequences, num_items: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    Pairs `left * num_items + right` of different items within the window, both ways, and their counts; sorted, in
+    blocks.
+    """
+    pairs = flat_column(2 * window * int(train.lengths.sum()), np.int64)
+    size = 0
+    for block in train.blocks():
+        users, place = block.expand()
+        items = block.items[place].astype(np.int64)
+        for gap in range(1, window + 1):
+            near = (users[gap:] == users[:-gap]) & (items[gap:] != items[:-gap])
+            left, right = items[:-gap][near], items[gap:][near]
+            for found in (left * num_items + right, right * num_items + left):
+                pairs[size : size + len(found)] = found
+                size += len(found)
+    pairs = pairs[:size]
+    pairs.sort()
+    start = 0
+    while start < size:
+        last = pairs[min(start + BLOCK, size) - 1]
+        end = int(np.searchsorted(pairs, last, side="right"))
+        yield np.unique(pairs[start:end], return_counts=True)
+        start = end

@@ -1,0 +1,3 @@
+"""Items from a catalogue to model inputs and vectors."""
+
+from __future__ import annotations

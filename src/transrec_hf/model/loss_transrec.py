@@ -1,0 +1,208 @@
+"""
+Training objectives: pure functions of user states, item vectors and index tensors.
+
+Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding;
+a position without a target is not computed.
+Scores are raw dot products in fp32; each function returns a scalar. `mean` is how values are averaged under a mask:
+[`masked_mean`], or [`masked_mean_across_ranks`] when several processes share one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+Mean = Callable[[Tensor, Tensor], Tensor]
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where the boolean `mask` of the same shape holds; 0 if it holds nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def scores(states: Tensor, item_embeds: Tensor) -> Tensor:
+    """Dot products of `states` `(..., d)` with every row of `item_embeds` `(U, d)`, in fp32: `(..., U)`."""
+    with torch.autocast(states.device.type, enabled=False):
+        return states.float() @ item_embeds.float().T
+
+
+def paired_scores(states: Tensor, item_embeds: Tensor) -> Tensor:
+    """Dot products of `states` `(..., d)` with their own items `(..., K, d)`, in fp32: `(..., K)`."""
+    with torch.autocast(states.device.type, enabled=False):
+        return (states.float().unsqueeze(-2) * item_embeds.float()).sum(-1)
+
+
+def batch_slots(history_index: Tensor, target_index: Tensor) -> Tensor:
+    """All items of each user's window, the first input and then the targets: `(B, L + 1)`."""
+    return torch.cat([history_index[:, :1], target_index], dim=1)
+
+
+def count_slots(slots: Tensor, num_items: int) -> Tensor:
+    """How many slots `(B, L + 1)` hold each of `num_items` items: `(U,)`."""
+    return torch.bincount(slots[slots >= 0], minlength=num_items)
+
+
+def in_batch_softmax(
+    states: Tensor,
+    item_embeds: Tensor,
+    target_index: Tensor,
+    slots: Tensor,
+    slot_counts: Tensor,
+    log_popularity: Tensor,
+    mean: Mean = masked_mean,
+) -> Tensor:
+    r"""
+    In-batch debiased cross-entropy on unique items.
+
+    With state \\(h_{ij}\\) of user \\(i\\) at position \\(j\\), items \\(a\\) of the batch, popularity \\(p_a\\) and
+    \\(m_a\\) slots of the batch holding \\(a\\):
+
+    $$ z_{ija} = h_{ij} e_a - \log p_a + \log m_a, \quad z_{ij,target} = h_{ij} e_{target} - \log p_{target} $$
+    $$ L = - mean_{ij} \log softmax(z_{ij})_{target} $$
+
+    where the user's own other items are left out. It equals the cross-entropy over all slots of the batch with the
+    logQ correction of Yi et al. (RecSys 2019), as used by MoRec and PMMRec, at a fraction of the columns.
+
+    Args:
+        states (`Tensor` of shape `(B, L, d)`): user states.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct candidate items.
+        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+        slots (`Tensor` of shape `(B, L + 1)`): rows of the user's own items, `-1` for padding.
+        slot_counts (`Tensor` of shape `(U,)`): slots of the whole batch that hold each item.
+        log_popularity (`Tensor` of shape `(U,)`): log of each item's share of the training interactions.
+        mean (`Callable`, *optional*): how positions are averaged.
+    """
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    target = target_index[users, positions].unsqueeze(-1)
+    logits = scores(states[users, positions], item_embeds) - log_popularity.float()
+    target_logits = logits.gather(-1, target)
+    own = torch.zeros(len(slots), len(item_embeds) + 1, dtype=torch.bool, device=slots.device)
+    own = own.scatter(1, slots.where(slots >= 0, len(item_embeds)), True)[:, :-1]
+    negatives = (logits + slot_counts.float().log()).masked_fill(own[users], -torch.inf)
+    nll = torch.logsumexp(negatives.scatter(-1, target, target_logits), dim=-1, keepdim=True) - target_logits
+    return mean(nll, target >= 0)
+
+
+def full_softmax(states: Tensor, item_embeds: Tensor, target_index: Tensor, mean: Mean = masked_mean) -> Tensor:
+    r"""
+    Cross-entropy over the whole catalogue: \\( L = - mean_{ij} \log softmax_a(h_{ij} e_a)_{target} \\).
+
+    Args:
+        states (`Tensor` of shape `(B, L, d)`): user states.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of every item of the catalogue.
+        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+    """
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    target = target_index[users, positions]
+    nll = F.cross_entropy(scores(states[users, positions], item_embeds), target, reduction="none")
+    return mean(nll, target >= 0)
+
+
+def sampled_softmax(
+    states: Tensor,
+    item_embeds: Tensor,
+    target_index: Tensor,
+    negative_index: Tensor,
+    log_popularity: Tensor,
+    mean: Mean = masked_mean,
+) -> Tensor:
+    r"""
+    Cross-entropy of the target against `K` negatives shared by the batch and drawn with probability \\(q = p\\), the
+    popularity, with the logQ correction of Bengio and Senécal (2008): \\( z_{ija} = h_{ij} e_a - \log q_a \\). A
+    negative that happens to be the target is left out.
+
+    Args:
+        states (`Tensor` of shape `(B, L, d)`): user states.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(K,)`): rows of the sampled items.
+        log_popularity (`Tensor` of shape `(U,)`): log of the probability to be sampled.
+    """
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, target = states[users, positions], target_index[users, positions].unsqueeze(-1)
+    corrected = log_popularity.float()
+    positive = paired_scores(states, item_embeds[target]) - corrected[target]
+    negative = scores(states, item_embeds[negative_index]) - corrected[negative_index]
+    negative = negative.masked_fill(negative_index == target, -torch.inf)
+    nll = torch.logsumexp(torch.cat([positive, negative], dim=-1), dim=-1, keepdim=True) - positive
+    return mean(nll, target >= 0)
+
+
+def cpc(
+    user_embeds: Tensor,
+    item_embeds: Tensor,
+    target_index: Tensor,
+    negative_index: Tensor,
+    mean: Mean = masked_mean,
+) -> Tensor:
+    r"""
+    The paper's contrastive predictive coding: the next items of one user vector are all positives, random items are
+    negatives, in a binary cross-entropy.
+
+    $$ L = mean_{u,p} \log(1 + e^{-h_u e_p}) + mean_{u,n} \log(1 + e^{h_u e_n}) $$
+
+    Args:
+        user_embeds (`Tensor` of shape `(B, d)`): state at each user's last position.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, P)`): rows of the next items, `-1` for padding.
+        negative_index (`Tensor` of shape `(B, N)`): rows of the negatives, `-1` for padding.
+    """
+    positive = paired_scores(user_embeds, item_embeds[target_index.clamp(min=0)])
+    negative = paired_scores(user_embeds, item_embeds[negative_index.clamp(min=0)])
+    return mean(F.softplus(-positive), target_index >= 0) + mean(F.softplus(negative), negative_index >= 0)
+
+
+def bce(
+    states: Tensor,
+    item_embeds: Tensor,
+    target_index: Tensor,
+    negative_index: Tensor,
+    mean: Mean = masked_mean,
+) -> Tensor:
+    r"""
+    Binary cross-entropy at all positions (SASRec; NineRec's "SASRec", MoRec's "bce").
+
+    $$ L = mean_{ij} \log(1 + e^{-h_{ij} e_{target}}) + mean_{ij,n} \log(1 + e^{h_{ij} e_n}) $$
+
+    Args:
+        states (`Tensor` of shape `(B, L, d)`): user states.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
+    """
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, negatives = states[users, positions], negative_index[users, positions]
+    target = target_index[users, positions].unsqueeze(-1)
+    positive = paired_scores(states, item_embeds[target])
+    negative = paired_scores(states, item_embeds[negatives.clamp(min=0)])
+    return mean(F.softplus(-positive), target >= 0) + mean(F.softplus(negative), negatives >= 0)
+
+
+def bpr(
+    states: Tensor,
+    item_embeds: Tensor,
+    target_index: Tensor,
+    negative_index: Tensor,
+    mean: Mean = masked_mean,
+) -> Tensor:
+    r"""
+    Bayesian personalised ranking at all positions (Rendle et al., UAI 2009).
+
+    $$ L = - mean_{ij,n} \log \sigma(h_{ij} e_{target} - h_{ij} e_n) $$
+
+    Args:
+        states (`Tensor` of shape `(B, L, d)`): user states.
+        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
+    """
+    users, positions = (target_index >= 0).nonzero(as_tuple=True)
+    states, negatives = states[users, positions], negative_index[users, positions]
+    target = target_index[users, positions].unsqueeze(-1)
+    positive = paired_scores(states, item_embeds[target])
+    negative = paired_scores(states, item_embeds[negatives.clamp(min=0)])
+    return mean(-F.logsigmoid(positive - negative), negatives >= 0)

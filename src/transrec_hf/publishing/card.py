@@ -1,0 +1,417 @@
+"""Model cards, rendered from the small JSON files that a run leaves beside its weights.
+
+A checkpoint folder holds `config.json`, `data_statistics.json`, `training_args.json` and `evaluation.json`; the card
+is a function of these four, so it can be rendered again at any time and without the data. `evaluation.json` holds
+
+- `reports`: the last report of each evaluated split, see [`RankingEvaluator.report`];
+- `towers`: names and licences of the pre-trained towers, read when the model was trained;
+- `run`: device, time, steps and versions;
+- `metadata`: what only a person can tell, such as the licence;
+- `results`: the file and the row names, where the numbers were taken from a table of results by [`read_results`].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data.statistics import STATISTICS_NAME
+from ..evaluation.metrics import metric_names
+from ..evaluation.protocol import PROTOCOLS, EvaluationProtocol
+from ..model.configuration_transrec import TransRecConfig
+from ..training.arguments import TransRecTrainingArguments
+from .checkpoint import (
+    CARD_NAME,
+    TRAINING_ARGS_NAME,
+    _read_json,
+    describe_towers,
+    load_evaluation,
+    named_source,
+    parameter_counts,
+    read_config,
+    save_evaluation,
+)
+from .results import BOOTSTRAP, read_results
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+TAGS = ("transrec", "recommendation", "sequential-recommendation")
+TASK = "sequential-recommendation"
+BASELINE_NAMES = {
+    "popularity": "popularity",
+    "repeat_last": "repeat-last",
+    "co_occurrence": "co-occurrence",
+    "content_neighbours": "content neighbours",
+    "id_baseline": "ID baseline",
+}
+SLICE_NAMES = {
+    "target": "target in training (warm) or not (cold)",
+    "target_modality": "modality of the target",
+    "history_length": "items in the history",
+    "history_modality": "modality of the history",
+}
+# where a run was kept, watched and shared says nothing about what was learned
+NOT_SHOWN = re.compile(
+    r"output_dir|run_name|project|hub_|push_to_hub|report_to|trackio|log|disable_tqdm|save_|eval_|.*_eval_|do_|debug|"
+    r"resume_|ignore_data_skip|local_rank|dataloader_|ddp_|skip_memory|activation_store|use_cpu|load_best|metric_for|"
+    r"greater_is|remove_unused"
+)
+ALWAYS_SHOWN = ("learning_rate", "tower_learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed")
+
+
+def non_default_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Of saved [`TransRecTrainingArguments`] those that shaped the result: not the default ones, and a few always."""
+    shown = {}
+    for field in dataclasses.fields(TransRecTrainingArguments):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = getattr(default, "value", default)
+        if field.name not in args or NOT_SHOWN.match(field.name):
+            continue
+        value = args[field.name]
+        changed = value != default and (value or default)  # not from one way of saying nothing to another
+        if field.name in ALWAYS_SHOWN or (changed and not isinstance(value, dict)):
+            shown[field.name] = value
+    return shown
+
+
+def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[str, bool]:
+    """What the training data are called, and whether that is the id of a Hub data set."""
+    given = evaluation.get("metadata", {}).get("datasets")
+    if given:
+        return given[0], True
+    if evaluation.get("data"):
+        return evaluation["data"], False
+    source = statistics.get("source", "catalogue")
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+) \(items\)", source)
+    if hub:
+        return hub[1], True
+    path = Path(source)
+    name = path.parent.name if path.stem in ("items", "metadata") and path.suffix else path.stem
+    return ("unnamed data" if name in ("", "items", "catalogue") else name), False
+
+
+def model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) -> ModelCard:
+    """
+    Renders the card of a checkpoint.
+
+    Args:
+        folder (`str`): The checkpoint: a folder with `config.json` or `adapter_config.json`, and as far as there are
+            `data_statistics.json`, `training_args.json` and `evaluation.json`.
+        config ([`TransRecConfig`], *optional*): Of the model, if `folder` does not hold it.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`], with the metrics as `model-index` in its metadata.
+
+    Raises:
+        [`DataError`]: If `folder` holds no configuration, or one of the files is damaged.
+    """
+    folder = Path(folder)
+    adapter = _read_json(folder / "adapter_config.json")
+    if config is None:
+        config = read_config(folder)
+    statistics, evaluation = _read_json(folder / STATISTICS_NAME), load_evaluation(folder)
+    towers = evaluation.get("towers") or describe_towers(config)
+    metadata = evaluation.get("metadata", {})
+    model_id = metadata.get("model_id") or folder.resolve().name
+    name, on_hub = data_name(evaluation, statistics)
+    split, report = headline_report(evaluation)
+
+    parents = [tower["name"] for tower in towers if tower["on_hub"]]
+    parent = evaluation.get("finetuned_from")
+    if adapter:
+        base = adapter.get("base_model_name_or_path")
+        parent = named_source(base) if base else parent or {"name": "the model it was trained on", "on_hub": False}
+    if parent:
+        parents = [parent["name"]] if parent["on_hub"] else []
+    card_data = ModelCardData(
+        base_model=parents or None,
+        datasets=[name] if on_hub else None,
+        eval_results=eval_results(report, name, split, on_hub) if report else None,
+        language=metadata.get("language"),
+        library_name="peft" if adapter else "transformers",
+        license=metadata.get("license"),
+        metrics=[metric for metric in _ranked(report) if metric.startswith(("hit_rate", "ndcg"))] or None,
+        model_name=model_id.split("/")[-1],
+        tags=[*TAGS, *(["multimodal"] if len(towers) > 1 else []), *metadata.get("tags", [])],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=(TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
+        model_id=model_id,
+        title=model_id.split("/")[-1],
+        adapter=adapter,
+        card_license=metadata.get("license"),
+        parent=parent,
+        config=config,
+        parameters=parameter_counts(config),
+        towers=towers,
+        data=name,
+        statistics=statistics,
+        split=split,
+        report=report,
+        interval=(report or {}).get("interval", BOOTSTRAP),
+        protocol=describe_protocol(report["protocol"]) if report else [],
+        metrics=_headline(report),
+        table=comparison(report) if report else [],
+        verdict=verdict(report),
+        lengths=_by_length(report),
+        slices=_slice_rows(report),
+        arguments=non_default_arguments(_read_json(folder / TRAINING_ARGS_NAME)),
+        run=evaluation.get("run", {}),
+        results=evaluation.get("results"),
+        number="{:,}".format,
+        percent="{:.1%}".format,
+        score="{:.4f}".format,
+        duration=duration,
+        cell=lambda text: str(text).replace("|", "\\|"),
+    )
+    return card
+
+
+def write_model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) -> Path:
+    """Renders the card of a checkpoint, see [`model_card`], and writes it as its `README.md`."""
+    file = Path(folder) / CARD_NAME
+    model_card(folder, config).save(file)
+    return file
+
+
+def update_model_card(
+    folder: str | os.PathLike,
+    results: Mapping[str, Any] | None = None,
+    output: str | os.PathLike | None = None,
+    **metadata: Any,
+) -> Path:
+    """
+    Renders the card of a checkpoint again.
+
+    Args:
+        folder (`str`): The checkpoint.
+        results (`dict`, *optional*): Numbers to show instead of those of the run, from [`read_results`]. A card whose
+            numbers came from a table before reads it again, if it is still there.
+        output (`str`, *optional*): Another folder to put the card in, with the small files that it is made of, less
+            the local paths in them. The weights stay where they are.
+        metadata: What only a person can tell: `model_id`, `license`, `language`, `tags`, `datasets`. Kept.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        [`DataError`]: See [`model_card`] and [`read_results`].
+    """
+    folder = Path(folder)
+    config, evaluation = read_config(folder), load_evaluation(folder)
+    table = evaluation.get("results")
+    if results is None and table and Path(table["file"]).is_file():
+        results = read_results(table["file"], table["run"], table["model"], table["split"])
+    if results is not None:
+        results = {**results, "reports": _with_slices(results["reports"], evaluation.get("reports", {}))}
+    evaluation = {"towers": describe_towers(config), **evaluation, **(results or {})}
+    evaluation["metadata"] = {**evaluation.get("metadata", {}), **metadata}
+    if output is not None:
+        _copy_small_files(folder, Path(output))
+        folder = Path(output)
+    save_evaluation(evaluation, folder)
+    return write_model_card(folder, config)
+
+
+def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[str, Any]:
+    """Reports of a table, and what the run's own reports know besides, if their metrics are the same."""
+    merged = dict(reports)
+    for split, report in reports.items():
+        other = of_run.get(split, {})
+        if other.get("metrics") == report["metrics"]:
+            merged[split] = {**other, **report, "protocol": {**report["protocol"], **other["protocol"]}}
+    return merged
+
+
+def _copy_small_files(folder: Path, output: Path) -> None:
+    """Copies configuration, arguments and statistics, for eyes that need not know where things lay."""
+    output.mkdir(parents=True, exist_ok=True)
+    files = {name: _read_json(folder / name) for name in ("config.json", TRAINING_ARGS_NAME, STATISTICS_NAME)}
+    for tower in ("text_config", "vision_config"):
+        if name := (files["config.json"].get(tower) or {}).get("_name_or_path"):
+            files["config.json"][tower]["_name_or_path"] = named_source(name)["name"]
+    files[TRAINING_ARGS_NAME] = non_default_arguments(files[TRAINING_ARGS_NAME])
+    if files[STATISTICS_NAME]:
+        files[STATISTICS_NAME]["source"] = data_name({}, files[STATISTICS_NAME])[0]
+    for name, values in files.items():
+        if values:
+            (output / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+    """
+    What a checkpoint is and what it is worth, from its small files: `modalities`, `towers`, `sizes`, `parameters`,
+    `data`, `metrics` with `intervals`, and the `split` and `protocol` they were measured on. Fit for JSON.
+    """
+    folder = Path(folder)
+    config, evaluation, statistics = read_config(folder), load_evaluation(folder), _read_json(folder / STATISTICS_NAME)
+    split, report = headline_report(evaluation)
+    parameters = parameter_counts(config)
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
+    counts = ("num_items", "num_users", "num_interactions", "items_with")
+    return {
+        "adapter": _read_json(folder / "adapter_config.json").get("peft_type"),
+        "modalities": list(config.modalities),
+        "towers": evaluation.get("towers") or describe_towers(config),
+        "objective": config.objective,
+        "sizes": {name: getattr(config, name) for name in sizes if getattr(config, name) is not None},
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "data": {
+            "name": data_name(evaluation, statistics)[0],
+            **{name: statistics[name] for name in counts if name in statistics},
+        },
+        "split": split or None,
+        "protocol": report.get("protocol", {}),
+        "metrics": report.get("metrics", {}),
+        "intervals": report.get("intervals", {}),
+        "baselines": {name: scores["metrics"] for name, scores in report.get("baselines", {}).items()},
+    }
+
+
+def headline_report(evaluation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The split whose report a card shows, test before validation before any other, and the report."""
+    reports = evaluation.get("reports", {})
+    for split in ("test", "validation", *reports):
+        if split in reports:
+            return split, reports[split]
+    return "", {}
+
+
+def eval_results(report: Mapping[str, Any], data: str, split: str, on_hub: bool = False) -> list[EvalResult]:
+    """Hit rates, NDCGs and MRR of a report as entries of the `model-index`."""
+    return [
+        EvalResult(
+            task_type=TASK,
+            task_name="Sequential recommendation",
+            dataset_type=data if on_hub else re.sub(r"[^\w.-]+", "-", data).lower(),
+            dataset_name=data,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=report["metrics"][metric],
+        )
+        for metric in _ranked(report)
+    ]
+
+
+def comparison(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The headline metrics, with intervals, of the model and of what it is compared with; best baseline first."""
+    metrics, baselines = _headline(report), report.get("baselines", {})
+    order = sorted(baselines, key=lambda name: -baselines[name]["metrics"].get(_primary(report), 0.0))
+    rows = [("this model", report), *((BASELINE_NAMES.get(name, name), baselines[name]) for name in order)]
+    return [
+        {
+            "name": name,
+            "cells": {
+                metric: (scores["metrics"].get(metric), scores.get("intervals", {}).get(metric)) for metric in metrics
+            },
+        }
+        for name, scores in rows
+    ]
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """One sentence: what the model is above in NDCG, with its interval or without, and what it is not above."""
+    metric = _primary(report)
+    groups: dict[str, list[str]] = {"above": [], "above, but with overlapping intervals,": [], "**not** above": []}
+    above, barely, below = groups.values()
+    for name, scores in report.get("baselines", {}).items():
+        if metric in scores["metrics"]:
+            low = report["intervals"].get(metric, (report["metrics"][metric],))[0]
+            high = scores.get("intervals", {}).get(metric, (scores["metrics"][metric],))[-1]
+            higher = report["metrics"][metric] > scores["metrics"][metric]
+            group = (above if low > high else barely) if higher else below
+            group.append(BASELINE_NAMES.get(name, name))
+    parts = [f"{word} {_listed(names)}" for word, names in groups.items() if names]
+    return f"In `{metric}` it is {'; it is '.join(parts)}." if parts else ""
+
+
+def _listed(names: list[str]) -> str:
+    """Names in a sentence: `"a, b and c"`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
+    """What was ranked, what was left out and how ties count, in words."""
+    fields = {field.name: field.default for field in dataclasses.fields(EvaluationProtocol)}
+    if not fields.keys() & protocol.keys():  # not one of ours: there is only its name
+        return [f"Protocol `{protocol['name']}`."] if protocol.get("name") else []
+    chosen = {name: protocol.get(name, default) for name, default in fields.items()}
+    presets = {name: dataclasses.asdict(preset) for name, preset in PROTOCOLS.items()}
+    same = (name for name, preset in presets.items() if {**preset, "max_history": chosen["max_history"]} == chosen)
+    preset = protocol.get("name") or next(same, None)
+    length = f"{protocol['max_history']}" if protocol.get("max_history") else "L"
+    extra = f" + {chosen['window_extra']}" if chosen["window_extra"] else ""
+    masked = {
+        "none": "nothing is masked: items that the user had can be recommended again",
+        "window": f"the last {length}{extra} items before the target cannot be recommended",
+        "full": "no item that the user had can be recommended",
+    }[chosen["mask_history"]]
+    if chosen["mask_history"] != "none" and not chosen["protect_target"]:
+        masked += "; a target among them is a sure miss"
+    users = f"each of the {protocol['num_users']:,} users" if protocol.get("num_users") else "every user"
+    if protocol.get("drawn_from"):
+        users = f"each of {protocol['num_users']:,} users drawn from {protocol['drawn_from']:,}"
+    ranked = "all items" if chosen["candidates"] == "catalogue" else "all items that somebody chose"
+    ties = "half" if chosen["ties"] == "expected" else "all"
+    count = f", {protocol['num_items']:,} in number" if protocol.get("num_items") else ""
+    lines = [
+        f"Preset: `{preset}`." if preset else "",
+        f"Targets: the last item of {users} with at least {chosen['min_interactions']} interactions.",
+        f"Ranked: {ranked}{count}, none sampled, by the raw dot product.",
+        f"Masking (`{chosen['mask_history']}`): {masked}.",
+        f"Ties (`{chosen['ties']}`): of the items that score like the target, {ties} count as ranked before it.",
+        f"History: the last {length} items." if protocol.get("max_history") else "",
+    ]
+    return [line for line in lines if line]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `"47 s"`, `"12 min"`, `"3.5 h"`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _ranked(report: Mapping[str, Any]) -> list[str]:
+    """The ranking metrics that a report has, in order."""
+    ks = sorted({int(name.split("@")[1]) for name in report.get("metrics", {}) if re.fullmatch(r"\w+@\d+", name)})
+    return [name for name in metric_names(ks) if name in report.get("metrics", {})]
+
+
+def _headline(report: Mapping[str, Any]) -> list[str]:
+    """The metrics of the first table: those at 10, or at the greatest length, and the MRR."""
+    names = _ranked(report)
+    ks = [int(name.split("@")[1]) for name in names if "@" in name]
+    best = 10 if 10 in ks else max(ks, default=10)
+    return [name for name in (f"hit_rate@{best}", f"ndcg@{best}", "mrr") if name in names]
+
+
+def _primary(report: Mapping[str, Any]) -> str:
+    """The metric by which models are compared: NDCG, if the report has it."""
+    names = _headline(report)
+    return next((name for name in names if name.startswith("ndcg")), names[0] if names else "")
+
+
+def _by_length(report: Mapping[str, Any]) -> list[tuple[int, Any, Any]]:
+    metrics = report.get("metrics", {})
+    ks = sorted({int(name.split("@")[1]) for name in _ranked(report) if "@" in name})
+    return [(k, metrics.get(f"hit_rate@{k}"), metrics.get(f"ndcg@{k}")) for k in ks]
+
+
+def _slice_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any], list[Any]]]:
+    """Group, label, scores and headline values of every slice; a slice that holds all users tells nothing new."""
+    return [
+        (SLICE_NAMES.get(group, group), label, part, [part.get(metric) for metric in _headline(report)])
+        for group, parts in report.get("slices", {}).items()
+        for label, part in parts.items()
+        if len(parts) > 1
+    ]

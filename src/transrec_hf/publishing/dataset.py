@@ -1,0 +1,162 @@
+"""A catalogue and its interactions as a data set of the Hub, which [`load_domain`] reads back."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
+from transformers.utils import logging
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Sequences
+from ..data.statistics import length_statistics, popularity_statistics
+from ..errors import DataError, hub_errors
+from .card import CARD_NAME, TEMPLATES
+
+
+ITEMS_NAME, INTERACTIONS_NAME = "items.parquet", "interactions.parquet"
+ROWS = 256  # written at a time: images are large
+SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+
+def push_dataset_to_hub(
+    catalogue: Catalogue,
+    sequences: Sequences,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    commit_message: str = "Upload catalogue and interactions",
+) -> CommitInfo:
+    """
+    Push items and interactions, with a card, to a data set of the Hub in one commit.
+
+    The data set has the configurations `items` (with the images inside, as the `Image` feature) and `interactions`,
+    and is read by `load_domain(repo_id)` or `datasets.load_dataset(repo_id, "items")`. What a modality policy hides is
+    not pushed; further columns of the items are. **User and item ids are pushed as they are**: replace them before if
+    they identify people.
+
+    Args:
+        catalogue ([`Catalogue`]): the items.
+        sequences ([`Sequences`]): whole sequences, one view for each user; not those of a split.
+        repo_id (`str`): id of the data set, made if there is none.
+        private (`bool`, *optional*): whether a new repository is private; the default of the account if not given.
+        token (`str` or `bool`, *optional*): the one to use instead of the one you are logged in with.
+        revision (`str`, *optional*): branch to push to, made if there is none.
+        license, language (`str`, *optional*): of the data, for the card.
+        commit_message (`str`, *optional*): what it says.
+
+    Raises:
+        [`DataError`]: if there are no interactions, a user has several views, or an image cannot be read.
+        [`HubError`]: if the Hub cannot be reached or refuses.
+
+    Example:
+
+    ```python
+    >>> push_dataset_to_hub(catalogue, sequences, "org/my-platform", license="cc-by-4.0", private=True)
+    >>> catalogue, sequences = load_domain("org/my-platform")
+    ```
+    """
+    if len(sequences) == 0:
+        raise DataError("there are no interactions to push: the sequences are empty")
+    if len(np.unique(sequences.user_ids)) < len(sequences):
+        raise DataError("several views of one user: push whole sequences, not windows")
+    with tempfile.TemporaryDirectory(prefix="transrec-push-") as folder, hub_errors(repo_id):
+        write_items(catalogue, Path(folder) / ITEMS_NAME)
+        write_interactions(catalogue, sequences, Path(folder) / INTERACTIONS_NAME)
+        card = dataset_card(catalogue, sequences, repo_id, license=license, language=language)
+        card.save(Path(folder) / CARD_NAME)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+
+def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
+    """Writes what is visible of the items as Parquet, the encoded images inside."""
+    import datasets
+
+    features = datasets.Features(catalogue.items.features)
+    if "image" in features:
+        features["image"] = datasets.Image()
+    schema, rows_as_arrow = features.arrow_schema, catalogue.items.with_format("arrow")
+    with pq.ParquetWriter(file, schema) as writer:
+        bar = logging.tqdm(range(0, len(catalogue), ROWS), desc="Writing items", delay=2)
+        for start in bar:
+            rows = range(start, min(start + ROWS, len(catalogue)))
+            table = rows_as_arrow[rows.start : rows.stop]
+            columns = {name: table[name] for name in table.column_names}
+            if "text" in columns:
+                columns["text"] = pc.if_else(pa.array(catalogue.has_text[start : rows.stop]), columns["text"], None)
+            if "image" in columns:
+                images = [
+                    {"bytes": catalogue.encoded_image(row), "path": None} if catalogue.has_image[row] else None
+                    for row in rows
+                ]
+                columns["image"] = pa.array(images, schema.field("image").type)
+            writer.write_table(pa.table(columns).cast(schema))
+
+
+def write_interactions(catalogue: Catalogue, sequences: Sequences, file: str | os.PathLike) -> None:
+    """Writes the interactions of all views as Parquet, by user and time."""
+    view, place = sequences.expand()
+    columns = {
+        "user_id": pa.array(sequences.user_ids.tolist(), pa.string()).take(pa.array(view)),
+        "item_id": pa.array(catalogue.item_ids.tolist(), pa.string()).take(pa.array(sequences.items[place])),
+        "timestamp": pa.array(sequences.timestamps[place]),
+    }
+    pq.write_table(pa.table(columns), file)
+
+
+def dataset_card(catalogue: Catalogue, sequences: Sequences, repo_id: str, **metadata: Any) -> DatasetCard:
+    """The card of a data set: its two tables, its statistics, how to read it, and what to check before using it."""
+    counts = sequences.item_counts(len(catalogue))
+    total = int(sequences.lengths.sum())
+    modalities = [name for name, has in (("text", catalogue.has_text), ("image", catalogue.has_image)) if has.any()]
+    card_data = DatasetCardData(
+        **metadata,
+        pretty_name=repo_id.split("/")[-1],
+        size_categories=[SIZE_CATEGORIES[min(max(0, len(str(total)) - 3), len(SIZE_CATEGORIES) - 1)]],
+        tags=["recommendation", "sequential-recommendation", "transrec", *modalities],
+        configs=[
+            {"config_name": "items", "data_files": ITEMS_NAME, "default": True},
+            {"config_name": "interactions", "data_files": INTERACTIONS_NAME},
+        ],
+    )
+    return DatasetCard.from_template(
+        card_data,
+        template_str=(TEMPLATES / "dataset_card.md").read_text(encoding="utf-8"),
+        repo_id=repo_id,
+        title=repo_id.split("/")[-1],
+        modalities=modalities,
+        columns=[name for name in catalogue.items.column_names if name not in ("item_id", "text", "image")],
+        num_items=len(catalogue),
+        num_users=len(sequences),
+        num_interactions=total,
+        text_only=float((catalogue.has_text & ~catalogue.has_image).mean()),
+        image_only=float((catalogue.has_image & ~catalogue.has_text).mean()),
+        both=float((catalogue.has_text & catalogue.has_image).mean()),
+        lengths=length_statistics(sequences.lengths),
+        popularity=popularity_statistics(counts),
+        unused=float((counts == 0).mean()),
+        licence=metadata.get("license"),
+        number="{:,}".format,
+        percent="{:.1%}".format,
+    )

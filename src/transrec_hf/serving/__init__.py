@@ -1,0 +1,3 @@
+"""Recommendations from a trained model."""
+
+from __future__ import annotations

@@ -1,0 +1,196 @@
+"""Recommendations from a trained model and a catalogue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import PushToHubMixin, logging
+
+from ..data.catalogue import Catalogue, load_catalogue
+from ..errors import DataError, hub_errors, pinned
+from ..items.encoding import encode_catalogue, item_modalities
+from ..items.preparing import pad_right
+from ..model.modeling_transrec import TransRecModel
+from ..model.processing_transrec import TransRecProcessor
+from ..model.user_encoder_transrec import last_state
+from .index import ItemIndex, encoder_hash
+
+
+logger = logging.get_logger(__name__)
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@dataclass
+class Recommendation:
+    """
+    One recommended item.
+
+    Args:
+        item_id (`str`): its id in the catalogue.
+        score (`float`): dot product with the user vector; comparable within one user only.
+        text (`str`, *optional*): its text.
+    """
+
+    item_id: str
+    score: float
+    text: str | None
+
+
+class Recommender(PushToHubMixin):
+    """
+    Encodes a catalogue once and recommends from it.
+
+    Args:
+        model ([`TransRecModel`]): the model.
+        catalogue ([`Catalogue`], *optional*): the items, of any platform if the model reads content. Not needed with
+            an index, but then recommendations have no text.
+        processor ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
+        index ([`ItemIndex`], *optional*): the items' vectors, if they are known already. They are computed anew when
+            they were made from another catalogue or by another model.
+        kwargs: further arguments of [`encode_catalogue`], e.g. `batch_size`.
+
+    Raises:
+        [`DataError`]: if there is no catalogue, and no index that belongs to the model.
+
+    Example:
+
+    ```python
+    >>> recommender = Recommender.from_pretrained("my_checkpoint", "items.parquet")
+    >>> recommender.recommend(["item-17", "item-4"], top_k=5)
+    >>> recommender.push_to_hub("me/my_recommender")  # the index goes along
+    ```
+    """
+
+    def __init__(
+        self,
+        model: TransRecModel,
+        catalogue: Catalogue | None = None,
+        processor: TransRecProcessor | None = None,
+        *,
+        index: ItemIndex | None = None,
+        **kwargs: Any,
+    ):
+        self.model, self.processor, self.catalogue = model.eval(), processor, catalogue
+        if index is not None and index.encoder_hash != encoder_hash(model, processor):
+            logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
+            index = None
+        if index is not None and catalogue is not None and index.catalogue_hash != catalogue.content_hash():
+            logger.warning("The item index was made from another catalogue: it is not used.")
+            index = None
+        if index is None and catalogue is None:
+            raise DataError("no item index that belongs to this model: give the catalogue, so that it is encoded")
+        self.index = index or self._encode(**kwargs)
+        self.item_ids = self.index.item_ids
+        self.item_embeds = self.index.item_embeds.to(model.device)
+        modalities = self.index.item_modalities
+        self.item_modalities = None if modalities is None else modalities.to(model.device)
+        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids.tolist())}
+
+    def _encode(self, **kwargs: Any) -> ItemIndex:
+        catalogue = self.catalogue
+        assert catalogue is not None
+        return ItemIndex(
+            catalogue.item_ids,
+            encode_catalogue(self.model, catalogue, self.processor, **kwargs),
+            item_modalities(catalogue, self.model),
+            catalogue.content_hash(),
+            encoder_hash(self.model, self.processor),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, items: Any = None, **kwargs: Any
+    ) -> Recommender:
+        """
+        A recommender from a checkpoint, or an adapter, and items.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Hub id or folder of a checkpoint with its processor.
+            items (*optional*): a [`Catalogue`], or whatever [`load_catalogue`] reads; may be left out if the
+                checkpoint holds an item index.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` and `subfolder` as in
+                `PreTrainedModel.from_pretrained`, and further arguments of [`encode_catalogue`].
+
+        Raises:
+            [`HubError`]: if the checkpoint cannot be had, or a file of it is damaged.
+            [`DataError`]: if the items are not given and not in the checkpoint, or have defects.
+        """
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with hub_errors(pretrained_model_name_or_path):
+            place = pinned(pretrained_model_name_or_path, place)
+            model = TransRecModel.from_pretrained(pretrained_model_name_or_path, **place)
+            processor = None
+            if model.config.modalities:
+                processor = TransRecProcessor.from_pretrained(pretrained_model_name_or_path, **place)
+            index = ItemIndex.from_pretrained(pretrained_model_name_or_path, **place)
+        catalogue = items if items is None or isinstance(items, Catalogue) else load_catalogue(items)
+        return cls(model, catalogue, processor, index=index, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Write model, processor and item index to a folder; [`~Recommender.push_to_hub`] pushes the three.
+
+        Args:
+            save_directory (`str`): the folder.
+            kwargs: further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        if self.processor is not None:
+            self.processor.save_pretrained(save_directory)
+        self.index.save(save_directory)
+
+    def recommend(self, history: Sequence[str], top_k: int = 10, exclude_history: bool = True) -> list[Recommendation]:
+        """
+        The best items for one user, best first.
+
+        Args:
+            history (`Sequence[str]`): item ids, oldest first; the last `max_position_embeddings` of them are read.
+            top_k (`int`, *optional*, defaults to 10): how many; fewer if the catalogue has no more.
+            exclude_history (`bool`, *optional*, defaults to `True`): leave out what the user had.
+
+        Raises:
+            `DataError`: if an id is not in the catalogue.
+            `ValueError`: if the history is empty.
+        """
+        return self.recommend_batch([history], top_k, exclude_history)[0]
+
+    @torch.no_grad()
+    def recommend_batch(
+        self, histories: Sequence[Sequence[str]], top_k: int = 10, exclude_history: bool = True
+    ) -> list[list[Recommendation]]:
+        """The best items for several users; see [`~Recommender.recommend`]."""
+        rows = [self._rows(history) for history in histories]
+        if not rows:
+            return []
+        if not all(len(history) for history in rows):
+            raise ValueError("a history is empty: the model recommends from at least one item")
+        length = self.model.config.max_position_embeddings
+        index = torch.from_numpy(pad_right([history[-length:] for history in rows])).to(self.item_embeds.device)
+        states = self.model.get_user_features(self.item_embeds, index, self.item_modalities)
+        scores = last_state(states, index).float() @ self.item_embeds.T
+        if exclude_history:
+            users = np.repeat(np.arange(len(rows)), [len(history) for history in rows])
+            scores[users, np.concatenate(rows)] = -torch.inf
+        best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+        return [
+            [
+                Recommendation(str(self.item_ids[row]), score, self.catalogue.text(row) if self.catalogue else None)
+                for row, score in zip(found, values, strict=True)
+                if score > -np.inf
+            ]
+            for found, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _rows(self, history: Sequence[str]) -> np.ndarray:
+        if self.catalogue is not None:
+            return self.catalogue.rows(history)
+        unknown = [item_id for item_id in history if item_id not in self._row_of]
+        if unknown:
+            raise DataError(f"the item index has no {unknown[0]!r} ({len(unknown)} unknown ids in this history)")
+        return np.array([self._row_of[item_id] for item_id in history], dtype=np.int64)

@@ -1,0 +1,106 @@
+"""Arguments of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+
+@dataclass
+class TransRecTrainingArguments(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] with a rate and a decay for each part of the model, and other defaults.
+
+    > [!NOTE]
+    > Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `per_device_train_batch_size=128`,
+    > `num_train_epochs=10`, `eval_strategy="epoch"`, `save_strategy="epoch"`, `save_total_limit=2`,
+    > `load_best_model_at_end=True`, `metric_for_best_model="ndcg@10"`, `remove_unused_columns=False`,
+    > `restore_callback_states_from_checkpoint=True`. With `torch_compile=True` each block is compiled, see
+    > [`~TransRecModel.compile_blocks`], and not the whole model.
+
+    Args:
+        tower_learning_rate (`float`, *optional*, defaults to 1e-4): peak rate of the text and vision towers.
+        tower_weight_decay (`float`, *optional*, defaults to 0.0): decay of the towers.
+        projection_learning_rate (`float`, *optional*): peak rate of pooling, projections and fusion; `learning_rate`
+            if not given.
+        projection_weight_decay (`float`, *optional*): their decay; `weight_decay` if not given.
+        trainable_blocks (`int`, *optional*): blocks at the top of each tower that are trained: 0 freezes the towers,
+            not giving it trains them whole. The paper trains 2.
+        activation_store (`str`, *optional*): folder where the states of the frozen blocks are computed once per item
+            and kept, see [`ActivationStore`]; without it they are computed in every step.
+        item_chunk_size (`int`, *optional*): texts, and images, that are encoded at a time in a training step; their
+            activations are computed again for the gradients. Memory then depends on the chunk and not on the batch,
+            for one more forward pass.
+        item_cache_age (`int`, *optional*): steps for which an item's vector is read again in histories, see
+            [`ItemCache`]. For the objective `"cpc"`, where items of a history are not targets as well.
+        max_eval_users (`int`, *optional*): users for whom validation during training ranks the catalogue, drawn once
+            at random; all if not given. Reports of the test targets always rank for all users.
+        early_stopping_patience (`int`, *optional*): evaluations without a better `metric_for_best_model` after which
+            training stops.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the user encoder."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Users per device and step."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Users and items ranked or encoded at once."}
+    )
+    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training sequences."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the validation targets."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one besides."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What 'best' means."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads ids."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Go on counting evaluations without gain where the checkpoint was."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin batches in host memory [with a GPU]."}
+    )
+    tower_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the towers."})
+    tower_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the towers."})
+    projection_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of pooling, projections and fusion [learning_rate]."}
+    )
+    projection_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of pooling, projections and fusion [weight_decay]."}
+    )
+    trainable_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks trained at the top of each tower; 0 freezes them [all]."}
+    )
+    activation_store: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the states of the frozen blocks [computed in every step]."}
+    )
+    item_chunk_size: int | None = field(
+        default=None, metadata={"help": "Items encoded at a time in a training step, to save memory [all]."}
+    )
+    item_cache_age: int | None = field(
+        default=None, metadata={"help": "Steps for which histories read an item's vector again, for cpc [never]."}
+    )
+    max_eval_users: int | None = field(
+        default=None, metadata={"help": "Users drawn for validation during training, always the same [all]."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without gain after which training stops [never]."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # said aloud, or bf16 would be refused
+        super().__post_init__()
+        if self.trainable_blocks is not None and self.trainable_blocks < 0:
+            raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
+        for name in ("item_chunk_size", "item_cache_age", "max_eval_users"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            strategy = self.hub_strategy.value
+            raise ValueError(
+                f"hub_strategy={strategy!r} would push the optimizer as a pickle: use 'every_save' or 'end'"
+            )

@@ -1,0 +1,170 @@
+"""Users' sequences to batches of distinct items and indices into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Sequences
+from ..items.preparing import PADDING, TOKENS_ON_CPU, pad_right, prepare_items
+from ..model.configuration_transrec import TransRecConfig
+from ..model.processing_transrec import TransRecProcessor
+
+
+if TYPE_CHECKING:
+    from ..items.store import ActivationStore
+
+
+class TrainingWindows(torch.utils.data.Dataset):
+    """
+    Users' sequences cut into windows of a history of at most `max_history` items and its targets. With one target at
+    each position, every item but a user's first is a target once. It knows the epoch, from which the collator draws
+    new negatives.
+
+    Args:
+        sequences ([`Sequences`]): the training sequences.
+        max_history (`int`): items that the model reads.
+        num_targets (`int`, *optional*, defaults to 1): items after the last one read; `num_positives` for `"cpc"`.
+    """
+
+    def __init__(self, sequences: Sequences, max_history: int, num_targets: int = 1):
+        self.windows = sequences.windows(max_history + num_targets)
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # for workers that outlive an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.windows[index], "epoch": self.epoch}
+
+
+def draw_negatives(
+    rng: np.random.Generator, num_items: int, seen: np.ndarray, num_negatives: int, rounds: int = 100
+) -> np.ndarray:
+    """
+    Items drawn uniformly from the catalogue without each user's own.
+
+    Args:
+        seen (`np.ndarray` of shape `(n_users, length)`): each user's own items, `-1` for padding.
+        num_negatives (`int`): items per user.
+
+    Returns:
+        `np.ndarray` of shape `(n_users, num_negatives)`; `-1` where `rounds` of drawing found none, as for a user who
+        has seen the whole catalogue.
+    """
+    users = np.arange(len(seen))[:, None]
+    own = np.unique((users * num_items + seen)[seen != PADDING])
+    negatives = rng.integers(num_items, size=(len(seen), num_negatives))
+    for _ in range(rounds):
+        rejected = np.isin(users * num_items + negatives, own)
+        if not rejected.any():
+            return negatives
+        negatives[rejected] = rng.integers(num_items, size=int(rejected.sum()))
+    negatives[np.isin(users * num_items + negatives, own)] = PADDING
+    return negatives
+
+
+@dataclass
+class DataCollatorForNextItem:
+    """
+    Collates users' sequences for next-item prediction: each real item of the batch is prepared once, and histories,
+    targets and negatives are indices into those distinct items. Padding is never encoded.
+
+    The negatives of a batch depend on `seed`, the epoch and the batch's users only, not on the global random state or
+    the number of workers, so a resumed run draws the same ones.
+
+    Args:
+        catalogue ([`Catalogue`]): where items are read from.
+        processor ([`TransRecProcessor`] or `None`): of the model; `None` for the ID baseline.
+        config ([`TransRecConfig`]): of the model; gives the objective and the history length `L`.
+        log_popularity (`np.ndarray` of shape `(len(catalogue),)`): log of each item's share of the training data.
+        seed (`int`, *optional*, defaults to 0): of the negatives.
+        store ([`ActivationStore`], *optional*): of the frozen blocks' states, to read instead of text and images.
+        max_tokens (`int`, *optional*, defaults to 2048): tokens of a bucket of texts, see [`token_budget`].
+
+    Call it with a list of `{"items": catalogue rows, "user": int, "epoch": int}`, as [`TrainingWindows`] yields them,
+    each of at least two items. It returns the item inputs of [`prepare_items`] and `log_popularity` `(n_items,)`,
+    `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)` for `"cpc"`) and, where the
+    objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)` for `"bce"` and `"bpr"`,
+    `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch.
+    """
+
+    catalogue: Catalogue
+    processor: TransRecProcessor | None
+    config: TransRecConfig
+    log_popularity: np.ndarray
+    seed: int = 0
+    store: ActivationStore | None = None
+    max_tokens: int = TOKENS_ON_CPU
+
+    def __post_init__(self) -> None:
+        if self.store is None and self.processor is not None and "text" in self.processor.modalities:
+            # now, not in each worker
+            self.catalogue.tokens(self.processor.tokenizer, self.processor.max_text_length)
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        windows = [self.split(np.asarray(feature["items"])) for feature in features]
+        histories, targets = [history for history, _ in windows], [target for _, target in windows]
+        history, target = pad_right(histories), pad_right(targets)
+        slots = np.concatenate([history, target], axis=1)
+        negative = self.negatives(features, slots, target)
+
+        used = [slots.ravel(), negative.ravel()]
+        if self.config.objective == "full_softmax":
+            used.append(np.arange(len(self.catalogue)))
+        rows = np.unique(np.concatenate(used))
+        rows = rows[rows != PADDING]
+        batch = prepare_items(self.catalogue, rows, self.processor, self.store, self.max_tokens)
+        batch["log_popularity"] = torch.from_numpy(self.log_popularity[rows])
+        indices = {"history_index": history, "target_index": target}
+        if negative.size:
+            indices["negative_index"] = negative
+        for name, values in indices.items():
+            index = np.where(values == PADDING, PADDING, np.searchsorted(rows, values))
+            batch[name] = torch.from_numpy(index)
+        return batch
+
+    def split(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A sequence's history and targets: shifted by one, or for `"cpc"` its last items and what is before them."""
+        if len(items) < 2:
+            raise ValueError("a training sequence needs at least two items: a history and a target")
+        length = self.config.max_position_embeddings
+        if self.config.objective == "cpc":
+            num_positives = min(self.config.num_positives, len(items) - 1)
+            return items[:-num_positives][-length:], items[-num_positives:]
+        items = items[-(length + 1) :]
+        return items[:-1], items[1:]
+
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        """Popularity, summed up over the catalogue."""
+        return np.cumsum(np.exp(self.log_popularity.astype(np.float64)))
+
+    def negatives(self, features: Sequence[dict[str, Any]], slots: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The catalogue rows of the negatives that the objective draws, empty if it draws none."""
+        seed = [self.seed, features[0].get("epoch", 0), *(int(feature.get("user", 0)) for feature in features)]
+        rng = np.random.default_rng(seed)
+        num_items, num_negatives = len(self.catalogue), self.config.num_negatives
+        if self.config.objective == "cpc":
+            return draw_negatives(rng, num_items, slots, num_negatives)
+        if self.config.objective in ("bce", "bpr"):
+            drawn = draw_negatives(rng, num_items, slots, target.shape[1] * num_negatives)
+            drawn = drawn.reshape(*target.shape, num_negatives)
+            return np.where(target[..., None] == PADDING, PADDING, drawn)
+        if self.config.objective == "sampled_softmax":
+            drawn = rng.random(num_negatives) * self._cumulative[-1]
+            return np.searchsorted(self._cumulative, drawn, side="right").clip(max=num_items - 1)
+        return np.empty(0, dtype=np.int64)

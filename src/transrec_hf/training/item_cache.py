@@ -1,0 +1,47 @@
+"""Item vectors of earlier training steps, read again in histories."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.item_encoder_transrec import select_items
+
+
+class ItemCache:
+    """
+    Vectors of items as they were encoded in earlier steps. An item that a batch reads in histories only, and neither
+    as a target nor as a negative, is not encoded again while its vector is young enough (as in SpeedyFeed; Xiao et
+    al., KDD 2022). A cached vector passes no gradient on and is a little stale: cheaper steps, not the same ones.
+
+    Args:
+        num_items (`int`): items of the catalogue.
+        hidden_size (`int`): of the vectors.
+        max_age (`int`): steps for which a vector is used.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the vectors are kept.
+    """
+
+    def __init__(self, num_items: int, hidden_size: int, max_age: int, device: torch.device | str = "cpu"):
+        self.max_age = max_age
+        self.embeds = torch.zeros(num_items, hidden_size, device=device)
+        self.encoded_at = torch.full((num_items,), -max_age - 1, device=device)
+
+    def leave_out(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """A training batch that gives vectors, `cached_embeds`, in place of the contents of the items it knows."""
+        rows = batch["item_ids"]
+        scored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for name in ("target_index", "negative_index"):
+            scored[batch[name][batch[name] >= 0]] = True
+        cached = ~scored & (step - self.encoded_at[rows] <= self.max_age)
+        index = cached.nonzero().squeeze(1)
+        return {**select_items(batch, ~cached), "cached_embeds": self.embeds[rows[index]], "cached_index": index}
+
+    def update(self, batch: dict[str, Any], item_embeds: Tensor, step: int) -> None:
+        """Keep the vectors `(n_items, hidden_size)` that were computed for a batch of [`ItemCache.leave_out`]."""
+        computed = torch.ones(len(item_embeds), dtype=torch.bool, device=item_embeds.device)
+        computed[batch["cached_index"]] = False
+        rows = batch["item_ids"][computed]
+        self.embeds[rows] = item_embeds.detach()[computed].to(self.embeds.dtype)
+        self.encoded_at[rows] = step

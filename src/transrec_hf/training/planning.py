@@ -1,0 +1,358 @@
+"""What a training run will take on this machine, found out before it is started."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Split
+from ..data.statistics import log_popularity
+from ..errors import DataError
+from ..items.preparing import token_budget
+from ..model.item_encoder_transrec import frozen_depth
+from ..model.modeling_transrec import TransRecModel
+from ..model.processing_transrec import TransRecProcessor
+from ..publishing.results import describe_device
+from .arguments import TransRecTrainingArguments
+from .calibration import BATCHES, Calibration, Costs, Counts, count_items, count_units, memory_of, simulate_steps
+from .collator import DataCollatorForNextItem, TrainingWindows
+
+
+FACTORS = (2, 4, 8)  # by which larger batches are looked at
+ROOM = 0.7  # of the memory, which a run may take: the allocator of a CPU holds up to 1.4 times what it has handed out
+WORTH = 0.9  # of the time, to which a change has to bring it down
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """
+    What a way of training takes.
+
+    Args:
+        prepare_seconds (`float`): to read, decode and collate a batch, in one process.
+        step_seconds, epoch_seconds (`float`): of training; this includes what is not prepared meanwhile by workers.
+        evaluation_seconds (`float`): of encoding the catalogue and ranking the validation targets.
+        step_tflop, epoch_tflop (`float`): 10^12 floating-point operations of training.
+        tower_share (`float`): how much of them the towers take.
+        memory_gb (`float`): 2^30 bytes at the peak; of the GPU, or of the process on the host.
+        chunk_memory_gb (`dict[int, float]`): the same by `item_chunk_size`.
+    """
+
+    prepare_seconds: float
+    step_seconds: float
+    epoch_seconds: float
+    evaluation_seconds: float
+    step_tflop: float
+    epoch_tflop: float
+    tower_share: float
+    memory_gb: float
+    chunk_memory_gb: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A run and what it takes.
+
+    Args:
+        machine, dtype (`str`): where and in which precision was calibrated.
+        steps_per_epoch (`int`): batches of an epoch.
+        step ([`Counts`]): of a batch.
+        larger_steps (`dict[int, Counts]`): of batches of several times as many users.
+        larger_batches (`dict[int, Forecast]`): of the run with those.
+        without_store ([`Forecast`]): where frozen blocks run in every step.
+        with_store ([`Forecast`], *optional*): where an [`ActivationStore`] has their states; `None` if there are none.
+        uses_store (`bool`): which of the two the run is.
+        fill_seconds, store_gb (`float`): to fill the store once, and its size on the disk in 2^30 bytes.
+        available_gb (`float`): memory of the device that the run could have.
+        calibration_seconds (`float`): that it took to find out.
+        advice (`list[str]`): what to change, or not, and why.
+    """
+
+    machine: str
+    dtype: str
+    steps_per_epoch: int
+    step: Counts
+    larger_steps: dict[int, Counts]
+    larger_batches: dict[int, Forecast]
+    without_store: Forecast
+    with_store: Forecast | None
+    uses_store: bool
+    fill_seconds: float
+    store_gb: float
+    available_gb: float
+    calibration_seconds: float
+    advice: list[str]
+
+    @property
+    def forecast(self) -> Forecast:
+        """Of the run as it was asked for."""
+        return self.with_store if self.uses_store and self.with_store is not None else self.without_store
+
+
+def side_by_side(prepare: float, compute: float, workers: int, device: torch.device) -> float:
+    """Seconds of a step whose batch is prepared before it, or by workers beside it; on a CPU they share its cores."""
+    if not workers:
+        return prepare + compute
+    shared = prepare / (os.cpu_count() or 1) if device.type == "cpu" else 0.0
+    return max(compute + shared, prepare / workers)
+
+
+def training_bytes(counts: Counts, costs: Costs, chunk: int | None = None) -> float:
+    """
+    What a step makes at its peak: texts are encoded bucket by bucket, then the images at once, then comes the rest.
+    Until the backward pass each keeps what that reads; with a chunk size nothing, and fewer items are encoded at once.
+    """
+    at_once = {"text": counts.bucket_tokens, "image": counts.images}
+    if chunk is not None:
+        at_once["text"] = min(counts.bucket_tokens, chunk * counts.tokens / max(counts.texts, 1))
+        at_once["image"] = min(counts.images, chunk)
+    held = peak = sum(cost.input_bytes * counts.units[modality] for modality, cost in costs.towers.items())
+    for modality, cost in costs.towers.items():
+        kept = cost.held_bytes if chunk is None else 0.0
+        held += kept * counts.units[modality]
+        peak = max(peak, held + (cost.train_bytes - kept) * at_once[modality])
+    return max(peak, held + costs.user_bytes)
+
+
+def encoding_bytes(counts: Counts, costs: Costs, batch_size: int) -> float:
+    """What one batch of the items in `counts` makes at its peak when all of them are encoded."""
+    share = min(1.0, batch_size / counts.items)
+    units = {modality: count * share for modality, count in counts.units.items()}
+    at_once = {"text": min(counts.bucket_tokens, units["text"]), "image": units["image"]}
+    inputs = sum(cost.input_bytes * units[modality] for modality, cost in costs.towers.items())
+    return inputs + max((cost.eval_bytes * at_once[modality] for modality, cost in costs.towers.items()), default=0.0)
+
+
+def encoding_seconds(counts: Counts, costs: Costs, args: TransRecTrainingArguments) -> float:
+    """Of all items in `counts`, without gradients."""
+    compute = sum(cost.eval_seconds * counts.units[modality] for modality, cost in costs.towers.items())
+    return side_by_side(costs.prepare_seconds * counts.items, compute, args.dataloader_num_workers, args.device)
+
+
+def make_forecast(
+    args: TransRecTrainingArguments,
+    num_steps: int,
+    step: Counts,
+    everything: Counts,
+    costs: Costs,
+    filling: float = 0.0,
+) -> Forecast:
+    """
+    From what the pieces take to what a run takes.
+
+    Args:
+        args ([`TransRecTrainingArguments`]): the arguments.
+        num_steps (`int`): of an epoch.
+        step, everything ([`Counts`]): what a step encodes, and what an evaluation does.
+        costs ([`Costs`]): what the pieces take.
+        filling (`float`, *optional*): bytes that the filling of a store makes at its peak.
+    """
+
+    def total(which: str) -> float:
+        return sum(getattr(cost, which) * step.units[modality] for modality, cost in costs.towers.items())
+
+    def memory_gb(chunk: int | None) -> float:
+        evaluation_bytes = encoding_bytes(everything, costs, args.per_device_eval_batch_size)
+        return (costs.base_bytes + max(training_bytes(step, costs, chunk), evaluation_bytes, filling)) / 2**30
+
+    prepare_seconds = costs.collate_seconds + costs.prepare_seconds * step.items
+    update_seconds = costs.optimizer_seconds / args.gradient_accumulation_steps
+    compute_seconds = total("train_seconds") + costs.user_seconds + update_seconds
+    step_seconds = side_by_side(prepare_seconds, compute_seconds, args.dataloader_num_workers, args.device)
+    tower_flop = total("train_flop")
+    flop = tower_flop + costs.user_flop
+    chunks = [2**power for power in range(4, 13) if 2**power < step.items] if costs.towers else []
+    return Forecast(
+        prepare_seconds=prepare_seconds,
+        step_seconds=step_seconds,
+        epoch_seconds=step_seconds * num_steps,
+        evaluation_seconds=encoding_seconds(everything, costs, args) + costs.ranking_seconds,
+        step_tflop=flop / 1e12,
+        epoch_tflop=flop / 1e12 * num_steps,
+        tower_share=tower_flop / flop,
+        memory_gb=memory_gb(args.item_chunk_size),
+        chunk_memory_gb={chunk: memory_gb(chunk) for chunk in chunks},
+    )
+
+
+def plan_run(
+    model: TransRecModel,
+    args: TransRecTrainingArguments,
+    *,
+    catalogue: Catalogue,
+    split: Split,
+    processing_class: TransRecProcessor | None = None,
+    protocol: Any = "full",
+    seconds: float = 10.0,
+) -> Plan:
+    """
+    Predict what [`TransRecTrainer`] with these arguments takes on this machine, in one process.
+
+    Args:
+        model ([`TransRecModel`]): the model; it is frozen and run as in training, but learns nothing.
+        args ([`TransRecTrainingArguments`]): the arguments. `item_cache_age` and `torch_compile` are not considered.
+        catalogue ([`Catalogue`]): the items.
+        split ([`Split`]): training and validation sequences.
+        processing_class ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
+        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): how targets are ranked.
+        seconds (`float`, *optional*, defaults to 10): to spend on calibration, about: large towers take longer.
+
+    Raises:
+        [`DataError`]: if no training sequence has two items.
+        `ValueError`: if states are to be stored and nothing is frozen.
+    """
+    config, processor = model.config, processing_class if model.config.modalities else None
+    windows = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)
+    if not len(windows):
+        raise DataError("no training sequence has two items: every user needs a history and a next item")
+    if args.trainable_blocks is not None:
+        model.freeze_towers(args.trainable_blocks)
+    depths = [frozen_depth(tower) for tower in model.item_encoder.towers.values()]
+    if args.activation_store is not None and not all(depths):
+        raise ValueError("no block of a tower is frozen, so there is nothing to store: lower trainable_blocks")
+    model.to(args.device).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    model.item_chunk_size = args.item_chunk_size
+
+    popularity, max_tokens = log_popularity(split.train.item_counts(len(catalogue))), token_budget(args.device)
+    collator = DataCollatorForNextItem(catalogue, None, config, popularity, seed=args.seed, max_tokens=max_tokens)
+    units = count_units(catalogue, processor)
+    everything = count_items(units, np.arange(len(catalogue)), max_tokens)
+    users = args.train_batch_size
+    step, usual = simulate_steps(windows, collator, users, units)
+    larger_steps = {
+        factor: simulate_steps(windows, collator, users * factor, units, BATCHES // factor)[0]
+        for factor in FACTORS
+        if users * factor <= len(windows)
+    }
+
+    def num_steps(factor: int = 1) -> int:
+        steps = len(windows) / (users * factor)
+        return max(1, math.floor(steps) if args.dataloader_drop_last else math.ceil(steps))
+
+    started = time.perf_counter()
+    stored_costs, with_store, fill_seconds, store_bytes = None, None, 0.0, 0.0
+    with tqdm(total=3, desc="Calibrating", leave=False) as bar, tempfile.TemporaryDirectory() as folder:
+        calibration = Calibration(model, args, catalogue, processor, seconds)
+        costs = calibration.rest(usual, collator, calibration.ranking(split, protocol))
+        bar.update()
+        if processor is not None:
+            rows = np.random.default_rng(args.seed).permutation(collator(usual)["item_ids"].numpy())
+            rows = np.sort(calibration.affordable(rows, share=0.12))
+            prepare_seconds, towers = calibration.towers(rows)
+            costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
+        bar.update()
+        pooled = "text" in units and model.item_encoder.is_stored_pooled("text")
+        if depths and all(depths):
+            store, store_bytes = calibration.fill(folder, rows, units, pooled)
+            again = np.resize(np.arange(len(rows)), int(step.items))
+            prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, store), store)
+            stored_costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
+        calibration.update()  # gradients and the states of the optimizer are there, as between two steps
+        base_bytes, free_bytes = memory_of(args.device)
+        bar.update()
+
+    costs = replace(costs, base_bytes=base_bytes)
+    without_store = make_forecast(args, num_steps(), step, everything, costs)
+    used, used_pooled, filling = costs, False, 0.0
+    if stored_costs is not None:
+        filling = encoding_bytes(everything, costs, args.per_device_eval_batch_size)
+        stored_costs = replace(stored_costs, base_bytes=base_bytes)
+        counts = step.stored(pooled), everything.stored(pooled)
+        with_store = make_forecast(args, num_steps(), *counts, stored_costs, filling)
+        # what evaluations are spared later; not less than nothing where the clock is coarser than the tower
+        fill_seconds = max(0.0, without_store.evaluation_seconds - with_store.evaluation_seconds)
+        if args.activation_store is not None:
+            used, used_pooled = stored_costs, pooled
+    larger_batches = {
+        factor: make_forecast(
+            args, num_steps(factor), larger.stored(used_pooled), everything.stored(used_pooled), used.of_users(factor)
+        )
+        for factor, larger in larger_steps.items()
+    }
+    plan = Plan(
+        machine=describe_device(args.device)["device"],
+        dtype=str(calibration.dtype).removeprefix("torch."),
+        steps_per_epoch=num_steps(),
+        step=step,
+        larger_steps=larger_steps,
+        larger_batches=larger_batches,
+        without_store=without_store,
+        with_store=with_store,
+        uses_store=used is stored_costs,
+        fill_seconds=fill_seconds,
+        store_gb=store_bytes / 2**30,
+        available_gb=(base_bytes + free_bytes) / 2**30,
+        calibration_seconds=time.perf_counter() - started,
+        advice=[],
+    )
+    advice = [advise_store(plan, args), advise_batch(plan), advise_chunk(plan, args), advise_workers(plan, args)]
+    return replace(plan, advice=advice if depths else advice[-1:])
+
+
+def advise_store(plan: Plan, args: TransRecTrainingArguments) -> str:
+    """Whether the states of the frozen blocks are worth storing."""
+    if plan.with_store is None:
+        return "activation_store: no, a tower is trained whole; lower trainable_blocks to store what is below them."
+    without, stored = (
+        way.epoch_seconds + (args.eval_strategy == "epoch") * way.evaluation_seconds
+        for way in (plan.without_store, plan.with_store)
+    )
+    facts = f"an epoch takes {stored:.0f} s instead of {without:.0f} s"
+    facts += f", and filling it {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB"
+    if (without - stored) * args.num_train_epochs <= plan.fill_seconds:
+        return f"activation_store: no, {facts}, not paid back within {args.num_train_epochs:g} epochs."
+    return f"activation_store: yes, {facts}, paid back after {plan.fill_seconds / (without - stored):.1f} epochs."
+
+
+def advise_batch(plan: Plan) -> str:
+    """Whether a larger batch, in which more items are repeats, is worth it."""
+    best, now = 1, plan.forecast
+    for factor, way in plan.larger_batches.items():
+        if way.epoch_seconds > WORTH * now.epoch_seconds or way.memory_gb > ROOM * plan.available_gb:
+            break
+        best, now = factor, way
+    share = f"{plan.step.distinct_share:.0%} of a step's items are distinct"
+    if best == 1:
+        return f"batch: as it is; {share}, and a larger one would save little time or take too much memory."
+    return (
+        f"batch: {best} times as many users if the metrics bear it, for {now.epoch_seconds:.0f} s an epoch and "
+        f"{now.memory_gb:.1f} GB; {share}, {plan.larger_steps[best].distinct_share:.0%} would be."
+    )
+
+
+def advise_chunk(plan: Plan, args: TransRecTrainingArguments) -> str:
+    """Whether memory makes it necessary to encode fewer items at a time."""
+    now, room = plan.forecast, ROOM * plan.available_gb
+    memory = f"the run takes {now.memory_gb:.1f} of {plan.available_gb:.1f} GB"
+    if now.memory_gb < room:
+        return f"item_chunk_size: {args.item_chunk_size or 'none'}, {memory}."
+    fitting = [chunk for chunk, size in now.chunk_memory_gb.items() if size < room]
+    if not fitting:
+        return f"item_chunk_size: none is small enough, {memory}; lower per_device_train_batch_size."
+    return f"item_chunk_size: {fitting[-1]}, as {memory}; with it {now.chunk_memory_gb[fitting[-1]]:.1f} GB."
+
+
+def advise_workers(plan: Plan, args: TransRecTrainingArguments) -> str:
+    """Whether batches should be prepared by other processes."""
+    now, cores = plan.forecast, os.cpu_count() or 1
+    if args.dataloader_num_workers:
+        return f"dataloader_num_workers: as it is, {args.dataloader_num_workers}."
+    compute = now.step_seconds - now.prepare_seconds
+    best = {n: side_by_side(now.prepare_seconds, compute, n, args.device) for n in range(1, cores + 1)}
+    fewest = next(n for n, seconds in best.items() if seconds <= 1.01 * min(best.values()))
+    share = f"preparing batches takes {now.prepare_seconds / now.step_seconds:.0%} of the time"
+    if best[fewest] > WORTH * now.step_seconds:
+        return f"dataloader_num_workers: 0, {share}."
+    return f"dataloader_num_workers: {fewest}, {share}; a step would take {best[fewest]:.2g} s."
