@@ -11,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 TEXT_POOLINGS = ("mean", "cls", "attention")
 OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax")
+USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
 FORMAT_VERSION = 1
 """Raised when a checkpoint would no longer mean the same to the code that read the format before."""
 
@@ -33,6 +34,13 @@ class TransRecConfig(PreTrainedConfig):
             Size of the catalogue of the ID baseline, whose only tower is an embedding table.
         hidden_size (`int`, *optional*, defaults to 256):
             Width of item and user vectors.
+        user_encoder (`str`, *optional*, defaults to `"transformer"`):
+            What reads a history: `"transformer"`; `"gru"`, the recurrent layers of GRU4Rec (arXiv 1511.06939);
+            `"hstu"`, pointwise gated attention with relative positions (arXiv 2402.17152); or `"mean"`, the mean of
+            the items so far, which has no parameter. All but the first read forwards only.
+        time_buckets (`int`, *optional*, defaults to 0):
+            Buckets for the time between two items, by the logarithm to base 2, that `"hstu"` learns a bias for; the
+            model reads timestamps then. 32 buckets of seconds are 136 years.
         num_hidden_layers (`int`, *optional*, defaults to 2):
             Number of blocks of the user encoder.
         num_attention_heads (`int`, *optional*, defaults to 4):
@@ -102,6 +110,8 @@ class TransRecConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     num_items: int | None = None
     hidden_size: int = 256
+    user_encoder: str = "transformer"
+    time_buckets: int = 0
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     intermediate_size: int = 1024
@@ -172,6 +182,14 @@ class TransRecConfig(PreTrainedConfig):
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def validate_architecture(self) -> None:
+        if self.user_encoder not in USER_ENCODERS:
+            raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
+        if self.user_encoder != "transformer" and not self.is_causal:
+            raise ValueError(f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True")
+        if self.time_buckets < 0:
+            raise ValueError(f"time_buckets must be 0 (do not read timestamps) or more, got {self.time_buckets}")
+        if self.time_buckets and self.user_encoder != "hstu":
+            raise ValueError(f"user_encoder {self.user_encoder!r} reads no timestamps: leave out time_buckets")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -38,7 +38,7 @@ from .loss_transrec import (
     sampled_softmax,
 )
 from .sharing_transrec import SharedItems, gather_counts, gather_items, masked_mean_across_ranks, share_items
-from .user_encoder_transrec import UserEncoder, last_state
+from .user_encoder_transrec import USER_ENCODERS, last_state
 
 
 @dataclass
@@ -63,7 +63,7 @@ class TransRecPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("text", "image")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["UserEncoderLayer"]
+    _no_split_modules = ["UserEncoderLayer", "GRULayer", "HSTULayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -73,6 +73,12 @@ class TransRecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ItemEncoder) and hasattr(module, "missing_embeds"):
             init.zeros_(module.missing_embeds)
+        if isinstance(module, nn.GRU):
+            for name, parameter in module.named_parameters():
+                if "weight" in name:
+                    init.xavier_uniform_(parameter)
+                else:
+                    init.zeros_(parameter)
 
 
 class TransRecModel(TransRecPreTrainedModel):
@@ -98,7 +104,7 @@ class TransRecModel(TransRecPreTrainedModel):
         if not config.modalities and config.num_items is None:
             raise ValueError("the configuration has no tower: set text_config, vision_config or both, or num_items")
         self.item_encoder = ItemEncoder(config, text_model, vision_model)
-        self.user_encoder = UserEncoder(config)
+        self.user_encoder = USER_ENCODERS[config.user_encoder](config)
         self.item_chunk_size: int | None = None
         self.images_per_pass: int | None = None
         self.post_init()
@@ -292,9 +298,12 @@ class TransRecModel(TransRecPreTrainedModel):
                 f"{self.config.max_position_embeddings}: keep the last {self.config.max_position_embeddings}"
             )
         rows = history_index.clamp(min=0)
-        modalities = item_modalities[rows] if item_modalities is not None else None
+        combination = None
+        if item_modalities is not None:
+            bits = 2 ** torch.arange(item_modalities.shape[1], device=item_modalities.device)
+            combination = (item_modalities * bits).sum(dim=1)[rows] - 1
         item_embeds = item_embeds.to(self.dtype)  # of an index, say, which is fp32 whatever the model is
-        return self.user_encoder(item_embeds[rows], history_index >= 0, modalities)
+        return self.user_encoder(item_embeds[rows], history_index >= 0, combination)
 
     def forward(
         self,

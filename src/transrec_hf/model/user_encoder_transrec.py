@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_torchdynamo_exporting
 
 from .configuration_transrec import TransRecConfig
 
@@ -41,20 +42,89 @@ def eager_attention_forward(
 
 
 class Packing:
-    """Real positions of padded sequences, so that all but attention runs on those alone."""
+    """
+    Real positions of padded sequences, so that all but attention runs on those alone. While a model is exported none
+    is left out: their number would become a constant of the graph.
+    """
 
     def __init__(self, sequence_mask: Tensor):
-        self.shape = sequence_mask.shape
-        self.rows = sequence_mask.flatten().nonzero().squeeze(1)
+        self.sequence_mask = sequence_mask
+        self.rows = None if is_torchdynamo_exporting() else sequence_mask.flatten().nonzero().squeeze(1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(n_users, length, width)` to `(n_real, width)`."""
-        return padded.flatten(0, 1)[self.rows]
+        return padded if self.rows is None else padded.flatten(0, 1)[self.rows]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`(n_real, width)` to `(n_users, length, width)`, zero in the padding."""
-        padded = packed.new_zeros(self.shape.numel(), packed.shape[1]).index_copy(0, self.rows, packed)
-        return padded.view(*self.shape, packed.shape[1])
+        if self.rows is None:
+            return packed * self.sequence_mask.unsqueeze(-1)
+        padded = packed.new_zeros(self.sequence_mask.numel(), packed.shape[1]).index_copy(0, self.rows, packed)
+        return padded.view(*self.sequence_mask.shape, packed.shape[1])
+
+
+class UserEncoder(nn.Module):
+    """
+    What the user encoders with parameters share: the sum of item vectors, positions and modalities at their input. A
+    subclass reads it in `read`.
+    """
+
+    has_positions = False
+    layers: nn.ModuleList
+    final_norm: nn.LayerNorm
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.config = config
+        if self.has_positions:
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.use_modality_embedding and len(config.modalities) > 1:
+            self.modality_embedding = nn.Embedding(2 ** len(config.modalities) - 1, config.hidden_size)
+        if config.input_layer_norm:
+            self.input_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        sequence_mask: Tensor,
+        combination: Tensor | None = None,
+        timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            inputs_embeds (`Tensor` of shape `(n_users, length, hidden_size)`): Item vectors, oldest first.
+            sequence_mask (`Tensor` of shape `(n_users, length)`): True for items, false for the padding on the right.
+            combination (`Tensor` of shape `(n_users, length)`, *optional*):
+                Which modalities each item has: bit `i` for the `i`-th that the model reads, minus 1.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*):
+                When each item was chosen, in the unit of the data. Read with `time_buckets` only.
+
+        Returns:
+            `Tensor` of shape `(n_users, length, hidden_size)`: The states, zero in the padding.
+
+        Raises:
+            `ValueError`: If an input is missing that the configuration asks for.
+        """
+        hidden_states = inputs_embeds
+        if self.has_positions:
+            hidden_states = hidden_states + self.position_embedding.weight[: inputs_embeds.shape[1]]
+        if hasattr(self, "modality_embedding"):
+            if combination is None:
+                raise ValueError("a model with a modality embedding needs item_modalities to read a history")
+            hidden_states = hidden_states + self.modality_embedding(combination.clamp(min=0))
+        packing = Packing(sequence_mask)
+        hidden_states = packing.pack(hidden_states)
+        if hasattr(self, "input_norm"):
+            hidden_states = self.input_norm(hidden_states)
+        hidden_states = packing.unpack(self.dropout(hidden_states))
+        hidden_states = packing.pack(self.read(hidden_states, packing, timestamps))
+        if hasattr(self, "final_norm"):
+            hidden_states = self.final_norm(hidden_states)
+        return packing.unpack(hidden_states)
+
+    def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
 
 class UserAttention(nn.Module):
@@ -70,18 +140,19 @@ class UserAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, packing: Packing, attention_mask: Tensor | None) -> Tensor:
-        heads = (*packing.shape, -1, self.head_size)
+    def forward(
+        self, hidden_states: Tensor, packing: Packing, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (
-            packing.unpack(linear(hidden_states)).view(heads).transpose(1, 2)
+            packing.unpack(linear(hidden_states)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.o_proj(packing.pack(attended.flatten(2)))
+        attended, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.o_proj(packing.pack(attended.flatten(2))), weights
 
 
 class UserEncoderLayer(GradientCheckpointingLayer):
@@ -100,61 +171,168 @@ class UserEncoderLayer(GradientCheckpointingLayer):
         return self.output(self.activation(self.intermediate(hidden_states)))
 
     def forward(self, hidden_states: Tensor, packing: Packing, attention_mask: Tensor | None) -> Tensor:
+        hidden_states = packing.pack(hidden_states)
         if self.norm_first:
-            attended = self.attention(self.attention_norm(hidden_states), packing, attention_mask)
+            attended, _ = self.attention(self.attention_norm(hidden_states), packing, attention_mask)
             hidden_states = hidden_states + self.dropout(attended)
-            return hidden_states + self.dropout(self.feed_forward(self.output_norm(hidden_states)))
-        attended = self.attention(hidden_states, packing, attention_mask)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        return self.output_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+            hidden_states = hidden_states + self.dropout(self.feed_forward(self.output_norm(hidden_states)))
+        else:
+            attended, _ = self.attention(hidden_states, packing, attention_mask)
+            hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+            hidden_states = self.output_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+        return packing.unpack(hidden_states)
 
 
-class UserEncoder(nn.Module):
-    """A Transformer over the item vectors of a history, padded on the right."""
+class TransformerUserEncoder(UserEncoder):
+    """A Transformer with learned positions."""
+
+    has_positions = True
 
     def __init__(self, config: TransRecConfig):
-        super().__init__()
-        self.config = config
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        if config.use_modality_embedding and len(config.modalities) > 1:
-            self.modality_embedding = nn.Embedding(3, config.hidden_size)
-        if config.input_layer_norm:
-            self.input_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        super().__init__(config)
         self.layers = nn.ModuleList(UserEncoderLayer(config) for _ in range(config.num_hidden_layers))
         if config.norm_first:
             self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, inputs_embeds: Tensor, sequence_mask: Tensor, item_modalities: Tensor | None = None) -> Tensor:
-        """
-        Args:
-            inputs_embeds (`Tensor` of shape `(n_users, length, hidden_size)`): item vectors, oldest first.
-            sequence_mask (`Tensor` of shape `(n_users, length)`): true for items, false for the padding on the right.
-            item_modalities (`Tensor` of shape `(n_users, length, 2)`, *optional*): which of text and image each has.
-
-        Returns:
-            `Tensor` of shape `(n_users, length, hidden_size)`: the states, zero in the padding.
-        """
-        packing = Packing(sequence_mask)
-        hidden_states = inputs_embeds + self.position_embedding.weight[: inputs_embeds.shape[1]]
-        if hasattr(self, "modality_embedding"):
-            if item_modalities is None:
-                raise ValueError("a model with a modality embedding needs item_modalities to read a history")
-            text, image = item_modalities.long().unbind(-1)
-            hidden_states = hidden_states + self.modality_embedding((text + 2 * image - 1).clamp(min=0))
+    def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        # by position: the next major versions of transformers rename the keywords
         if self.config.is_causal:  # padding is on the right, so the causal mask alone hides it
-            mask = create_causal_mask(self.config, hidden_states, attention_mask=None, past_key_values=None)
+            mask = create_causal_mask(self.config, hidden_states, None, None)
         else:
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask=sequence_mask)
-        hidden_states = packing.pack(hidden_states)
-        if hasattr(self, "input_norm"):
-            hidden_states = self.input_norm(hidden_states)
-        hidden_states = self.dropout(hidden_states)
+            mask = create_bidirectional_mask(self.config, hidden_states, packing.sequence_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, packing, mask)
-        if hasattr(self, "final_norm"):
-            hidden_states = self.final_norm(hidden_states)
-        return packing.unpack(hidden_states)
+        return hidden_states
 
 
-__all__ = ["last_state"]
+class GRULayer(GradientCheckpointingLayer):
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: torch does not trace a GRU, which has a kernel of its own."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.gru(hidden_states)[0])
+
+
+class GRUUserEncoder(UserEncoder):
+    """GRU4Rec (arXiv 1511.06939): recurrent layers, which know the order without positions."""
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(GRULayer(config) for _ in range(config.num_hidden_layers))
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)  # the states of a GRU lie between -1 and 1
+
+    def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.output(hidden_states)
+
+
+class HSTUAttention(nn.Module):
+    """
+    Attention without a softmax, so that how much a history says of a taste is not lost, gated by the item itself. Its
+    scores have a bias for the distance of two items, in positions and, with `time_buckets`, in time.
+    """
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.longest = config.max_position_embeddings
+        self.projection = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.position_bias = nn.Embedding(config.max_position_embeddings, config.num_attention_heads)
+        if config.time_buckets:
+            self.time_bias = nn.Embedding(config.time_buckets, config.num_attention_heads)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, packing: Packing, distances: Tensor, time_buckets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        gate, *projected = nn.functional.silu(self.projection(hidden_states)).chunk(4, dim=-1)
+        query, key, value = (
+            packing.unpack(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in projected
+        )
+        bias = self.position_bias(distances.clamp(min=0))
+        if time_buckets is not None:
+            bias = bias + self.time_bias(time_buckets)
+        weights = nn.functional.silu(query @ key.transpose(2, 3) + bias.movedim(-1, -3)) / self.longest
+        weights = self.attention_dropout(weights.masked_fill(distances < 0, 0.0))
+        attended = packing.pack((weights @ value).transpose(1, 2).flatten(2))
+        return self.output(self.norm(attended) * gate), weights
+
+
+class HSTULayer(GradientCheckpointingLayer):
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.attention = HSTUAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, packing: Packing, distances: Tensor, time_buckets: Tensor | None
+    ) -> Tensor:
+        hidden_states = packing.pack(hidden_states)
+        attended, _ = self.attention(self.attention_norm(hidden_states), packing, distances, time_buckets)
+        return packing.unpack(hidden_states + self.dropout(attended))
+
+
+class HSTUUserEncoder(UserEncoder):
+    """
+    Hierarchical sequential transduction units (arXiv 2402.17152), with a layer norm at the end. A time between two
+    items falls into bucket `log2(1 + time)`, the last one for all that are longer.
+    """
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        distances = positions[:, None] - positions  # below 0 for what comes later, padding on the right included
+        buckets = None
+        if self.config.time_buckets:
+            if timestamps is None:
+                raise ValueError("a model with time_buckets needs the timestamps of a history to read it")
+            times = (timestamps[:, :, None] - timestamps[:, None, :]).clamp(min=0)
+            buckets = torch.log2(1.0 + times).long().clamp(max=self.config.time_buckets - 1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, packing, distances, buckets)
+        return hidden_states
+
+
+class MeanUserEncoder(nn.Module):
+    """The mean of the items so far: the baseline without a parameter."""
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.layers = nn.ModuleList()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        sequence_mask: Tensor,
+        combination: Tensor | None = None,
+        timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """The arguments are those of [`UserEncoder`]."""
+        real = sequence_mask.unsqueeze(-1)
+        sums = (inputs_embeds * real).float().cumsum(dim=1)
+        counts = sequence_mask.cumsum(dim=1).clamp(min=1).unsqueeze(-1)
+        return (sums / counts * real).to(inputs_embeds.dtype)
+
+
+USER_ENCODERS: dict[str, type[UserEncoder | MeanUserEncoder]] = {
+    "transformer": TransformerUserEncoder,
+    "gru": GRUUserEncoder,
+    "hstu": HSTUUserEncoder,
+    "mean": MeanUserEncoder,
+}
+
+
+__all__ = ["USER_ENCODERS", "last_state"]
