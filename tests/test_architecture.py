@@ -11,7 +11,7 @@ import transrec_hf
 
 
 PACKAGE = Path(transrec_hf.__file__).parent
-WINGS = ("errors", "model", "data", "items", "evaluation", "publishing", "training", "serving", "commands")
+WINGS = ("errors", "files", "model", "data", "items", "evaluation", "publishing", "training", "serving", "commands")
 LONGEST = 520
 
 

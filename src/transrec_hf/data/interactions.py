@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def flat_column(length: int, dtype: type) -> np.ndarray:
     folder = Path(datasets.config.HF_DATASETS_CACHE)  # `/tmp` may be memory
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # or a full disk would show in a signal, when the column is filled
+            os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
         return np.asarray(np.memmap(file, dtype, shape=length))
 
 
