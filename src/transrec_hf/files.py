@@ -269,7 +269,7 @@ def _commit(partial: Path, folder: Path, replaces_all: bool) -> None:
 
 
 def _superseded(new: set[str], old: set[str]) -> set[str]:
-    """Files that would be read together with the new ones: weights in another number of shards, the ids of an index."""
+    """Files that would be read with the new ones: weights in another number of shards, the ids of an index."""
     gone = {"item_index.json"} if "item_index.safetensors" in new else set()
     for kind in ("model", "adapter_model"):
         pattern = re.compile(rf"{kind}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
