@@ -191,12 +191,12 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     # modalities
     "item without any modality": (
         items_with(text=["red", None, "blue"]),
-        ("items.parquet", "neither text nor image: row 2 (item_id 'b')", "Give them text or an image"),
+        ("items.parquet", "no content: row 2 (item_id 'b')", "Give them text, image or features"),
     ),
     "blank text and no image": (items_with(text=["red", "  \n", ""]), ("row 2 (item_id 'b'), row 3 (item_id 'c')",)),
-    "all content null": (items_with(text=[None] * 3), ("neither text nor image: row 1",)),
+    "all content null": (items_with(text=[None] * 3), ("no content: row 1",)),
     "text of numbers": (items_with(text=[1, 2, 3]), ("column 'text' holds int64", "Write it as text")),
-    "text of NaN": (items_with(text=[float("nan")] * 3), ("neither text nor image: row 1",)),
+    "text of NaN": (items_with(text=[float("nan")] * 3), ("no content: row 1",)),
     "text with NaN and numbers": (items_with(text=[float("nan"), 1.0, 2.0]), ("column 'text' holds double",)),
     "text 'nan'": (items_file("items.csv", "item_id,text\na,red\nb,nan\n"), ("text 'nan'", "row 2", "empty")),
     "text in Latin-1 (CSV)": (
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("items.jsonl", "line 2 of the file is not UTF-8", "iconv"),
     ),
     "text in UTF-16": (items_file("items.csv", "item_id,text\na,red\n".encode("utf-16")), ("line 1", "not UTF-8")),
-    "text in Latin-1 (Parquet)": (latin1_parquet, ("text that is not UTF-8: row 2",)),
+    "text in Latin-1 (Parquet)": (latin1_parquet, ("unusable text: row 2", "not UTF-8")),
     "text column of lists": (items_with(text=[["red"], ["green"], []]), ("column 'text' holds list",)),
     "image column of numbers": (items_with(image=[1, 2, 3]), ("column 'image' holds int64", "bytes or file paths")),
     "text tower on an image-only catalogue": (

@@ -437,7 +437,7 @@ def test_what_a_worker_is_sent_is_small(tmp_path: Path) -> None:
     ids = [f"i{row}" for row in range(1000)]
     texts = Catalogue(datasets.Dataset.from_dict({"item_id": ids, "text": ["word " * 20] * 1000}))
     chosen = texts.select(np.arange(1000)[::-3])
-    assert len(pickle.dumps(chosen._texts)) < 50_000
+    assert len(pickle.dumps(chosen.contents["text"])) < 50_000
     assert pickle.loads(pickle.dumps(chosen)).content_hash() == chosen.content_hash()
 
 

@@ -32,6 +32,14 @@ class DataError(ValueError):
     """Bad input. The message names the file, the row or the id, and the mend."""
 
 
+InputError = DataError
+"""The same under a name for input that is no data; tracebacks keep showing the first, which users know."""
+
+
+class BadContent(InputError):
+    """Why the content of one item cannot be used. Who knows the item adds which it is."""
+
+
 def describe(
     what: str, rows: np.ndarray | list[int], mend: str, label: Callable[[int], str] | None = None
 ) -> list[str]:

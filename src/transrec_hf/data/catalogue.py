@@ -5,50 +5,55 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
-from transformers.utils import logging
+import pyarrow.compute as pc
 
-from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
-from .contents import IMAGE_FORMATS, MAX_IMAGE_PIXELS, _BadImage, _image_mask, _text_mask, _with_typed_content
-from .reading import MODALITIES, check_columns, encode_ids, open_source, read_items
+from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defects
+from ..model.modalities_transrec import MODALITIES
+from .contents import READERS, Content
+from .reading import check_columns, encode_ids, open_source, plain_type, read_items
 from .tokens import CatalogueTokens
 
 
 if TYPE_CHECKING:
     import datasets
+    import PIL.Image
 
 
-MODALITY_POLICIES = ("both", "text", "image", "one_per_item")
+MODALITY_POLICIES = ("both", *MODALITIES, "one_per_item")
+ALWAYS_HASHED = ("text", "image")  # the modalities of the first version, whose hashes stay the same
 _EMPTY_ID = "Give these rows an id or delete them."
 
 
 class Catalogue:
     """Items of one platform, in catalogue order; an item is addressed by its row 0..N-1.
 
-    The constructor checks ids, text, modalities and image headers; [`Catalogue.check_images`] decodes every image.
+    The constructor checks ids, text, vectors, modalities and image headers; [`Catalogue.check_images`] decodes every
+    image.
 
     Args:
         items (`datasets.Dataset`):
-            Columns `item_id` (string or integer), `text` (string or null) and `image` (`Image` feature, bytes, path,
-            or null). One of the last two may be missing; further columns are kept.
+            Columns `item_id` (string or integer) and at least one of `text` (string or null), `image` (`Image`
+            feature, bytes, path, or null) and `features` (list of numbers of one length, or null). Further columns
+            are kept.
         source (`str`, *optional*, defaults to `"catalogue"`):
             File, folder or Hub id, for messages.
-        has_text, has_image (`np.ndarray` of shape `(N,)` and type bool, *optional*):
-            Masks that hide a modality of an item.
         image_folder (`str`, *optional*):
             Folder that image paths are relative to, and which they must not leave.
 
+    Attributes:
+        item_ids (`np.ndarray` of shape `(N,)`, str): The id of every item.
+        contents (`dict[str, Content]`): A reader for each modality that has a column, in the order of `MODALITIES`.
+
     Raises:
-        [`DataError`]: on an empty catalogue, an empty or duplicate id, an item without any modality, or an image whose
-        header cannot be read or claims more than `MAX_IMAGE_PIXELS`.
+        [`DataError`]: on an empty catalogue, an empty or duplicate id, an item without any modality, or a content that
+        cannot be used.
     """
 
     def __init__(
@@ -56,45 +61,45 @@ class Catalogue:
         items: datasets.Dataset,
         source: str = "catalogue",
         *,
-        has_text: np.ndarray | None = None,
-        has_image: np.ndarray | None = None,
         image_folder: str | os.PathLike | None = None,
     ) -> None:
-        check_columns(items.column_names, source, ("item_id",), MODALITIES)
+        check_columns(items.column_names, source, ("item_id",), tuple(MODALITIES))
         if len(items) == 0:
             raise DataError(f"{source}: the catalogue is empty. Add at least one item.")
         self.source = source
-        self.image_folder = None if image_folder is None else os.path.abspath(image_folder)
         self._file_rows = np.arange(len(items))
         items, item_ids, defects = _with_string_ids(items.with_format(None), source)
-        self._bind(_with_typed_content(items, source), item_ids)
-        text, text_defects = _text_mask(self._texts, len(items))
-        image = _image_mask(self._rows_as_arrow, len(items))
-        self.has_text = text if has_text is None else text & has_text
-        self.has_image = image if has_image is None else image & has_image
-        empty = np.flatnonzero(~(self.has_text | self.has_image))
-        mend = "Give them text or an image, or delete them and their interactions."
-        defects += text_defects + self._describe("items with neither text nor image", empty, mend)
-        raise_defects(source, defects + self._image_defects(full=False))
+        self._bind(_with_typed_contents(items, source), item_ids)
+        self.contents: dict[str, Content] = {}
+        folder = None if image_folder is None else os.path.abspath(image_folder)
+        rows_as_arrow = self.items.with_format("arrow")
+        for name in MODALITIES:
+            if name in self.items.column_names:
+                try:
+                    self.contents[name] = READERS[name](rows_as_arrow, folder)
+                except BadContent as error:
+                    raise DataError(f"{source}: column {name!r} {error}") from None
+        empty = np.flatnonzero(~self.has_any())
+        mend = f"Give them {_or(MODALITIES)}, or delete them and their interactions."
+        raise_defects(
+            source,
+            defects
+            + self._describe("items with no content", empty, mend)
+            + [line for name in self.contents for line in self._content_defects(name, full=False)],
+        )
 
     def _bind(self, items: datasets.Dataset, item_ids: np.ndarray) -> None:
-        """Hold `items` and the ways into it; none copies an image."""
+        """Hold `items` and their ids."""
         self.items, self.item_ids = items, item_ids
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-        self._rows_as_arrow = items.with_format("arrow")
         self._tokens: CatalogueTokens | None = None
-        self._texts = None
-        if "text" in items.column_names:
-            texts = items.select_columns("text").with_format("arrow")[:]
-            slivers = texts["text"].num_chunks > 1 + len(items) // 100  # a selection comes as one per row
-            self._texts = (texts.combine_chunks() if slivers else texts)["text"]
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
     def __repr__(self) -> str:
-        text, image = int(self.has_text.sum()), int(self.has_image.sum())
-        return f"Catalogue({self.source!r}, items={len(self)}, with_text={text}, with_image={image})"
+        counts = "".join(f", with_{name}={int(content.present.sum())}" for name, content in self.contents.items())
+        return f"Catalogue({self.source!r}, items={len(self)}{counts})"
 
     def rows(self, item_ids: Iterable[str | int]) -> np.ndarray:
         """Catalogue rows, int64, of the given ids. Raises [`DataError`] for ids that are not in the catalogue."""
@@ -112,82 +117,79 @@ class Catalogue:
         """Catalogue rows, int64, -1 for unknown ids."""
         return np.array([self._row_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)
 
+    def has(self, name: str) -> np.ndarray:
+        """Which items show the modality `name`, `(N,)` bool."""
+        return self.contents[name].present if name in self.contents else np.zeros(len(self), dtype=bool)
+
+    def has_any(self, names: Iterable[str] = tuple(MODALITIES)) -> np.ndarray:
+        """Which items show one of the modalities, `(N,)` bool."""
+        return np.logical_or.reduce([self.has(name) for name in names])
+
+    @property
+    def has_text(self) -> np.ndarray:
+        """Which items show text, `(N,)` bool."""
+        return self.has("text")
+
+    @property
+    def has_image(self) -> np.ndarray:
+        """Which items show an image, `(N,)` bool."""
+        return self.has("image")
+
+    def read(self, row: int, names: Iterable[str] = tuple(MODALITIES)) -> dict[str, Any]:
+        """What an item shows of the modalities, as a processor takes it.
+
+        Raises [`DataError`] with source, row and item id when a content cannot be decoded.
+        """
+        shown = {}
+        for name in names:
+            if self.has(name)[row]:
+                with self._place(name, row):
+                    shown[name] = self.contents[name].read(row)
+        return shown
+
     def text(self, row: int) -> str | None:
         """Text of an item, `None` where it has none or the policy hides it."""
-        return self._texts[int(row)].as_py() if self.has_text[row] and self._texts is not None else None
+        return self.read(row, ["text"]).get("text")
+
+    def image(self, row: int) -> PIL.Image.Image | None:
+        """Image of an item, RGB and upright (EXIF), `None` where it has none or the policy hides it."""
+        return self.read(row, ["image"]).get("image")
+
+    def encoded(self, name: str, row: int) -> bytes | None:
+        """The bytes of what an item shows of a modality as they are hashed and published, `None` where nothing."""
+        if not self.has(name)[row]:
+            return None
+        with self._place(name, row):
+            return self.contents[name].encoded(row)
+
+    def encoded_image(self, row: int) -> bytes:
+        """The bytes of an item's image as they are in the file, not decoded."""
+        return self.contents["image"].encoded(row)
 
     def tokens(self, tokenizer: Any, max_length: int) -> CatalogueTokens:
         """Token ids of all texts, each cut after `max_length` tokens. They are kept until another tokenizer asks."""
         if self._tokens is None or not self._tokens.are_of(tokenizer, max_length):
-            self._tokens = CatalogueTokens(self, tokenizer, max_length)
+            self._tokens = CatalogueTokens(self.contents["text"], tokenizer, max_length)
         return self._tokens
-
-    def image(self, row: int) -> PIL.Image.Image | None:
-        """Image of an item, RGB and upright (EXIF), `None` where it has none or the policy hides it.
-
-        Raises [`DataError`] with source, row and item id when the image cannot be decoded.
-        """
-        if not self.has_image[row]:
-            return None
-        try:
-            return self._decode(row)
-        except _BadImage as error:
-            defects = self._describe("unusable image", [row], "Replace or delete it.", {row: str(error)})
-            raise DataError(f"{self.source}: {defects[0]}") from error
-
-    def encoded_image(self, row: int) -> bytes:
-        """The bytes of an item's image as they are in the file, not decoded."""
-        encoded = self._encoded(row)
-        return Path(encoded).read_bytes() if isinstance(encoded, str) else encoded.to_pybytes()
-
-    def _encoded(self, row: int) -> pa.Buffer | str:
-        """The encoded image, not copied, or the path of its file."""
-        image = self._rows_as_arrow[int(row)]["image"][0]
-        if image["bytes"].is_valid:
-            return image["bytes"].as_buffer()
-        path = os.path.join(self.image_folder or "", image["path"].as_py())
-        if self.image_folder is not None:
-            path = os.path.normpath(path)
-            if not Path(path).is_relative_to(self.image_folder):
-                raise _BadImage(f"the image path leaves the folder {self.image_folder}: {image['path']}")
-        if not os.path.isfile(path):
-            raise _BadImage(f"image file not found: {path}")
-        return path
-
-    def _decode(self, row: int, full: bool = True) -> PIL.Image.Image | None:
-        """Open an image, check its size from the header and, if `full`, decode it."""
-        encoded = self._encoded(row)
-        try:
-            file = pa.BufferReader(encoded) if isinstance(encoded, pa.Buffer) else encoded
-            with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise _BadImage(f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
-                return PIL.ImageOps.exif_transpose(image).convert("RGB") if full else None
-        except _BadImage:
-            raise
-        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-            raise _BadImage(f"more than {MAX_IMAGE_PIXELS} pixels (decompression bomb? {error})") from error
-        except PIL.UnidentifiedImageError as error:
-            raise _BadImage(f"not an image of a known format ({', '.join(IMAGE_FORMATS)})") from error
-        except Exception as error:
-            raise _BadImage(f"truncated or damaged image ({type(error).__name__}: {error})") from error
 
     def check_images(self) -> None:
         """Decode every image once, in threads. Raises [`DataError`] that names the first bad ones."""
-        raise_defects(self.source, self._image_defects(full=True))
+        if "image" in self.contents:
+            raise_defects(self.source, self._content_defects("image", full=True))
 
-    def _image_defects(self, full: bool) -> list[str]:
-        rows = np.flatnonzero(self.has_image)
-        chunks = np.array_split(rows, max(1, len(rows) // 64))
-        bad: dict[int, str] = {}
-        bar = logging.tqdm(total=len(rows), desc="Decoding images" if full else "Reading image headers", delay=2)
-        with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            results = pool.map(lambda chunk: (len(chunk), self._bad_images(chunk, full)), chunks)
-            for size, reasons in results:
-                bad.update(reasons)
-                bar.update(size)
-        return self._describe("unusable images", list(bad), "Replace or delete them.", bad)
+    def _content_defects(self, name: str, full: bool) -> list[str]:
+        content = self.contents[name]
+        bad = content.defects(full)
+        return self._describe(f"unusable {name}", sorted(bad), content.mend, bad)
+
+    @contextmanager
+    def _place(self, name: str, row: int) -> Iterator[None]:
+        """Say of a content that cannot be used which it is."""
+        try:
+            yield
+        except BadContent as error:
+            defects = self._describe(f"unusable {name}", [row], self.contents[name].mend, {row: str(error)})
+            raise DataError(f"{self.source}: {defects[0]}") from error
 
     def _describe(self, what: str, rows: Any, mend: str, reasons: Mapping[int, str] | None = None) -> list[str]:
         """Defects of catalogue rows, under the row numbers of the file they came from."""
@@ -197,39 +199,29 @@ class Catalogue:
             labels[int(self._file_rows[row])] = f"item_id {self.item_ids[row]!r}{reason}"
         return describe(what, self._file_rows[rows], mend, labels.__getitem__)
 
-    def _bad_images(self, rows: np.ndarray, full: bool) -> dict[int, str]:
-        bad = {}
-        for row in rows.tolist():
-            try:
-                self._decode(row, full)
-            except _BadImage as error:
-                bad[row] = str(error)
-        return bad
-
     def require(self, modalities: Collection[str]) -> None:
         """Check that a model which reads `modalities` can represent every item: each must have one of them.
 
         A tower that finds no input is no error: a model of text and images may serve a catalogue of text. Nor is a
         model that reads neither (the ID baseline). Raises [`DataError`].
         """
-        masks = {"text": self.has_text, "image": self.has_image}
         wanted = [modality for modality in MODALITIES if modality in modalities]
         if not wanted:
             return
-        lost = np.flatnonzero(~np.logical_or.reduce([masks[modality] for modality in wanted]))
-        words = " or ".join(wanted)
+        lost = np.flatnonzero(~self.has_any(wanted))
+        words = _or(wanted)
         if len(lost) == len(self):
             raise DataError(f"{self.source}: no item has {words}. Use a model or policy for the modality it has.")
         mend = "Drop them and their interactions first (`keep_items`), or use the other modality too."
         raise_defects(self.source, self._describe(f"{len(lost)} of {len(self)} items have no {words}", lost, mend))
 
     def with_policy(self, modality_policy: str, seed: int = 0) -> Catalogue:
-        """The same items with one modality hidden where the policy says so.
+        """The same items with modalities hidden where the policy says so.
 
         Args:
             modality_policy (`str`):
-                `"both"` hides nothing, `"text"` hides images, `"image"` hides text, `"one_per_item"` keeps one
-                modality of every item, drawn at random where it has both.
+                `"both"` hides nothing, the name of a modality hides all others, `"one_per_item"` keeps one modality of
+                every item, drawn evenly from those it has.
             seed (`int`, *optional*, defaults to 0):
                 Seed of that draw.
 
@@ -238,16 +230,21 @@ class Catalogue:
         """
         if modality_policy not in MODALITY_POLICIES:
             raise DataError(f"unknown modality_policy {modality_policy!r}. Use one of {', '.join(MODALITY_POLICIES)}.")
-        other = copy.copy(self)
-        other._tokens = None
+        if modality_policy == "both":
+            return self
+        present = np.stack([self.has(name) for name in MODALITIES])
         if modality_policy in MODALITIES:
             self.require([modality_policy])
-            other.has_text = self.has_text & (modality_policy == "text")
-            other.has_image = self.has_image & (modality_policy == "image")
-        elif modality_policy == "one_per_item":
-            show_text = np.random.default_rng(seed).random(len(self)) < 0.5
-            other.has_text = self.has_text & (show_text | ~self.has_image)
-            other.has_image = self.has_image & ~other.has_text
+            kept = list(MODALITIES).index(modality_policy)
+        else:
+            draw = np.random.default_rng(seed).random(len(self)) * present.sum(axis=0)
+            kept = (present.cumsum(axis=0) > draw).argmax(axis=0)
+        other = copy.copy(self)
+        other._tokens = None
+        other.contents = {name: copy.copy(content) for name, content in self.contents.items()}
+        for index, name in enumerate(MODALITIES):
+            if name in other.contents:
+                other.contents[name].present = present[index] & (kept == index)
         return other
 
     def select(self, rows: np.ndarray) -> Catalogue:
@@ -258,28 +255,30 @@ class Catalogue:
             raise DataError(f"{self.source}: no item is left. Select at least one.")
         other = copy.copy(self)
         other._bind(self.items.select(rows), self.item_ids[rows])
-        for name in ("has_text", "has_image", "_file_rows"):
-            setattr(other, name, getattr(self, name)[rows])
+        other.contents = {name: content.select(rows) for name, content in self.contents.items()}
+        other._file_rows = self._file_rows[rows]
         return other
 
     def content_hash(self) -> str:
         """SHA-256 over the ids and the visible content, in catalogue order; the same from any file format."""
         digest = hashlib.sha256()
 
-        def add(part: bytes | memoryview | None) -> None:
+        def add(part: bytes | None) -> None:
             digest.update(b"-" if part is None else b"%d:" % len(part))
             digest.update(part or b"")
 
+        hashed = [name for name in MODALITIES if name in self.contents or name in ALWAYS_HASHED]
         for row, item_id in enumerate(self.item_ids):
-            text = self.text(row)
             add(item_id.encode())
-            add(None if text is None else text.encode())
-            if not self.has_image[row]:
-                add(None)
-            else:
-                encoded = self._encoded(row)
-                add(Path(encoded).read_bytes() if isinstance(encoded, str) else memoryview(encoded))
+            for name in hashed:
+                add(self.encoded(name, row))
         return digest.hexdigest()
+
+
+def _or(names: Iterable[str]) -> str:
+    """`a, b or c`"""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dataset, np.ndarray, list[str]]:
@@ -293,6 +292,24 @@ def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dat
     if not pa.types.is_string(column.type):
         items = items.remove_columns("item_id").add_column("item_id", pa.array(ids, pa.string()))
     return items, ids, defects
+
+
+def _with_typed_contents(items: datasets.Dataset, source: str) -> datasets.Dataset:
+    """Items with `image` as an undecoded `Image` feature; a content column of nothing but nulls or NaN is dropped."""
+    import datasets
+
+    for name in set(MODALITIES) & set(items.column_names):
+        kind = plain_type(items.features.arrow_schema.field(name).type)
+        column = items.select_columns(name).with_format("arrow")[:][name] if pa.types.is_floating(kind) else None
+        if pa.types.is_null(kind) or (column is not None and pc.all(pc.is_null(column, nan_is_null=True)).as_py()):
+            items = items.remove_columns(name)
+        elif name == "image":
+            is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            is_encoded = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+            if not (is_path or is_encoded):
+                raise DataError(f"{source}: column 'image' holds {kind}. Write image bytes or file paths.")
+            items = items.cast_column("image", datasets.Image(decode=False))
+    return items
 
 
 def load_catalogue(

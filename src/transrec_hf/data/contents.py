@@ -1,65 +1,100 @@
-"""The contents of items, one reader a modality: which items have it, its defects, its bytes."""
+"""The contents of items, one reader a modality: which items have it, what is wrong with it, its bytes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import DataError, describe
-from .reading import MODALITIES
+from ..errors import BadContent
+from .images import Images
+from .reading import plain_type, whole_column
 
 
 if TYPE_CHECKING:
     import datasets
+    from typing_extensions import Self
 
 
-MAX_IMAGE_PIXELS = 64_000_000
-"""Largest width x height that is decoded; a header that claims more is refused before any pixel is read."""
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ROWS = 2**14  # vectors that are checked at a time
 
 
-class _BadImage(Exception):
-    """Why one image cannot be used."""
+class Content(Protocol):
+    """
+    One modality of the items of a catalogue.
+
+    Attributes:
+        present (`np.ndarray` of shape `(N,)` and type bool): Which items show it. A policy hides by changing it.
+        mend (`str`): What to do about defects.
+    """
+
+    present: np.ndarray
+    mend: str
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None) -> None:
+        """`rows` are formatted as Arrow; `folder` holds the files that they name. Raises [`BadContent`]."""
+
+    def read(self, row: int) -> Any:
+        """The content of an item as a processor takes it. Raises [`BadContent`]."""
+
+    def encoded(self, row: int) -> bytes:
+        """The content as it is hashed and published. Raises [`BadContent`]."""
+
+    def defects(self, full: bool) -> dict[int, str]:
+        """Rows whose content cannot be used, and why; all contents are decoded if `full`."""
+
+    def select(self, rows: np.ndarray) -> Self:
+        """The contents of the items at `rows`, in that order."""
 
 
-def _with_typed_content(items: datasets.Dataset, source: str) -> datasets.Dataset:
-    """Items with `image` as an undecoded `Image` feature; an all-null content column is dropped."""
-    import datasets
+class _Column:
+    """A content that lies in one Arrow column."""
 
-    for name in set(MODALITIES) & set(items.column_names):
-        kind = items.features.arrow_schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        is_image = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
-        column = items.select_columns(name).with_format("arrow")[:][name] if pa.types.is_floating(kind) else None
-        if pa.types.is_null(kind) or (column is not None and pc.all(pc.is_null(column, nan_is_null=True)).as_py()):
-            items = items.remove_columns(name)
-        elif name == "text" and not is_text:
-            raise DataError(f"{source}: column 'text' holds {kind}, not strings. Write it as text.")
-        elif name == "image" and not (is_text or is_image):
-            raise DataError(f"{source}: column 'image' holds {kind}. Write image bytes or file paths.")
-        elif name == "image":
-            items = items.cast_column("image", datasets.Image(decode=False))
-    return items
+    present: np.ndarray
+
+    def __init__(self, rows: datasets.Dataset, name: str) -> None:
+        self._column = whole_column(rows, name)
+
+    def select(self, rows: np.ndarray) -> Self:
+        other = copy.copy(self)
+        other._column, other.present = self._column.take(pa.array(rows)), self.present[rows]
+        return other
 
 
-def _text_mask(texts: pa.ChunkedArray | None, length: int) -> tuple[np.ndarray, list[str]]:
-    """Which items have text that is more than blanks, (N,) bool, and the defects of the text."""
-    if texts is None:
-        return np.zeros(length, dtype=bool), []
-    try:
-        texts.validate(full=True)
-    except pa.ArrowInvalid:
-        rows = [row for row, text in enumerate(texts) if not _is_utf8(text)]
-        return np.ones(length, dtype=bool), describe("text that is not UTF-8", rows, "Write it again in UTF-8.")
-    texts = texts.cast(pa.large_string())
-    mask = pc.fill_null(pc.match_substring_regex(texts, r"\S"), False).to_numpy()
-    words = np.flatnonzero(pc.fill_null(pc.equal(texts, "nan"), False).to_numpy())
-    mend = "Leave the cell empty (or write 'NaN' if that is the title)."
-    return mask, describe("text 'nan', a missing value written as a word", words, mend)
+class Texts(_Column):
+    """Texts: strings, of which blank ones count as missing."""
+
+    mend = "Leave the cell empty (or write 'NaN' if that is the title); write text in UTF-8."
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        super().__init__(rows, "text")
+        kind = plain_type(self._column.type)
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise BadContent(f"holds {kind}, not strings. Write it as text.")
+        self._defects: dict[int, str] = {}
+        try:
+            self._column.validate(full=True)
+        except pa.ArrowInvalid:
+            wrong = [row for row, text in enumerate(self._column) if not _is_utf8(text)]
+            self._defects = dict.fromkeys(wrong, "not UTF-8")
+            self.present = np.ones(len(rows), dtype=bool)
+            return
+        texts = self._column.cast(pa.large_string())
+        self.present = pc.fill_null(pc.match_substring_regex(texts, r"\S"), False).to_numpy()
+        words = np.flatnonzero(pc.fill_null(pc.equal(texts, "nan"), False).to_numpy())
+        self._defects = dict.fromkeys(words.tolist(), "text 'nan', a missing value written as a word")
+
+    def read(self, row: int) -> str:
+        return self._column[int(row)].as_py()
+
+    def encoded(self, row: int) -> bytes:
+        return self.read(row).encode()
+
+    def defects(self, full: bool = False) -> dict[int, str]:
+        return self._defects
 
 
 def _is_utf8(text: pa.Scalar) -> bool:
@@ -70,13 +105,62 @@ def _is_utf8(text: pa.Scalar) -> bool:
     return True
 
 
-def _image_mask(rows_as_arrow: datasets.Dataset, length: int) -> np.ndarray:
-    """Which items have image bytes or an image path, (N,) bool; no image is copied as a whole column."""
-    if "image" not in rows_as_arrow.column_names:
-        return np.zeros(length, dtype=bool)
-    masks = []
-    for batch in rows_as_arrow.select_columns("image").iter(1000):
-        has_bytes = pc.is_valid(pc.struct_field(batch["image"], "bytes"))
-        has_path = pc.fill_null(pc.not_equal(pc.struct_field(batch["image"], "path"), ""), False)
-        masks.append(pc.or_(has_bytes, has_path).to_numpy(zero_copy_only=False))
-    return np.concatenate(masks)
+class Vectors(_Column):
+    """
+    Vectors that another model has made: lists of numbers, all of one length; empty lists count as missing.
+
+    Attributes:
+        size (`int`): Length of the vectors, that of most.
+    """
+
+    mend = "Write vectors of finite numbers, all of one length, or leave the cell empty."
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        super().__init__(rows, "features")
+        kind = self._column.type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        number = kind.value_type if is_list else None
+        if not (is_list and (pa.types.is_floating(number) or pa.types.is_integer(number))):
+            raise BadContent(f"holds {kind}. Write a list of numbers for every item, in Parquet or JSONL.")
+        lengths = pc.fill_null(pc.list_value_length(self._column), 0).to_numpy()
+        self.present = lengths > 0
+        sizes, counts = np.unique(lengths[self.present], return_counts=True)
+        self.size = int(sizes[counts.argmax()]) if len(sizes) else 0
+        other = np.flatnonzero(self.present & (lengths != self.size))
+        self._defects = self._useless(lengths)
+        self._defects |= {row: f"{lengths[row]} numbers where most have {self.size}" for row in other.tolist()}
+
+    def _useless(self, lengths: np.ndarray) -> dict[int, str]:
+        """Rows of vectors that say nothing, and why, from the length of every row."""
+        wrong: dict[int, str] = {}
+        first = 0
+        for chunk in self._column.chunks:
+            for start in range(0, len(chunk), ROWS):
+                block = chunk.slice(start, ROWS)
+                numbers, last = _float32(block.flatten()), first + len(block)
+                rows = np.repeat(np.arange(first, last), lengths[first:last])
+                infinite = np.unique(rows[~np.isfinite(numbers)]).tolist()
+                zero = np.setdiff1d(rows, rows[numbers != 0]).tolist()
+                wrong |= dict.fromkeys(infinite, "a number is missing, NaN, infinite or too large for float32")
+                wrong |= dict.fromkeys(zero, "all numbers are zero")
+                first = last
+        return wrong
+
+    def read(self, row: int) -> np.ndarray:
+        """The vector, float32 of shape `(size,)`."""
+        return _float32(self._column[int(row)].values)
+
+    def encoded(self, row: int) -> bytes:
+        return self.read(row).astype("<f4").tobytes()
+
+    def defects(self, full: bool = False) -> dict[int, str]:
+        return self._defects
+
+
+def _float32(numbers: pa.Array) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is a defect
+        return numbers.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+READERS: dict[str, type[Content]] = {"text": Texts, "image": Images, "features": Vectors}
+"""The reader of every modality."""

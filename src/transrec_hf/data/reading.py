@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DataError, describe, raise_defects
+from ..model.modalities_transrec import MODALITIES
 
 
 if TYPE_CHECKING:
     import datasets
 
 
-MODALITIES = ("text", "image")
 INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
 BLOCK = 2**18
 """Interactions read, sorted or counted at a time: what is done with all of them is done in such blocks."""
@@ -203,10 +203,10 @@ def read_items(path: Path) -> datasets.Dataset:
     _check_file(path)
     if path.suffix != ".parquet":
         table = _read_text_table(path)
-        check_columns(table.column_names, str(path), ("item_id",), MODALITIES)
+        check_columns(table.column_names, str(path), ("item_id",), tuple(MODALITIES))
         return datasets.Dataset(table)
     columns, rows = _read_parquet_shape(path)
-    check_columns(columns, str(path), ("item_id",), MODALITIES)
+    check_columns(columns, str(path), ("item_id",), tuple(MODALITIES))
     if rows == 0:
         raise DataError(f"{path}: the catalogue is empty. Add at least one item.")
     unbuffered = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False)  # or Arrow holds the whole file
@@ -259,9 +259,22 @@ def _read_parquet_blocks(path: Path, columns: list[str]) -> Iterator[pa.Table]:
         raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, whether they are written as a dictionary or not."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def whole_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column of rows formatted as Arrow, not copied unless it is in slivers."""
+    column = rows.select_columns(name)[:][name]
+    if column.num_chunks > 1 + len(rows) // 100:  # a selection comes as one chunk per row
+        column = pa.chunked_array([column.combine_chunks()])
+    return column
+
+
 def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndarray, pa.StringArray]:
     """Codes (rows,) into the distinct ids, -1 where empty; these ids as strings (integers count too)."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kind = plain_type(column.type)
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         if column.null_count < len(column):
             raise DataError(f"{source}: column {name!r} holds {kind}. Write ids as strings or integers.")

@@ -12,6 +12,7 @@ import numpy as np
 from transformers.utils import cached_file
 
 from ..errors import DataError, hub_errors, pinned
+from ..model.modalities_transrec import MODALITIES
 from .catalogue import Catalogue
 from .interactions import Sequences, Split
 
@@ -38,7 +39,9 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
     parts = split.train, split.validation, split.test
     bounds = ([getattr(part, name) for part in parts] for name in ("starts", "ends", "user_ids"))
     shown = split.train._with_views(*map(np.concatenate, bounds))
-    both = catalogue.has_text & catalogue.has_image
+    present = np.stack([catalogue.has(name) for name in MODALITIES], axis=1)
+    several = present.sum(axis=1) > 1
+    only = {name: float((present[:, index] & ~several).mean()) for index, name in enumerate(MODALITIES)}
     return {
         "source": catalogue.source,
         "num_items": len(catalogue),
@@ -46,9 +49,8 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
         "num_interactions": int(shown._disjoint().lengths.sum()),
         "users_left_out": split.users_left_out,
         "items_with": {
-            "text_only": float((catalogue.has_text & ~both).mean()),
-            "image_only": float((catalogue.has_image & ~both).mean()),
-            "both": float(both.mean()),
+            **{f"{name}_only": share for name, share in only.items() if name in ("text", "image") or share},
+            "both": float(several.mean()),
         },
         "train": {
             "sequences": len(split.train),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
+from .contents import Content
 
-if TYPE_CHECKING:
-    from .catalogue import Catalogue
 
 TEXTS_AT_A_TIME = 2048  # tokenised in one call
 
@@ -20,22 +19,23 @@ class CatalogueTokens:
     The token ids of all texts of a catalogue, computed once and kept in one flat array: 4 bytes a token.
 
     Args:
-        catalogue ([`Catalogue`]): the items.
+        texts ([`Content`]): the texts of the items.
         tokenizer (`PreTrainedTokenizerBase`): of the text tower.
         max_length (`int`): tokens after which a text is cut.
     """
 
-    def __init__(self, catalogue: Catalogue, tokenizer: Any, max_length: int):
+    def __init__(self, texts: Content, tokenizer: Any, max_length: int):
         self.tokenizer, self.max_length, self.vocabulary_size = tokenizer, max_length, len(tokenizer)
         self.padding = tokenizer.pad_token_id or 0
-        rows = np.flatnonzero(catalogue.has_text)
+        rows = np.flatnonzero(texts.present)
         parts: list[np.ndarray] = []
-        self.lengths = np.zeros(len(catalogue), dtype=np.int64)
+        self.lengths = np.zeros(len(texts.present), dtype=np.int64)
         starts = range(0, len(rows), TEXTS_AT_A_TIME)
         for start in logging.tqdm(starts, desc="Tokenising texts", delay=2, leave=False):
             some = rows[start : start + TEXTS_AT_A_TIME]
-            texts = [catalogue.text(row) for row in some]
-            token_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            token_ids = tokenizer([texts.read(row) for row in some], truncation=True, max_length=max_length)[
+                "input_ids"
+            ]
             self.lengths[some] = [len(ids) for ids in token_ids]
             parts.append(np.concatenate(token_ids).astype(np.int32))
         self.token_ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

@@ -16,7 +16,7 @@ class Modality:
         projection (`str`): Name of the projection in the item encoder.
         index (`str`): Name, in a processor's output, of the item row of each content.
         values (`str`): Name of the contents themselves there.
-        tower (`str`, *optional*): Name of the tower in the item encoder. Without one, the contents are vectors already.
+        config (`str`): Field of [`TransRecConfig`] that is set if a model reads it.
         mask (`str`, *optional*): Name of their mask, for contents of different lengths.
         part (`str`, *optional*): Part of the processor that prepares the contents.
     """
