@@ -53,7 +53,7 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(n_users, length, width)` to `(n_real, width)`."""
-        return padded if self.rows is None else padded.flatten(0, 1)[self.rows]
+        return padded if self.rows is None else padded.flatten(0, 1).index_select(0, self.rows)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`(n_real, width)` to `(n_users, length, width)`, zero in the padding."""
@@ -227,9 +227,12 @@ class GRUUserEncoder(UserEncoder):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)  # the states of a GRU lie between -1 and 1
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        length = hidden_states.shape[1]
+        if is_torchdynamo_exporting():  # a graph has a node for every step, so it has those of the longest history
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, self.config.max_position_embeddings - length))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return self.output(hidden_states)
+        return self.output(hidden_states[:, :length])
 
 
 class HSTUAttention(nn.Module):
@@ -300,7 +303,8 @@ class HSTUUserEncoder(UserEncoder):
             if timestamps is None:
                 raise ValueError("a model with time_buckets needs the timestamps of a history to read it")
             times = (timestamps[:, :, None] - timestamps[:, None, :]).clamp(min=0)
-            buckets = torch.log2(1.0 + times).long().clamp(max=self.config.time_buckets - 1)
+            # 1.5, not 1: whole times keep off the edges of buckets, where logarithms are rounded this way or that
+            buckets = torch.log2(times + 1.5).long().clamp(max=self.config.time_buckets - 1)
         for layer in self.layers:
             hidden_states = layer(hidden_states, packing, distances, buckets)
         return hidden_states
