@@ -31,6 +31,7 @@ from transrec_hf import (
 )
 from transrec_hf.data.statistics import data_statistics, load_statistics, save_statistics
 from transrec_hf.errors import explain, hub_errors
+from transrec_hf.model.configuration_transrec import FORMAT_VERSION
 from transrec_hf.publishing.hub import PICKLES, upload_checkpoint
 from transrec_hf.serving import recommender as recommender_module
 
@@ -425,11 +426,12 @@ def test_index_cut_in_half(recommender: Recommender, tmp_path: Path) -> None:
 
 def test_config_of_the_future(hub: LocalHub, pushed: TransRecModel, tmp_path: Path) -> None:
     config = json.loads(hub.files(ID)["config.json"])
-    future = {**config, "format_version": 2, "objective": "telepathy", "hidden_size": "large"}
+    future = {**config, "format_version": FORMAT_VERSION + 1, "objective": "telepathy", "hidden_size": "large"}
     hub.repos[f"models/{ID}"].commit({"config.json": json.dumps(future).encode()})
     for load_it in (TransRecModel.from_pretrained, AutoModel.from_pretrained, AutoConfig.from_pretrained):
         with pytest.raises(
-            ValueError, match=r"has format 2 .* reads up to 1: run `pip install --upgrade transrec-hf`"
+            ValueError,
+            match=rf"has format {FORMAT_VERSION + 1} .* reads up to {FORMAT_VERSION}: run `pip install --upgrade transrec-hf`",
         ):
             load_it(ID)
 

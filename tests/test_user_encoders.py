@@ -177,6 +177,11 @@ def test_compiled_layers_change_nothing(name):
         torch.testing.assert_close(compiled.user_encoder(*histories), plain.user_encoder(*histories))
 
 
+def test_a_checkpoint_has_the_lowest_format_that_reads_it(config):
+    """The code of version 0.1.0 reads format 1, and would take any user encoder for a Transformer."""
+    assert config.to_dict()["format_version"] == (1 if config.user_encoder == "transformer" else 2)
+
+
 # Export
 
 
@@ -203,7 +208,7 @@ def test_onnx_takes_any_number_of_users_and_any_length(encoder, tmp_path):
         histories = make_histories(lengths)
         names = [argument.name for argument in session.get_inputs()]
         (states,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in histories), strict=True)))
-        np.testing.assert_allclose(states, encoder(*histories).detach().numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(states, encoder(*histories).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 # Training

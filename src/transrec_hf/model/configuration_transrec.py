@@ -12,8 +12,11 @@ from transformers.configuration_utils import SubConfigSpec
 TEXT_POOLINGS = ("mean", "cls", "attention")
 OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
-FORMAT_VERSION = 1
-"""Raised when a checkpoint would no longer mean the same to the code that read the format before."""
+FORMAT_VERSION = 2
+"""
+Raised when a checkpoint would no longer mean the same to the code that read the format before. Each checkpoint has the
+lowest that reads it: 1 with a Transformer as its user encoder.
+"""
 
 
 @strict
@@ -170,7 +173,7 @@ class TransRecConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # before anything else: what a later format holds may be nothing that this code could make sense of
-        version = config_dict.get("format_version", FORMAT_VERSION)
+        version = config_dict.get("format_version", 1)
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has format {version} and this version of transrec-hf reads up to {FORMAT_VERSION}: "
@@ -179,7 +182,8 @@ class TransRecConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "format_version": FORMAT_VERSION}
+        version = 1 if self.user_encoder == "transformer" else 2
+        return {**super().to_dict(), "format_version": version}
 
     def validate_architecture(self) -> None:
         if self.user_encoder not in USER_ENCODERS:
