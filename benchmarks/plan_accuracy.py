@@ -24,7 +24,8 @@ from common import Results
 from transformers import TrainerCallback
 
 from transrec_hf import TransRecTrainer
-from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments
+from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments
+from transrec_hf.commands.parsing import parse_arguments
 from transrec_hf.commands.runs import RunArguments, prepare_run
 from transrec_hf.publishing.results import describe_device
 
@@ -33,7 +34,7 @@ HM = "--data {data}/hm --protocol ninerec --max_position_embeddings 20 --hidden_
 HM += " --per_device_train_batch_size 256 --bf16"
 BEAUTY = "--data {data}/amazon-beauty --max_position_embeddings 20 --hidden_size 256"
 BOTH = "--text_model {text_model} --vision_model {vision_model}"
-CONFIGURATIONS = {  # options of examples/pretrain.py, and the steps that are measured if not an epoch
+CONFIGURATIONS = {  # options of transrec pretrain, and the steps that are measured if not an epoch
     "hm-frozen-store": (f"{HM} {BOTH} --trainable_blocks 0 --activation_store {{folder}}/store", None),
     "hm-two-blocks": (f"{HM} {BOTH} --trainable_blocks 2", 12),
     "beauty-text-two-blocks-store": (
@@ -80,7 +81,7 @@ class TimedTrainer(TransRecTrainer):
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
-    """Train with the options of `examples/pretrain.py`, evaluate, and tell what it took."""
+    """Train with the options of `transrec pretrain`, evaluate, and tell what it took."""
     kinds = (ModelArguments, DataArguments, SplitArguments, RunArguments)
     quiet = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
     model_args, data_args, split_args, args = parse_arguments(kinds, arguments, num_train_epochs=1, **quiet)

@@ -1,32 +1,47 @@
-"""Go on training a model on the items and interactions of another platform.
+"""Go on training what `pretrain.py` has left, on a platform with other users and items: `python examples/finetune.py`.
 
-    python examples/finetune.py                                   # what pretrain.py has left, on the demo's target
-    python examples/finetune.py options.yaml --seed 1             # options from a file, one of them changed
-    python examples/finetune.py --from_checkpoint runs/my_source --data my_target --output_dir runs/my_target
-
-Options and results are those of `pretrain.py`, which also trains the same model from scratch on the target for
-comparison.
+The command `transrec finetune` does the same with data of your own, from options or a YAML file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from transrec_hf import (
+    TransRecModel,
+    TransRecProcessor,
+    TransRecTrainer,
+    TransRecTrainingArguments,
+    leave_one_out,
+)
+from transrec_hf.data.demo import demo_world
 
-from transrec_hf import DataError
-from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments, script
-from transrec_hf.commands.runs import RunArguments, run_training
 
-
-@script
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = (ModelArguments, DataArguments, SplitArguments, RunArguments)
-    demo = Path(__file__).parent / "configs" / "finetune_demo.yaml"
-    parsed = parse_arguments(options, argv, __doc__, demo, output_dir="runs/finetune", logging_steps=20)
-    if not parsed[0].from_checkpoint:
-        raise DataError("nothing to fine-tune: give --from_checkpoint, a folder or Hub id of a TransRec model")
-    return run_training(*parsed)
+def main() -> None:
+    platform = demo_world().target
+    model = TransRecModel.from_pretrained("runs/pretrain")
+    processor = TransRecProcessor.from_pretrained("runs/pretrain")
+    args = TransRecTrainingArguments(
+        "runs/finetune",
+        num_train_epochs=50,
+        early_stopping_patience=10,
+        per_device_train_batch_size=32,
+        learning_rate=5e-4,
+        tower_learning_rate=5e-4,
+        warmup_steps=20,
+    )
+    trainer = TransRecTrainer(
+        model,
+        args,
+        catalogue=platform.catalogue,
+        split=leave_one_out(platform.sequences),
+        processing_class=processor,
+    )
+    zero_shot = trainer.report(baselines=False)
+    trainer.train()
+    trainer.save_model()
+    report = trainer.report()
+    for name, scores in {"zero-shot": zero_shot, "fine-tuned": report, **report["baselines"]}.items():
+        low, high = scores["intervals"]["ndcg@10"]
+        print(f"{name:<14} ndcg@10 {scores['metrics']['ndcg@10']:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":

@@ -138,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
             os.environ |= {**LocalHub().start().environment, "HF_HOME": home}
             args.owner = USER
-        from transrec_hf.commands.options import script
-
-        return script(lambda _: round_trip(args))(None)
+        return round_trip(args)
 
 
 if __name__ == "__main__":

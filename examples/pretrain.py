@@ -1,30 +1,43 @@
-"""Train a new model on the items and interactions of one platform.
+"""Train a model on one platform, report on it and save it: `python examples/pretrain.py`.
 
-    python examples/pretrain.py                                   # the built-in demo world, tiny towers
-    python examples/pretrain.py options.yaml --seed 1             # options from a file, one of them changed
-    python examples/pretrain.py --data my_source --text_model sentence-transformers/all-MiniLM-L6-v2 \\
-        --vision_model google/mobilenet_v2_1.0_224 --trainable_blocks 2 --output_dir runs/my_source
-
-The folder `output_dir` then holds the model with its processor and data statistics, `report.json` on the test targets
-and `learning_curve.png`. The options are the fields of `ModelArguments`, `TransRecConfig`, `DataArguments`,
-`SplitArguments` and `TransRecTrainingArguments`, and `resume`.
+The command `transrec pretrain` does the same with data of your own, from options or a YAML file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from transformers import set_seed
 
-from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments, script
-from transrec_hf.commands.runs import RunArguments, run_training
+from transrec_hf import TransRecModel, TransRecTrainer, TransRecTrainingArguments, leave_one_out
+from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 
 
-@script
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = (ModelArguments, DataArguments, SplitArguments, RunArguments)
-    demo = Path(__file__).parent / "configs" / "pretrain_demo.yaml"
-    return run_training(*parse_arguments(options, argv, __doc__, demo, output_dir="runs/pretrain", logging_steps=20))
+def main() -> None:
+    set_seed(0)
+    # Of your own: `catalogue, sequences = load_domain("my_source")`
+    platform = demo_world().source
+    # Of your own: `TransRecModel.from_text_vision_pretrained(text_model=..., vision_model=...)` and
+    # `TransRecProcessor.from_towers(...)`; then towers learn at 1e-4, since they know something already
+    model, processor = TransRecModel(demo_config()), demo_processor()
+    args = TransRecTrainingArguments(
+        "runs/pretrain",
+        num_train_epochs=6,
+        per_device_train_batch_size=32,
+        learning_rate=2e-3,
+        tower_learning_rate=2e-3,
+        warmup_steps=20,
+    )
+    trainer = TransRecTrainer(
+        model,
+        args,
+        catalogue=platform.catalogue,
+        split=leave_one_out(platform.sequences),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    report = trainer.report()
+    for name, scores in {"model": report, **report["baselines"]}.items():
+        print(f"{name:<14} ndcg@10 {scores['metrics']['ndcg@10']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Pre-train on one platform, transfer to another, compare, save, reload, recommend: `make quickstart`.
 
-The two platforms are the built-in demo world (`transrec_hf.demo`): items are titles, drawn images or both, and no user
-or item of the source occurs on the target. It takes about two minutes on two CPU cores and leaves in the output folder
+The two platforms are the built-in demo world (`transrec_hf.data.demo`): items are titles, drawn images or both, and no
+user or item of the source occurs on the target. It takes about two minutes on two CPU cores and leaves in the output
+folder
 
     source/, target/    the data, in the format that the other examples read
     checkpoint/         the fine-tuned model, its processor and the statistics of its data
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -30,7 +31,6 @@ from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, se
 from transformers.utils import logging
 
 from transrec_hf import (
-    RankingEvaluator,
     Recommender,
     TransRecModel,
     TransRecTrainer,
@@ -70,7 +70,7 @@ class Bar(TrainerCallback):
         self.name = name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=f"{self.name:<12}", unit=" steps")
+        self.bar = tqdm(total=state.max_steps, desc=f"{self.name:<12}", unit=" steps", disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
@@ -81,15 +81,19 @@ class Bar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.total = self.bar.n  # it may have stopped early
         self.bar.close()
+        if self.bar.disable:  # not a terminal
+            print(
+                f"{self.name:<12} {state.global_step} steps, best validation ndcg@10 {state.best_metric or 0:.3f}",
+                flush=True,
+            )
 
 
-def train(
+def make_trainer(
     name: str, model: TransRecModel, platform: DemoPlatform, rate: float, args: QuickstartArguments, **options: Any
 ) -> TransRecTrainer:
-    """Trains a model on a platform, up to its best epoch on the validation targets."""
-    checkpoints = TemporaryDirectory()
+    """A trainer of a model on a platform, which ends with the best epoch on the validation targets."""
     training_args = TransRecTrainingArguments(
-        checkpoints.name,
+        f"{args.output_dir}/.checkpoints/{name}",
         learning_rate=rate,
         tower_learning_rate=rate,  # nothing in these small towers is pre-trained, so nothing is to be spared
         warmup_steps=20,
@@ -110,8 +114,6 @@ def train(
         callbacks=[Bar(name)],
     )
     trainer.remove_callback(ProgressCallback)
-    with checkpoints:
-        trainer.train()
     return trainer
 
 
@@ -121,30 +123,30 @@ def compare(args: QuickstartArguments) -> dict[str, Any]:
     for name, platform in (("source", world.source), ("target", world.target)):
         print(f"{name}: {len(platform.catalogue)} items, {len(platform.sequences)} users", flush=True)
         platform.save(output_dir / name)
-    split, num_items = leave_one_out(world.target.sequences), len(world.target.catalogue)
-    evaluator = RankingEvaluator(world.target.catalogue, split.test, demo_processor(), train=split.train)
-
-    def report(model: TransRecModel) -> dict[str, Any]:
-        return evaluator.report(evaluator.rank_model(model))
 
     set_seed(args.seed)
     model, scratch = TransRecModel(demo_config()), TransRecModel(demo_config())
-    ids = TransRecModel(demo_config(text_config=None, vision_config=None, num_items=num_items))
+    ids = TransRecModel(demo_config(text_config=None, vision_config=None, num_items=len(world.target.catalogue)))
     on_target: dict[str, Any] = {"num_train_epochs": args.target_epochs, "early_stopping_patience": 10}
 
-    pretrainer = train("pre-training", model, world.source, 2e-3, args, num_train_epochs=args.pretrain_epochs)
-    zero_shot = report(model)
-    trainers = {
-        "fine-tuned": train("fine-tuned", model, world.target, 5e-4, args, **on_target),
-        "from scratch": train("from scratch", scratch, world.target, 1e-3, args, **on_target),
-        "ID baseline": train("ID baseline", ids, world.target, 1e-3, args, **on_target),
-    }
+    pretrainer = make_trainer("pre-training", model, world.source, 2e-3, args, num_train_epochs=args.pretrain_epochs)
+    pretrainer.train()
+    reports = {"zero-shot": make_trainer("zero-shot", model, world.target, 0.0, args).report(baselines=False)}
+    trainers: dict[str, TransRecTrainer] = {"pre-training": pretrainer}
+    for name, start, rate in (
+        ("fine-tuned", model, 5e-4),
+        ("from scratch", scratch, 1e-3),
+        ("ID baseline", ids, 1e-3),
+    ):
+        trainers[name] = make_trainer(name, start, world.target, rate, args, **on_target)
+        trainers[name].train()
+        reports[name] = trainers[name].report()
     trainers["fine-tuned"].save_model(str(output_dir / "checkpoint"))
+    shutil.rmtree(output_dir / ".checkpoints")
 
-    reports = {name: report(trainer.model) for name, trainer in trainers.items()} | {"zero-shot": zero_shot}
-    baselines = evaluator.evaluate_baselines()
+    baselines = reports["fine-tuned"]["baselines"]
     reports |= {"co-occurrence": baselines["co_occurrence"], "popularity": baselines["popularity"]}
-    curves = {name: learning_curve(trainer) for name, trainer in {"pre-training": pretrainer, **trainers}.items()}
+    curves = {name: learning_curve(trainer) for name, trainer in trainers.items()}
     return {"reports": {name: reports[name] for name in ROWS}, "learning_curves": curves}
 
 
@@ -169,16 +171,14 @@ def write_table(reports: dict[str, Any], file: Path) -> None:
 
 
 def plot(reports: dict[str, Any], learning_curves: dict[str, Any], file: Path) -> None:
-    """Draws the comparison and the learning curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    figure, (bars, source, target) = plt.subplots(
-        1, 3, figsize=(13, 4), width_ratios=(1.1, 0.8, 1.1), layout="constrained"
-    )
+    """Draws the comparison and the learning curves; without Matplotlib, says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("\nNothing was drawn: pip install matplotlib")
+        return
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    bars, source, target = figure.subplots(1, 3, width_ratios=(1.1, 0.8, 1.1))
     for name, report in reversed(reports.items()):
         value, (low, high) = report["metrics"]["hit_rate@10"], report["intervals"]["hit_rate@10"]
         bars.barh(name, value, color=COLOURS.get(name, GREY), height=0.65)
@@ -194,10 +194,11 @@ def plot(reports: dict[str, Any], learning_curves: dict[str, Any], file: Path) -
         panel.annotate(f"  {name}", (epochs[-1], values[-1]), color=COLOURS[name], va="center", annotation_clip=False)
     source.set(title="Source: pre-training", xlabel="epoch", ylabel="validation NDCG @ 10", ylim=(0, None))
     target.set(title="Target: learning curves", xlabel="epoch", ylabel="validation NDCG @ 10", ylim=(0, None))
+    for panel in (bars, source, target):
+        panel.spines[["top", "right"]].set_visible(False)
     for panel in (source, target):
         panel.set_xlim(0, 1.35 * panel.dataLim.xmax)  # room for the names
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def recommend(output_dir: Path) -> None:
@@ -234,7 +235,7 @@ def main() -> None:
 
     print(f"\nA fresh process loads {output_dir / 'checkpoint'} and recommends:", flush=True)
     subprocess.run([sys.executable, __file__, "--recommend", "--output_dir", args.output_dir], check=True)
-    print(f"\n{time.perf_counter() - started:.0f} s. The table, a plot, data and checkpoint are in {output_dir}/")
+    print(f"\n{time.perf_counter() - started:.0f} s. Table, plot, data and checkpoint are in {output_dir}/")
 
 
 if __name__ == "__main__":

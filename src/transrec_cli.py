@@ -1,35 +1,96 @@
-"""The `transrec` command: plan runs, and push, describe and look at checkpoints.
+"""The `transrec` command: prepare data, train, evaluate, recommend, and push, describe and look at checkpoints.
 
 It is a module of its own, beside the package, because importing the package imports torch: so `transrec --help`
-answers at once. Each verb imports what it needs.
+answers at once. Each verb imports what it needs; those of `VERBS` are functions of `transrec_hf.commands`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 
+VERBS = {
+    "prepare": ("prepare", "Turn the exports of a shop into a checked data set."),
+    "stats": ("stats", "Show what a data set holds."),
+    "plan": ("runs", "Predict what a training run takes on this machine."),
+    "pretrain": ("runs", "Train a new model on one platform."),
+    "finetune": ("runs", "Go on training a model on another platform."),
+    "evaluate": ("evaluate", "Rank the held-out items of a data set."),
+    "recommend": ("recommend", "Recommend items to users."),
+    "env": ("env", "Print the versions and the machine, for reports of errors."),
+}
+"""Verbs whose options are dataclasses, the room of each in `transrec_hf.commands`, and its line in `--help`."""
+
 app = typer.Typer(
-    help="Plan runs of transrec-hf, and push, describe and look at checkpoints.",
+    help="Recommendation that transfers. Every verb has a --help of its own, with an example.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False)]
+
+
+def existing_folder(path: Path) -> Path:
+    """Refuse what is no folder before anything slow is imported."""
+    if not path.is_dir():
+        fail(f"{path}: no such folder (now in {os.getcwd()}). Check the path.", 2)
+    return path
+
+
+CheckpointFolder = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False, callback=existing_folder),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)]
 Token = Annotated[str | None, typer.Option(help="Hub token, instead of the one of `hf auth login`.")]
 
 
+def print_version(asked: bool) -> None:
+    """The version, without importing the package."""
+    from importlib.metadata import version
+
+    if asked:
+        typer.echo(version("transrec-hf"))
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
-    """Plan runs of transrec-hf, and push, describe and look at checkpoints."""
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Recommendation that transfers. Every verb has a --help of its own, with an example."""
+
+
+def add_verb(name: str, room: str, line: str) -> None:
+    """A verb that reads its options itself, `--help` among them."""
+
+    @app.command(
+        name,
+        help=line,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def run(context: typer.Context) -> None:
+        logging.basicConfig(format="%(message)s")
+        is_first = os.environ.get("RANK", "0") == "0"
+        logging.getLogger("transrec_hf").setLevel(logging.INFO if is_first else logging.ERROR)
+        verb: Callable[[list[str]], Any] = getattr(importlib.import_module(f"transrec_hf.commands.{room}"), name)
+        verb(context.args)
+
+
+for _name, (_room, _line) in VERBS.items():
+    add_verb(_name, _room, _line)
 
 
 @app.command()
@@ -118,28 +179,6 @@ def info(
         typer.echo(format_facts(path_or_id, facts))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(
-    context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Predict what a training run takes on this machine.
-
-    Takes the options of examples/pretrain.py, a YAML file or --option value: encodings, operations, memory, time and
-    the activation store, from the data and a calibration of about 10 seconds, and what to change. Nothing is written.
-    """
-    import dataclasses
-
-    from transrec_hf.commands.options import DataArguments, ModelArguments, SplitArguments, parse_arguments
-    from transrec_hf.commands.runs import RunArguments, plan_options
-
-    options = parse_arguments(
-        (ModelArguments, DataArguments, SplitArguments, RunArguments), context.args, output_dir="runs/plan"
-    )
-    result = plan_options(*options)
-    typer.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else format_plan(result))
-
-
 def find_folder(path_or_id: str, revision: str | None, token: str | None) -> Path:
     """The folder itself, or one with the small files of a repository on the Hub."""
     from huggingface_hub import snapshot_download
@@ -175,31 +214,10 @@ def format_facts(name: str, facts: dict[str, Any]) -> str:
     return "\n".join([name, *(f"  {fact:<{width}}  {value}" for fact, value in lines.items())])
 
 
-def format_plan(plan: Any) -> str:
-    """A [`Plan`], one fact a line, and its advice."""
-    step = plan.step
-    lines = [
-        f"{plan.machine}, {plan.dtype}",
-        f"  an epoch        {plan.steps_per_epoch:,} steps of {step.users:,.0f} users",
-        f"  a step encodes  {step.items:,.0f} distinct items of {step.slots:,.0f} ({step.distinct_share:.0%}): "
-        f"{step.texts:,.0f} texts with {step.tokens:,.0f} tokens, {step.images:,.0f} images",
-        "",
-    ]
-    ways = {"without a store": plan.without_store, "with a store": plan.with_store}
-    ways = {name: way for name, way in ways.items() if way is not None}
-    rows = {
-        "TFLOP of an epoch": lambda way: f"{way.epoch_tflop:,.1f}",
-        "share of the towers": lambda way: f"{way.tower_share:.0%}",
-        "seconds of a step": lambda way: f"{way.step_seconds:,.2f}",
-        "seconds of an epoch": lambda way: f"{way.epoch_seconds:,.0f}",
-        "seconds of an evaluation": lambda way: f"{way.evaluation_seconds:,.1f}",
-        "peak memory, GB": lambda way: f"{way.memory_gb:.1f}",
-    }
-    lines.append(" " * 26 + "".join(f"{name:>18}" for name in ways))
-    lines += [f"  {name:<24}" + "".join(f"{cell(way):>18}" for way in ways.values()) for name, cell in rows.items()]
-    if plan.with_store is not None:
-        lines += ["", f"  filling the store once takes {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB of disk"]
-    return "\n".join([*lines, "", *(f"  {sentence}" for sentence in plan.advice)])
+def fail(sentence: str, code: int) -> NoReturn:
+    """End with one sentence on standard error."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def main() -> None:
@@ -207,13 +225,16 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        from safetensors import SafetensorError
+
         from transrec_hf.errors import DataError, HubError, one_line
 
-        if not isinstance(error, (OSError, ValueError)) or os.environ.get("TRANSREC_DEBUG"):
+        if not isinstance(error, (OSError, ValueError, SafetensorError)) or os.environ.get("TRANSREC_DEBUG"):
             raise
-        sentence = str(error) if isinstance(error, (DataError, HubError)) else one_line(error)
-        print(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, DataError) else 1) from None
+        fail(
+            str(error) if isinstance(error, (DataError, HubError)) else one_line(error),
+            2 if isinstance(error, DataError) else 1,
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from local_hub import LocalHub
 from testing_utils import make_catalogue, make_model, make_processor, make_split
 
 import transrec_cli
+import transrec_hf
 from transrec_hf import TransRecModel
 from transrec_hf.data.statistics import data_statistics, save_statistics
 from transrec_hf.publishing.card import write_model_card
@@ -65,7 +66,26 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
     command = [sys.executable, "-c", code, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(transrec_cli.__file__).parent)
     assert done.returncode == 0 and done.stdout.startswith("False False")
-    assert all(f"\n  {verb}  " in done.stdout for verb in ("push", "card", "info"))
+    assert all(f"\n  {verb}  " in done.stdout for verb in ("push", "card", "info", *transrec_cli.VERBS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("push", "nope", "me/x"), 2), (("push", "--nope"), 2), (("info", "--nope"), 2), (("--version",), 0)],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], code: int) -> None:
+    lines = (
+        "import atexit, sys, transrec_cli",
+        "atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))",
+        "transrec_cli.main()",
+    )
+    command = [sys.executable, "-c", "\n".join(lines), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(transrec_cli.__file__).parent)
+    assert done.returncode == code and done.stdout.endswith("False False\n"), done
+
+
+def test_version(transrec: Run) -> None:
+    assert transrec("--version")[:2] == (0, transrec_hf.__version__ + "\n")
 
 
 def test_info_for_people(transrec: Run, checkpoint: Path) -> None:

@@ -201,7 +201,7 @@ def test_the_command_line(transrec: Run, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--date", "demo:target"), "unknown option --date: did you mean data?"),
+        (("--date", "demo:target"), "unknown option --date: did you mean --data?"),
         ((), "no data: give --data"),
         (("nothing.yaml",), "nothing.yaml: cannot be read"),
         ((*DEMO, "--activation_store", "store"), "nothing to store: lower trainable_blocks"),

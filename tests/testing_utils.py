@@ -275,7 +275,7 @@ def logged(trainer: TransRecTrainer, name: str = "loss") -> dict[int, float]:
 
 
 def load_example(name: str) -> ModuleType:
-    """A script of `examples/` as a module. The folder stays off the path: its `evaluate.py` would hide the library."""
+    """A script of `examples/` as a module."""
     path = Path(__file__).parents[1] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
     assert spec is not None and spec.loader is not None

@@ -1,27 +1,20 @@
-"""What the scripts share: their options, YAML files, and the one line that a user gets on bad input."""
+"""The options that commands share: where a model, items and interactions come from, and how these are split."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import functools
-import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import re
 from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, Literal
 
-import yaml
-from safetensors import SafetensorError
-from transformers import HfArgumentParser
+import numpy as np
+from transformers.utils import logging
 
 from ..data.catalogue import MODALITY_POLICIES, Catalogue, load_catalogue
 from ..data.demo import demo_config, demo_processor, demo_world
 from ..data.interactions import Sequences, Split, k_core, load_interactions, temporal_split
-from ..errors import DataError, bad_input, one_line
+from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
 from ..model.configuration_transrec import TransRecConfig
 from ..model.modeling_transrec import TransRecModel
@@ -29,7 +22,7 @@ from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_place, load_checkpoint
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 DEMO = "demo:"
 DEFAULT, PAPER = TransRecConfig(), TransRecConfig.paper()
@@ -46,13 +39,15 @@ CONFIG_FIELDS = tuple(
     for field in fields(TransRecConfig)
     if field.name in TransRecConfig.__annotations__ and field.name not in ("text_config", "vision_config", "num_items")
 )
+_ARGUMENT = re.compile(r"^ {8}(\w+) \(.*\):\n((?: {12}.+\n)+)", re.MULTILINE)
+MEANING = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(TransRecConfig.__doc__ or "")}
 ConfigArguments = make_dataclass(
     "ConfigArguments",
     [
         (
             name,
             type(getattr(DEFAULT, name)) | None if getattr(DEFAULT, name) is not None else int | None,
-            option(None, f"TransRecConfig.{name} [default: {getattr(DEFAULT, name)}, paper: {getattr(PAPER, name)}]"),
+            option(None, f"{MEANING.get(name, '')} [{getattr(DEFAULT, name)}; paper: {getattr(PAPER, name)}]"),
         )
         for name in CONFIG_FIELDS
     ],
@@ -63,6 +58,7 @@ ConfigArguments = make_dataclass(
 class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     """Where the model comes from. Every field of [`TransRecConfig`] is an option too."""
 
+    _argument_group_name = "model"
     from_checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model to start from.")
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, for a new model.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
@@ -126,6 +122,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
 class DataArguments:
     """Where items and interactions come from."""
 
+    _argument_group_name = "data"
     data: str | None = option(
         None, "Folder or Hub id with items and interactions; demo:source and demo:target are built in."
     )
@@ -185,14 +182,18 @@ class DataArguments:
 
 @dataclass
 class SplitArguments:
-    """How the interactions are split, and what is ranked."""
+    """How the interactions are split, what is trained on, and what is ranked."""
 
+    _argument_group_name = "split and protocol"
     split: Literal["leave_one_out", "temporal"] = option(
         "leave_one_out", "Test on each user's last item, or on the first one after test_from."
     )
     validation_from: int | None = option(None, "First timestamp of the validation period of a temporal split.")
     test_from: int | None = option(None, "First timestamp of the test period of a temporal split.")
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
+    user_fraction: float | None = option(None, "Share of the training users to train on, drawn at random [all].")
+    max_train_users: int | None = option(None, "Training users to train on at most, drawn at random [all].")
+    sample_seed: int = option(0, "Seed of that draw; a smaller sample is a part of a larger one.")
 
     def __post_init__(self) -> None:
         bounds = (self.validation_from, self.test_from)
@@ -200,130 +201,21 @@ class SplitArguments:
             raise ValueError("a temporal split needs validation_from and test_from, in the unit of the timestamps")
         if self.split != "temporal" and bounds != (None, None):
             raise ValueError("validation_from and test_from are for split=temporal")
+        if self.user_fraction is not None and not 0 < self.user_fraction <= 1:
+            raise ValueError(f"user_fraction must be above 0 and at most 1, got {self.user_fraction}")
+        if self.max_train_users is not None and self.max_train_users < 1:
+            raise ValueError(f"max_train_users must be 1 or more, got {self.max_train_users}")
 
     def apply(self, sequences: Sequences, max_history: int) -> Split:
         """Split under the protocol for a model that reads `max_history` items. Raises [`DataError`]."""
         if self.split == "temporal":
-            return temporal_split(sequences, self.validation_from, self.test_from)  # type: ignore[arg-type]
-        return PROTOCOLS[self.protocol].split(sequences, max_history)
-
-
-def parse_arguments(
-    dataclass_types: Sequence[type],
-    argv: Sequence[str] | None = None,
-    description: str | None = None,
-    demo_yaml: str | os.PathLike | None = None,
-    **defaults: Any,
-) -> tuple[Any, ...]:
-    """
-    One object per dataclass, from `[options.yaml] [--option value ...]`; the command line wins over the file.
-
-    Args:
-        dataclass_types (`Sequence[type]`): dataclasses of options.
-        argv (`Sequence[str]`, *optional*): `sys.argv[1:]` if not given.
-        description (`str`, *optional*): for `--help`, the script's docstring.
-        demo_yaml (`str` or `os.PathLike`, *optional*): read if neither a file nor data are named.
-        defaults: of this script, where they differ from those of the dataclasses.
-
-    Raises:
-        [`DataError`]: for an unknown option (naming the nearest one), or a value that is none of its type.
-    """
-    parser = _Parser(
-        dataclass_types,
-        usage="%(prog)s [options.yaml] [--option value ...]",
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(**defaults)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**parser.read_yaml(arguments.pop(0)))
-    elif demo_yaml is not None and not any(a.split("=")[0] in ("--data", "--items") for a in arguments):
-        parser.set_defaults(**parser.read_yaml(demo_yaml))
-    with bad_input("bad options"):
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-    if unknown:
-        raise DataError(f"unknown option {unknown[0]}{parser.nearest(unknown[0])}")
-    return tuple(parsed)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and shows the defaults that there are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    """An [`~transformers.HfArgumentParser`] that also reads YAML, checks it as strictly, and raises its errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DataError(message)
-
-    def nearest(self, name: str) -> str:
-        """The end of an error message: the option that was probably meant."""
-        names = {action.dest for action in self._actions}
-        found = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), names, n=1)
-        return f": did you mean {found[0]}?" if found else "; --help lists all"
-
-    def read_yaml(self, path: str | os.PathLike) -> dict[str, Any]:
-        """The options in a file. Values are parsed as on the command line, so `1e-3` is a number and `no` a word."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"{path}: not YAML ({one_line(error)})") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path}: write one 'option: value' a line")
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        parsed: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in hints:
-                raise DataError(f"{path}: unknown option {name}{self.nearest(str(name))}")
-            if value is None and type(None) in get_args(hints[name]):
-                parsed[name] = None
-                continue
-            try:
-                namespace, rest = self.parse_known_args(_as_arguments(name, value, hints[name]))
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from error
-            if rest:
-                raise DataError(f"{path}: argument --{name}: one value expected, got {value}")
-            parsed[name] = getattr(namespace, name)
-        return parsed
-
-
-def _as_arguments(name: str, value: Any, hint: Any) -> list[str]:
-    """A value of a YAML file as one would write it on the command line."""
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):
-        value = json.dumps(value)
-    if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
-        value = "yes" if value else "no"  # YAML takes these words for booleans, as in eval_strategy: no
-    return [f"--{name}={'' if value is None else value}"]
-
-
-def script(main: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Decorates the `main(argv=None)` of a script: says what is happening, and on bad input or a full disk ends with one
-    line on stderr and exit code 2. `TRANSREC_DEBUG=1` shows where the error came from as well.
-    """
-
-    @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> Any:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger(__package__).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-        try:
-            return main(argv)
-        except (DataError, OSError, SafetensorError) as error:
-            if os.environ.get("TRANSREC_DEBUG"):
-                raise
-            print(f"error: {error if isinstance(error, DataError) else one_line(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    return run
+            split = temporal_split(sequences, self.validation_from, self.test_from)  # type: ignore[arg-type]
+        else:
+            split = PROTOCOLS[self.protocol].split(sequences, max_history)
+        users = len(split.train)
+        kept = min(math.ceil((self.user_fraction or 1) * users), self.max_train_users or users)
+        if kept == users:
+            return split
+        drawn = np.random.default_rng(self.sample_seed).permutation(users)[:kept]
+        logger.info("Training on %s of %s users", f"{kept:,}", f"{users:,}")
+        return dataclasses.replace(split, train=split.train.select(np.sort(drawn)))

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..publishing.card import verdict
+
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +36,8 @@ def format_table(rows: Sequence[Sequence[str]], flush_left: int = 1) -> str:
 
 def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     """
-    What [`RankingEvaluator.evaluate`] reports, as text: the model beside the baselines with their intervals, then the
-    slices of the model.
+    What [`RankingEvaluator.evaluate`] reports, as text: the model beside the baselines with their intervals, whether
+    it is above them, then the slices of the model.
 
     Args:
         report (`dict`): the report.
@@ -62,7 +64,35 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
         f"{protocol['mask_history']}; targets chosen before: {repeats['share']:.1%}, "
         f"so that no hit rate exceeds {repeats['hit_rate_ceiling']:.4f}"
     )
-    return "\n\n".join([format_table(rows), format_table(slices), facts])
+    above = verdict(report).replace("*", "").replace("`", "")
+    return "\n\n".join(filter(None, [format_table(rows), above, format_table(slices), facts]))
+
+
+def format_plan(plan: Any) -> str:
+    """A [`Plan`], one fact a line, and its advice."""
+    step = plan.step
+    lines = [
+        f"{plan.machine}, {plan.dtype}",
+        f"  an epoch        {plan.steps_per_epoch:,} steps of {step.users:,.0f} users",
+        f"  a step encodes  {step.items:,.0f} distinct items of {step.slots:,.0f} ({step.distinct_share:.0%}): "
+        f"{step.texts:,.0f} texts with {step.tokens:,.0f} tokens, {step.images:,.0f} images",
+        "",
+    ]
+    ways = {"without a store": plan.without_store, "with a store": plan.with_store}
+    ways = {name: way for name, way in ways.items() if way is not None}
+    rows = {
+        "TFLOP of an epoch": lambda way: f"{way.epoch_tflop:,.1f}",
+        "share of the towers": lambda way: f"{way.tower_share:.0%}",
+        "seconds of a step": lambda way: f"{way.step_seconds:,.2f}",
+        "seconds of an epoch": lambda way: f"{way.epoch_seconds:,.0f}",
+        "seconds of an evaluation": lambda way: f"{way.evaluation_seconds:,.1f}",
+        "peak memory, GB": lambda way: f"{way.memory_gb:.1f}",
+    }
+    lines.append(" " * 26 + "".join(f"{name:>18}" for name in ways))
+    lines += [f"  {name:<24}" + "".join(f"{cell(way):>18}" for way in ways.values()) for name, cell in rows.items()]
+    if plan.with_store is not None:
+        lines += ["", f"  filling the store once takes {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB of disk"]
+    return "\n".join([*lines, "", *(f"  {sentence}" for sentence in plan.advice)])
 
 
 def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike, metric: str) -> None:
@@ -77,7 +107,7 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[demo].")
+        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[plot].")
         return
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     panels = {"training loss": "loss", f"validation {metric}": f"eval_{metric}"}

@@ -1,18 +1,20 @@
-"""A training run from options to files: what pre-training and fine-tuning have in common."""
+"""Training runs from options to files: `transrec pretrain`, `transrec finetune` and `transrec plan`."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
@@ -26,17 +28,104 @@ from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
 from ..training.planning import Plan, plan_run
 from ..training.trainer import TransRecTrainer, last_complete_checkpoint
-from .options import DataArguments, ModelArguments, SplitArguments, option
-from .reporting import format_report, plot_learning_curve
+from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
+from .parsing import parse_arguments
+from .reporting import format_plan, format_report, plot_learning_curve
 
 
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class RunArguments(TransRecTrainingArguments):
+    """[`TransRecTrainingArguments`] of a command."""
+
+    _argument_group_name = "training"
+    resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
+    results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
+
+
+@dataclass
+class PlanArguments(RunArguments):
+    """[`RunArguments`], and how the plan is printed."""
+
+    json: bool = option(False, "Print JSON.")
+
+
+OFTEN = (
+    *("output_dir", "run_name", "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "use_cpu", "dataloader_num_workers", "logging_steps"),
+    *("report_to", "push_to_hub", "hub_model_id"),
+)
+"""Options of `TrainingArguments` that stand among ours in `--help`."""
+LATER = {
+    "settings of the model, the fields of TransRecConfig": CONFIG_FIELDS,
+    "all other options of transformers.TrainingArguments": {
+        field.name for field in dataclasses.fields(TrainingArguments) if field.name not in OFTEN
+    },
+}
+
+
+def pretrain(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Train a new model on the items and interactions of one platform.
+
+        transrec pretrain demo:source                                # the built-in demo world, tiny towers
+        transrec pretrain run.yaml --seed 1                          # options from a file, one of them changed
+        transrec pretrain my_source --text_model sentence-transformers/all-MiniLM-L6-v2 \\
+            --vision_model google/mobilenet_v2_1.0_224 --trainable_blocks 2 --output_dir runs/my_source
+
+    The folder output_dir then holds the model with its processor, data statistics and card, report.json on the test
+    targets, and learning_curve.png.
+    """
+    return run_training(*_parse(RunArguments, argv, pretrain, output_dir="runs/pretrain"))
+
+
+def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Go on training a model on the items and interactions of another platform.
+
+        transrec finetune runs/my_source --data my_target --output_dir runs/my_target
+        transrec finetune runs/my_source --data my_target --user_fraction 0.1
+        transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
+
+    Options and results are those of `transrec pretrain`, which also trains the same model from scratch on the target,
+    to compare with.
+    """
+    options = _parse(RunArguments, argv, finetune, positional="from_checkpoint", output_dir="runs/finetune")
+    if not options[0].from_checkpoint:
+        raise DataError("nothing to fine-tune: give the folder or Hub id of a TransRec model first")
+    return run_training(*options)
+
+
+def plan(argv: Sequence[str] | None = None) -> Plan:
+    """
+    Predict what a training run takes on this machine, and what to change.
+
+        transrec plan my_source --text_model sentence-transformers/all-MiniLM-L6-v2 --trainable_blocks 2
+        transrec plan run.yaml --json
+
+    It takes the options of `transrec pretrain`, draws batches of the data, times pieces of a step for about ten
+    seconds, and tells encodings, operations, memory, time, and what the activation store is worth. Nothing is written.
+    """
+    model_args, data_args, split_args, args = _parse(PlanArguments, argv, plan, output_dir="runs/plan")
+    result = plan_options(model_args, data_args, split_args, args)
+    print(json.dumps(dataclasses.asdict(result), indent=2) if args.json else format_plan(result))
+    return result
+
+
+def _parse(
+    kind: type[RunArguments], argv: Sequence[str] | None, verb: Any, positional: str = "data", **defaults: Any
+) -> tuple[Any, ...]:
+    kinds = (ModelArguments, DataArguments, SplitArguments, kind)
+    return parse_arguments(kinds, argv, verb, positional=positional, later=LATER, logging_steps=20, **defaults)
+
+
 def plan_options(
     model_args: ModelArguments, data_args: DataArguments, split_args: SplitArguments, args: TransRecTrainingArguments
 ) -> Plan:
-    """[`plan_run`] of the options of a script. Raises [`DataError`] for whatever is wrong with them."""
+    """[`plan_run`] of the options of a command. Raises [`DataError`] for whatever is wrong with them."""
     catalogue, sequences = data_args.load()
     set_seed(args.seed)
     model, processor = model_args.load(catalogue, data_args.is_demo)
@@ -46,14 +135,6 @@ def plan_options(
         return plan_run(
             model, args, catalogue=catalogue, split=split, processing_class=processor, protocol=split_args.protocol
         )
-
-
-@dataclass
-class RunArguments(TransRecTrainingArguments):
-    """[`TransRecTrainingArguments`] of a script."""
-
-    resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
-    results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
 
 
 def check_output_dir(output_dir: str | os.PathLike, resumes: bool = False) -> None:
@@ -167,7 +248,7 @@ def record_results(
         path,
         {"model": report, **report.get("baselines", {})},
         run=args.run_name or Path(args.output_dir).name,
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         seed=args.seed,
         data=data_args.name,
         machine=device["device"],
@@ -178,6 +259,13 @@ def record_results(
         date=datetime.date.today().isoformat(),
         commit=git.stdout.strip(),
     )
+
+
+def command_line() -> str:
+    """How this process was started, as one would type it."""
+    program, *arguments = sys.argv
+    is_ours = Path(program).stem in ("transrec", "transrec_cli")
+    return shlex.join([*(["transrec"] if is_ours else ["python", program]), *arguments])
 
 
 def write_json(values: Any, path: Path) -> None:

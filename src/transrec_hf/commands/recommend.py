@@ -1,0 +1,216 @@
+"""`transrec recommend`: the best items for users of a domain, of a file, or for one history."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from accelerate import Accelerator
+from transformers.utils import logging
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Sequences
+from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
+from ..publishing.checkpoint import check_fits, load_checkpoint, written_whole
+from ..serving.index import ItemIndex
+from ..serving.recommender import Recommendation, Recommender
+from .options import DataArguments, option
+from .parsing import parse_arguments
+from .reporting import format_table
+from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
+
+
+logger = logging.get_logger(__name__)
+
+SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
+History = tuple[str, list[str]]
+"""A user and the items they chose, oldest first."""
+
+
+@dataclass
+class RecommendationArguments:
+    """For whom, and where to."""
+
+    _argument_group_name = "recommendation"
+    checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
+    history: list[str] | None = field(default=None, metadata={"help": "Item ids that one user chose, oldest first."})
+    histories: str | None = option(
+        None,
+        "File of histories: rows of user_id, item_id and, unless they are in order, timestamp; or user_id, items.",
+    )
+    users: list[str] | None = field(default=None, metadata={"help": "Users of the interactions [first three]."})
+    all_users: bool = option(False, "All users of the interactions.")
+    top_k: int = option(10, "Items per user.")
+    include_history: bool = option(False, "Recommend what the user had before, too.")
+    on_unknown: Literal["error", "skip"] = option("error", "What to do about items of a history that are not known.")
+    output_file: str | None = option(None, "Parquet, CSV or JSONL file of user_id, item_id, rank, score [tables].")
+    index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    batch_size: int = option(256, "Users at a time.")
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.history, self.histories, self.users, self.all_users))) > 1:
+            raise ValueError("history, histories, users and all_users exclude each other: give one of them")
+        if min(self.top_k, self.batch_size) < 1:
+            raise ValueError("top_k and batch_size must be 1 or more")
+        if self.output_file and Path(self.output_file).suffix not in SUFFIXES:
+            raise ValueError(f"{self.output_file}: name it .parquet, .csv or .jsonl, and it is written so")
+
+
+def recommend(argv: Sequence[str] | None = None) -> int:
+    """
+    Recommend items to users.
+
+        transrec recommend runs/my_target --data my_target --users alice bob --top_k 5
+        transrec recommend runs/my_target --items my_target --history item-17 item-4
+        transrec recommend runs/my_target --data my_target --all_users --output_file all.parquet --index runs/index
+        transrec recommend runs/my_target --index runs/index --histories today.csv --output_file today.csv
+
+    With --index the items are encoded once: the folder is written where it is missing or outdated, and read otherwise;
+    items need then not be given.
+    """
+    data_args, args = parse_arguments(
+        (DataArguments, RecommendationArguments), argv, recommend, positional="checkpoint"
+    )
+    if not args.checkpoint:
+        raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
+    model, processor = load_checkpoint(args.checkpoint)
+    catalogue = sequences = None
+    if (data_args.items or data_args.data) and not (args.history or args.histories):
+        catalogue, sequences = data_args.load()
+    elif data_args.items or data_args.data:
+        catalogue = data_args.load_items()
+    if catalogue is not None:
+        check_fits(model, catalogue)
+    index = None
+    if args.index is None or Path(args.index).is_dir():
+        index = ItemIndex.from_pretrained(args.index or args.checkpoint)
+    if catalogue is None and index is None:
+        raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
+    histories = _histories(args, catalogue, sequences)
+    device = Accelerator(cpu=args.use_cpu).device
+    recommender = Recommender(model.to(device), catalogue, processor, index=index)
+    if args.index is not None and recommender.index is not index:
+        with written_whole(args.index) as folder:
+            recommender.index.save(folder)
+
+    histories = _known(histories, recommender.item_ids.tolist(), args)
+    blocks = _recommend(recommender, histories, args)
+    if not args.output_file:
+        for (user, items), found in itertools.chain.from_iterable(blocks):
+            _print(user, items, found, catalogue)
+    else:
+        file = Path(args.output_file)
+        with written_whole(file.parent) as folder, table_writer(folder / file.name, SCHEMA) as write:
+            for block in blocks:
+                write(_as_table(block))
+        logger.info("Recommendations for %s users are in %s", f"{len(histories):,}", file)
+    return len(histories)
+
+
+def _histories(
+    args: RecommendationArguments, catalogue: Catalogue | None, sequences: Sequences | None
+) -> list[History]:
+    """Whose history it is, and the ids of its items."""
+    if args.history:
+        return [("history", args.history)]
+    if args.histories:
+        return read_histories(Path(args.histories))
+    if catalogue is None or sequences is None:
+        raise DataError("nobody to recommend to: give --data with --users or --all_users, or --histories or --history")
+    row_of = {str(user): row for row, user in enumerate(sequences.user_ids)}
+    users = list(row_of) if args.all_users else args.users or list(row_of)[:3]
+    unknown = [user for user in users if user not in row_of]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} unknown user ids: {unknown[:MAX_EXAMPLES]}. Add their interactions or leave them out."
+        )
+    return [(user, catalogue.item_ids[sequences[row_of[user]]["items"]].tolist()) for user in users]
+
+
+def read_histories(path: Path) -> list[History]:
+    """
+    Histories from a file: either rows of `user_id` and a list of `items`, or rows of `user_id`, `item_id` and, unless
+    the items of each user are in order already, `timestamp`. Raises [`DataError`] for whatever is wrong.
+    """
+    table = read_table(path)
+    names = table.column_names
+    if "user_id" not in names or not {"items", "item_id"} & set(names):
+        raise DataError(f"{path}: needs the columns user_id and item_id, or user_id and items; found {names}.")
+    users, _ = as_ids(table["user_id"])
+    if "items" in names:
+        if not pa.types.is_list(table["items"].type):
+            raise DataError(
+                f"{path}: items holds {table['items'].type}, not lists of ids. Write a row for each item_id."
+            )
+        lists = (list(map(str, items or [])) for items in table["items"].to_pylist())
+        return list(zip(map(str, users), lists, strict=True))
+    items, _ = as_ids(table["item_id"])
+    rows = np.arange(len(table))
+    if "timestamp" in names:
+        times, missing, wrong = as_times(table["timestamp"])
+        bad = np.flatnonzero(missing | wrong)
+        raise_defects(str(path), describe("no timestamp that can be read", bad, "Write integers or ISO dates."))
+        rows = np.argsort(times, kind="stable")
+    histories: dict[str, list[str]] = {str(user): [] for user in users}  # users in the order of the file
+    for row in rows.tolist():
+        histories[str(users[row])].append(str(items[row]))
+    return list(histories.items())
+
+
+def _known(histories: list[History], item_ids: Iterable[str], args: RecommendationArguments) -> list[History]:
+    """The histories without unknown items, if these are to be skipped. Raises [`DataError`] if not."""
+    known = set(item_ids)
+    kept = [(user, [item for item in items if item in known]) for user, items in histories]
+    lost = {item for _, items in histories for item in items if item not in known}
+    if lost and args.on_unknown == "error":
+        raise DataError(
+            f"{args.histories or 'history'}: {len(lost)} unknown item ids: {sorted(lost)[:MAX_EXAMPLES]}. "
+            "Add them to the items, or --on_unknown skip."
+        )
+    left = [(user, items) for user, items in kept if items]
+    if len(left) < len(kept) and args.on_unknown == "error":
+        raise DataError(f"{args.histories}: {len(kept) - len(left)} empty histories. Add items, or --on_unknown skip.")
+    if lost or len(left) < len(kept):
+        logger.warning(
+            "%s unknown items were skipped; %s users are left without a history", len(lost), len(kept) - len(left)
+        )
+    return left
+
+
+def _recommend(
+    recommender: Recommender, histories: list[History], args: RecommendationArguments
+) -> Iterator[list[tuple[History, list[Recommendation]]]]:
+    """Block by block, each history with what is recommended to it."""
+    starts = range(0, len(histories), args.batch_size)
+    for start in logging.tqdm(starts, desc="Recommending", unit="batch", delay=2):
+        block = histories[start : start + args.batch_size]
+        items = [items for _, items in block]
+        found = recommender.recommend_batch(items, args.top_k, exclude_history=not args.include_history)
+        yield list(zip(block, found, strict=True))
+
+
+def _as_table(block: list[tuple[History, list[Recommendation]]]) -> pa.Table:
+    rows = [
+        {"user_id": user, "item_id": item.item_id, "rank": rank, "score": item.score}
+        for (user, _), found in block
+        for rank, item in enumerate(found, start=1)
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _print(user: str, history: list[str], found: list[Recommendation], catalogue: Catalogue | None) -> None:
+    """A table of one user's last items and recommendations."""
+
+    def text(item_id: str) -> str:
+        return "" if catalogue is None else catalogue.text(catalogue.rows([item_id])[0]) or "[image]"
+
+    rows = [["", "item", "text", "score"]]
+    rows += [["chosen", item_id, text(item_id), ""] for item_id in history[-3:]]
+    rows += [[f"{rank}.", item.item_id, text(item.item_id), f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
+    print(f"\n{user}\n{format_table(rows, flush_left=3)}")

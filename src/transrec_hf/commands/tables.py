@@ -1,0 +1,127 @@
+"""Tables as they come out of other systems: read as they are, ids and times understood, and written by suffix."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ..errors import DataError, describe, raise_defects
+
+
+SUFFIXES = (".parquet", ".csv", ".jsonl")
+
+
+def read_table(path: Path, separator: str = ",", encoding: str = "utf-8") -> pa.Table:
+    """
+    A Parquet, CSV or JSON Lines file. The cells of a CSV file stay strings, so that `007` is no number; empty ones are
+    null.
+
+    Raises:
+        [`DataError`]: if there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (now in {Path.cwd()}). Check the path.")
+    try:
+        if path.suffix == ".parquet":
+            return pa.parquet.read_table(path)
+        if path.suffix == ".jsonl":
+            return pa.json.read_json(path, pa.json.ReadOptions(block_size=1 << 24))
+        if path.suffix in (".csv", ".tsv", ".txt"):
+            return _read_csv(path, separator, encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not {encoding} ({error.reason}). Give its encoding, e.g. --encoding latin-1."
+        ) from None
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
+    raise DataError(f"{path}: unsupported extension {path.suffix!r}. Save it as one of {', '.join(SUFFIXES)}.")
+
+
+def _read_csv(path: Path, separator: str, encoding: str) -> pa.Table:
+    with open(path, encoding=encoding, newline="") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+        for _ in file:  # Arrow would name neither the file nor the way out
+            pass
+    if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
+        raise DataError(f"{path}: one column, named {header[0]!r}. Give the separator: --separator {other!r}.")
+    ragged: dict[int, str] = {}
+
+    def note(row: pa.csv.InvalidRow) -> str:
+        ragged[row.number - 2] = f"{row.actual_columns} cells"
+        return "skip"
+
+    names = [name.removeprefix("\ufeff") for name in header]
+    table = pa.csv.read_csv(
+        path,
+        pa.csv.ReadOptions(use_threads=False, encoding=encoding),
+        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=note),
+        pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+        ),
+    )
+    what = f"number of cells other than the {len(header)} of the header"
+    raise_defects(str(path), describe(what, list(ragged), "Quote text that holds the separator.", ragged.__getitem__))
+    return table
+
+
+def as_ids(column: pa.ChunkedArray) -> tuple[np.ndarray, bool]:
+    """
+    Ids as strings, `None` where empty, `(rows,)`, and whether they were written as numbers with a fraction of zero:
+    `8881.0` is what a column of integers becomes in which one is missing, and means `8881`.
+    """
+    ids = column.cast(pa.string())
+    written = pc.drop_null(ids)
+    is_float = len(written) > 0 and pc.all(pc.match_substring_regex(written, r"^-?\d+(\.0+)?$")).as_py()
+    is_float = is_float and pc.any(pc.match_substring(written, ".")).as_py()
+    if is_float:
+        ids = pc.replace_substring_regex(ids, r"\.0+$", "")
+    values = np.array(ids.to_pylist(), dtype=object)
+    values[values == ""] = None
+    return values, bool(is_float)
+
+
+def as_times(column: pa.ChunkedArray, form: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Times as integers, and where they are missing and where they cannot be read; all `(rows,)`. Numbers stay what they
+    are; dates, ISO 8601 or as `form` says (see `strptime`), become seconds since 1970 in UTC.
+    """
+    missing = pc.is_null(column, nan_is_null=True).to_numpy()
+    values = column.to_pandas()
+    numbers = pd.to_numeric(values, errors="coerce") if pa.types.is_string(column.type) and form is None else values
+    if not pa.types.is_string(column.type) and not pd.api.types.is_numeric_dtype(values.dtype):
+        numbers = _seconds(pd.to_datetime(values, errors="coerce", utc=True))
+    elif form is not None or numbers.isna().to_numpy()[~missing].all():
+        numbers = _seconds(pd.to_datetime(values.astype(str), format=form or "ISO8601", errors="coerce", utc=True))
+    wrong = ~missing & (numbers.isna() | (numbers % 1 != 0)).to_numpy()
+    times = numbers.where(~(missing | wrong), 0)
+    return times.to_numpy().astype(np.int64), missing, wrong
+
+
+def _seconds(times: pd.Series) -> pd.Series:
+    return (times - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(seconds=1)
+
+
+@contextmanager
+def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Something to give one part of a table after the other, for a Parquet, CSV or JSON Lines file."""
+    if path.suffix == ".jsonl":
+        with open(path, "w", encoding="utf-8") as file:
+            yield lambda part: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part.to_pylist())
+        return
+    kind = pa.csv.CSVWriter if path.suffix == ".csv" else pa.parquet.ParquetWriter
+    with kind(str(path), schema) as writer:
+        yield writer.write_table
