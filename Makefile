@@ -19,7 +19,7 @@ TORCH := $(shell grep -E '^torch==' $(CONSTRAINTS))
 ##@ Start here
 
 .PHONY: quickstart
-quickstart: $(VENV)/.demo-installed ## set up, pre-train on a source, transfer to a target, compare, recommend
+quickstart: $(VENV)/.plot-installed ## set up, pre-train on a source, transfer to a target, compare, recommend
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 .PHONY: test
@@ -29,10 +29,11 @@ test: $(VENV)/.test-installed ## set up and run the tests, without the slow ones
 ##@ For contributors
 
 .PHONY: lint
-lint: $(VENV)/.dev-installed ## check style (ruff) and types (mypy)
+lint: $(VENV)/.dev-installed ## check style (ruff), types (mypy) and spelling (typos)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/typos
 
 .PHONY: format
 format: $(VENV)/.dev-installed ## mend the style where ruff can
@@ -43,6 +44,10 @@ format: $(VENV)/.dev-installed ## mend the style where ruff can
 slow-test: $(VENV)/.test-installed ## run the slow tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+.PHONY: coverage
+coverage: $(VENV)/.test-installed ## run the tests and show which lines none of them reaches
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
 .PHONY: cards
 cards: $(VENV)/.test-installed ## render the model cards again from the tables of results
 	$(BIN)/transrec card model_cards/*/
@@ -52,7 +57,7 @@ install: $(VENV)/.dev-installed ## set up the environment with everything for de
 
 .PHONY: clean
 clean: ## remove the environment, caches and built files
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help

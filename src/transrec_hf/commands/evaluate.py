@@ -6,18 +6,17 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, bad_input
+from ..files import write_json
 from ..items.encoding import content_vectors
-from ..publishing.checkpoint import check_fits, load_checkpoint, written_whole
+from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
 from .options import DataArguments, SplitArguments, option
 from .parsing import parse_arguments
 from .reporting import format_report
-from .runs import write_json
 
 
 @dataclass
@@ -96,9 +95,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report["model"] = {"checkpoint": args.checkpoint, "data": data_args.name, "part": args.part}
     if trainer.is_world_process_zero():
         if args.output_file:
-            file = Path(args.output_file)
-            with written_whole(file.parent) as folder:
-                write_json(report, folder / file.name)
+            write_json(args.output_file, report)
         title = f"{args.checkpoint}, {args.part} targets of {data_args.name}"
         print(json.dumps(report, indent=2) if args.json else f"\n{title}\n\n{format_report(report)}\n")
     return report

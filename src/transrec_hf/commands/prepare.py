@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from ..data.interactions import load_domain
 from ..errors import DataError, describe, raise_defects
-from ..publishing.checkpoint import written_whole
+from ..files import written_whole
 from .options import option
 from .parsing import parse_arguments
 from .tables import as_ids, as_times, read_table

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
 from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
-from ..publishing.checkpoint import check_fits, load_checkpoint, written_whole
+from ..files import whole_file, written_whole
+from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..serving.index import ItemIndex
 from ..serving.recommender import Recommendation, Recommender
 from .options import DataArguments, option
@@ -105,11 +106,10 @@ def recommend(argv: Sequence[str] | None = None) -> int:
         for (user, items), found in itertools.chain.from_iterable(blocks):
             _print(user, items, found, catalogue)
     else:
-        file = Path(args.output_file)
-        with written_whole(file.parent) as folder, table_writer(folder / file.name, SCHEMA) as write:
+        with whole_file(args.output_file) as file, table_writer(file, SCHEMA) as write:
             for block in blocks:
                 write(_as_table(block))
-        logger.info("Recommendations for %s users are in %s", f"{len(histories):,}", file)
+        logger.info("Recommendations for %s users are in %s", f"{len(histories):,}", args.output_file)
     return len(histories)
 
 

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..errors import DataError, bad_input
+from ..files import written_whole
 from ..items.encoding import content_vectors
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
-from ..publishing.checkpoint import check_fits, written_whole
+from ..publishing.checkpoint import check_fits
 from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
 from ..training.planning import Plan, plan_run
@@ -223,7 +225,7 @@ def run_training(
     if args.should_save:
         with written_whole(args.output_dir) as folder:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(report, folder / "report.json")
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             metric = (args.metric_for_best_model or "ndcg@10").removeprefix("eval_")
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", metric)
             if args.results_csv:
@@ -243,7 +245,10 @@ def record_results(
 ) -> None:
     """Add the test metrics of the model and its baselines to the table at `path`, with all it takes to repeat them."""
     device = describe_device(args.device)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
     append_results(
         path,
         {"model": report, **report.get("baselines", {})},
@@ -257,7 +262,7 @@ def record_results(
         seconds=round(trainer.train_seconds),
         peak_memory_gb=device["peak_memory_gb"],
         date=datetime.date.today().isoformat(),
-        commit=git.stdout.strip(),
+        commit=commit,
     )
 
 
@@ -266,8 +271,3 @@ def command_line() -> str:
     program, *arguments = sys.argv
     is_ours = Path(program).stem in ("transrec", "transrec_cli")
     return shlex.join([*(["transrec"] if is_ours else ["python", program]), *arguments])
-
-
-def write_json(values: Any, path: Path) -> None:
-    """Indented JSON, in UTF-8."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..data.statistics import data_statistics
 from ..errors import bad_input
-from ..publishing.checkpoint import written_whole
+from ..files import whole_file
 from .options import DataArguments, SplitArguments, option
 from .parsing import parse_arguments
 from .reporting import format_table
@@ -96,5 +96,5 @@ def plot_statistics(catalogue: Catalogue, split: Split, file: Path) -> None:
     popularity.set(title="Items", xlabel="item, most popular first", ylabel="interactions in training", xscale="log")
     for axes in (lengths, popularity):
         axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(file.parent) as folder:
-        figure.savefig(folder / file.name, dpi=150, format="png")
+    with whole_file(file) as partial:
+        figure.savefig(partial, dpi=150, format="png")
