@@ -1,3 +1,3 @@
-"""What the commands and scripts share: options, runs and their reports."""
+"""The verbs of `transrec` that do the work: their options, and one function for each."""
 
 from __future__ import annotations
