@@ -155,7 +155,11 @@ class UserAttention(nn.Module):
         return self.o_proj(packing.pack(attended.flatten(2))), weights
 
 
-class UserEncoderLayer(GradientCheckpointingLayer):
+class UserLayer(GradientCheckpointingLayer):
+    """A layer of any user encoder: padded states in, padded states out, which `output_hidden_states` records."""
+
+
+class UserEncoderLayer(UserLayer):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.norm_first = config.norm_first
@@ -205,7 +209,7 @@ class TransformerUserEncoder(UserEncoder):
         return hidden_states
 
 
-class GRULayer(GradientCheckpointingLayer):
+class GRULayer(UserLayer):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
@@ -269,7 +273,7 @@ class HSTUAttention(nn.Module):
         return self.output(self.norm(attended) * gate), weights
 
 
-class HSTULayer(GradientCheckpointingLayer):
+class HSTULayer(UserLayer):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.attention = HSTUAttention(config)
