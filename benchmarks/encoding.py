@@ -25,6 +25,7 @@ from common import Peer, Results, interleaved, ratios
 from transformers import AutoConfig
 
 from transrec_hf import Catalogue, TransRecModel, TransRecProcessor, encode_catalogue, load_catalogue
+from transrec_hf.items.preparing import ItemSource
 
 
 OURS, PEER = "transrec-hf", "sentence-transformers"
@@ -61,7 +62,7 @@ def compare(dtype: str, options: argparse.Namespace, catalogue: Catalogue, texts
     encoded = {}
 
     def encode(items: Catalogue) -> None:
-        encoded[OURS] = encode_catalogue(model, items, processor, batch_size=options.batch_size)
+        encoded[OURS] = encode_catalogue(model, ItemSource(items, processor), batch_size=options.batch_size)
 
     with Peer(options.peers_python, "sentence_encoder.py", options.text_model, dtype, str(texts)) as peer:
         trials = {str(size): partial(peer.ask, batch_size=size, stride=stride) for size in PEER_BATCH_SIZES}

@@ -212,7 +212,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
         trainer = TransRecTrainer(model, arguments, catalogue=catalogue, split=split, processing_class=processor)
         trainer.train()
     with memory.phase("encode the catalogue"):
-        item_embeds = encode_catalogue(model, catalogue, processor, batch_size=256, store=trainer.store)
+        item_embeds = encode_catalogue(model, trainer.source, batch_size=256)
     with memory.phase(f"rank all items for {options.eval_users} users"):
         evaluator = trainer.ranking_evaluator(split.test, max_users=options.eval_users)
         evaluator.evaluate(model, item_embeds=item_embeds)

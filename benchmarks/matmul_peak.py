@@ -21,6 +21,7 @@ from transformers import AutoConfig, BertConfig
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor, encode_catalogue
 from transrec_hf.data.catalogue import load_catalogue
 from transrec_hf.items.encoding import has_packed_linears
+from transrec_hf.items.preparing import ItemSource
 
 
 SIZES = (1024, 2048, 4096)
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
             peaks: list[float] = []
 
             def encode(model: TransRecModel = model) -> None:
-                encode_catalogue(model, catalogue, processor, batch_size=512)
+                encode_catalogue(model, ItemSource(catalogue, processor), batch_size=512)
 
             def peak(dtype: torch.dtype = dtype, peaks: list[float] = peaks) -> None:
                 peaks.append(matmul_rate(dtype))

@@ -14,7 +14,6 @@ batch, each encoded once in buckets of like length, bf16, and the frozen blocks'
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import tempfile
 import time
@@ -32,8 +31,9 @@ from transrec_hf.data.interactions import Split, leave_one_out, load_domain
 from transrec_hf.data.statistics import log_popularity
 from transrec_hf.evaluation.evaluator import RankingEvaluator
 from transrec_hf.items.encoding import standardize_projections
-from transrec_hf.items.preparing import PADDING, pad_right, prepare_items, token_budget
+from transrec_hf.items.preparing import PADDING, ItemSource, pad_right, token_budget
 from transrec_hf.items.store import ActivationStore
+from transrec_hf.model.modalities_transrec import ItemPart
 from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
 from transrec_hf.training.item_cache import ItemCache
 from transrec_hf.training.trainer import part_of
@@ -93,18 +93,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class DecodedImages:
-    """Stands in for a processor, with all images decoded: a step then costs what the towers cost."""
+    """A preparation with all images decoded: a step then costs what the towers cost."""
 
-    def __init__(self, processor: TransRecProcessor, catalogue: Catalogue):
-        self.modalities, self.tokenizer = processor.modalities, processor.tokenizer
-        self.max_text_length = processor.max_text_length
-        rows = np.flatnonzero(catalogue.has_image) if "image" in processor.modalities else np.empty(0, dtype=int)
-        self.place = {int(row): place for place, row in enumerate(rows)}
-        parts = [processor(images=[catalogue.image(row)])["pixel_values"] for row in rows]
-        self.pixels = torch.cat(parts) if parts else torch.empty(0)
+    def __init__(self, source: ItemSource):
+        self.units = source.units()["image"]
+        self.place = np.cumsum(self.units) - 1
+        self.pixels = torch.cat(source.batch(np.flatnonzero(self.units)).parts["image"].values)
 
-    def __call__(self, images: list[int]) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixels[[self.place[row] for row in images]]}
+    def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
+        return ItemPart(slots, [self.pixels[self.place[rows]]])
 
 
 @dataclass
@@ -130,11 +127,10 @@ class Domain:
         return cls(catalogue, leave_one_out(sequences), processor, towers)
 
     @functools.cached_property
-    def decoded(self) -> tuple[Catalogue, DecodedImages]:
-        """Catalogue and processor with all images decoded."""
-        catalogue = copy.copy(self.catalogue)
-        catalogue.image = int  # type: ignore[assignment, method-assign]
-        return catalogue, DecodedImages(self.processor, self.catalogue)
+    def decoded(self) -> ItemSource:
+        """The items with all images decoded."""
+        source = ItemSource(self.catalogue, self.processor)
+        return source.with_preparations({"image": DecodedImages(source)} if "image" in source.units() else {})
 
     def build(self, recipe: Recipe, seed: int) -> TransRecModel:
         """A model of the paper's settings where the recipe is the paper's, else of the default ones."""
@@ -168,23 +164,20 @@ class Training:
             train = train.truncate(config.max_position_embeddings + config.num_positives)  # one window per user
         self.windows = TrainingWindows(train, config.max_position_embeddings, config.num_targets)
         popularity = log_popularity(domain.split.train.item_counts(len(domain.catalogue)))
-        self.collator = DataCollatorForNextItem(domain.catalogue, domain.processor, config, popularity, seed)
-        self.store: ActivationStore | None = None
+        self.collator = DataCollatorForNextItem(ItemSource(domain.catalogue), config, popularity, seed)
+        self.source = domain.decoded
+        self.source.max_tokens = token_budget(self.model.device) if recipe.buckets else ONE_BUCKET
         self.cache: ItemCache | None = None
         started = time.perf_counter()
         if recipe.store:
             with self.autocast():
-                self.store = ActivationStore(
-                    domain.store_folder.name,
-                    self.model,
-                    domain.processor,
-                    domain.catalogue,
-                    torch.bfloat16 if recipe.bf16 else torch.float32,
-                )
-                self.store.fill()
+                dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+                store = ActivationStore(domain.store_folder.name, self.model, self.source, dtype)
+                store.fill()
+                self.source = store.source
         if recipe.every_position:
             with self.autocast():
-                standardize_projections(self.model, domain.catalogue, domain.processor, seed=seed, store=self.store)
+                standardize_projections(self.model, self.source, seed=seed)
         self.preparation_seconds = time.perf_counter() - started
         towers, rest = [], []
         for name, parameter in self.model.named_parameters():
@@ -214,7 +207,6 @@ class Training:
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of model inputs as the recipe has it."""
-        recipe, domain = self.recipe, self.domain
         windows = [self.collator.split(np.asarray(feature["items"])) for feature in features]
         history, target = (pad_right(part) for part in zip(*windows, strict=True))
         negative = self.collator.negatives(features, np.concatenate([history, target], axis=1), target)
@@ -222,16 +214,14 @@ class Training:
         if negative.size:
             indices["negative_index"] = negative
         slots = np.concatenate([index.ravel() for index in indices.values()])
-        if recipe.unique:
+        if self.recipe.unique:
             rows, place = np.unique(slots[slots != PADDING], return_inverse=True)
         else:
             rows = slots[slots != PADDING]
             place = np.arange(len(rows))
         flat = np.full(len(slots), PADDING)
         flat[slots != PADDING] = place
-        max_tokens = token_budget(self.model.device) if recipe.buckets else ONE_BUCKET
-        catalogue, processor = domain.decoded if self.store is None else (domain.catalogue, domain.processor)
-        batch = prepare_items(catalogue, rows, processor, self.store, max_tokens)  # type: ignore[arg-type]
+        batch: dict[str, Any] = {"items": self.source.batch(rows)}
         batch["log_popularity"] = torch.from_numpy(self.collator.log_popularity[rows])
         sizes = np.cumsum([index.size for index in indices.values()])[:-1]
         for (name, index), part in zip(indices.items(), np.split(flat, sizes), strict=True):
@@ -260,13 +250,12 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             users += len(features)
-            items += len(batch["item_ids"]) - len(batch.get("cached_index", ()))
+            items += len({row for part in batch["items"].parts.values() for row in part.rows.tolist()})
         return users, items
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the validation targets."""
-        domain = self.domain
-        evaluator = RankingEvaluator(domain.catalogue, domain.split.validation, domain.processor)
+        evaluator = RankingEvaluator(self.source, self.domain.split.validation)
         with self.autocast():
-            embeds = encode_catalogue(self.model, domain.catalogue, domain.processor, store=self.store)
+            embeds = encode_catalogue(self.model, self.source)
             return evaluator(self.model, item_embeds=embeds)

@@ -19,6 +19,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from transrec_hf import (
     Catalogue,
     DataCollatorForNextItem,
+    ItemSource,
     RankingEvaluator,
     Split,
     TransRecModel,
@@ -47,10 +48,11 @@ def train(
         cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no", dataloader_config=sampling
     )
     model.freeze_towers(args.trainable_blocks)
-    standardize_projections(model, catalogue, processor, seed=args.seed)  # of towers that are new to the task
+    source = ItemSource(catalogue, processor)
+    standardize_projections(model, source, seed=args.seed)  # of towers that are new to the task
     train_counts = split.train.item_counts(len(catalogue))
     windows = TrainingWindows(split.train, model.config.max_position_embeddings, model.config.num_targets)
-    collator = DataCollatorForNextItem(catalogue, processor, model.config, log_popularity(train_counts), args.seed)
+    collator = DataCollatorForNextItem(source, model.config, log_popularity(train_counts), args.seed)
     set_seed(args.seed)
     loader = DataLoader(windows, args.per_device_train_batch_size, shuffle=True, collate_fn=collator)
 
@@ -62,7 +64,7 @@ def train(
     num_steps = len(loader) * epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, int(args.warmup_steps), num_steps)
 
-    evaluator = RankingEvaluator(catalogue, split.validation, processor, train_counts=train_counts)
+    evaluator = RankingEvaluator(source, split.validation, train_counts=train_counts)
     losses, best = [], -1.0
     progress = tqdm(total=num_steps, desc="Training", unit="step", disable=not accelerator.is_main_process)
     for epoch in range(epochs):

@@ -50,7 +50,14 @@ def round_trip(args: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import set_seed
 
-    from transrec_hf import Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments, leave_one_out
+    from transrec_hf import (
+        ItemSource,
+        Recommender,
+        TransRecModel,
+        TransRecTrainer,
+        TransRecTrainingArguments,
+        leave_one_out,
+    )
     from transrec_hf.data.demo import demo_config, demo_processor, demo_world
     from transrec_hf.errors import hub_errors
 
@@ -105,7 +112,7 @@ def round_trip(args: argparse.Namespace) -> dict[str, Any]:
 
     catalogue, sequences = world.target.catalogue, world.target.sequences
     histories = [catalogue.item_ids[sequences[user]["items"]].tolist() for user in range(3)]
-    recommender = Recommender(adapted, catalogue, processor)
+    recommender = Recommender(adapted, ItemSource(catalogue, processor))
     expected = recommend(recommender)
     with hub_errors(adapter_id):
         recommender.push_to_hub(adapter_id)

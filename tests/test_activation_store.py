@@ -20,9 +20,10 @@ from testing_utils import (
     make_trainer,
 )
 
-from transrec_hf import Recommender, TransRecModel, encode_catalogue
+from transrec_hf import ItemSource, Recommender, TransRecModel, encode_catalogue
 from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.items.preparing import TextPreparation
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
 
@@ -39,7 +40,7 @@ def make_frozen(trainable_blocks: int = 1, **fields: object) -> TransRecModel:
 def make_store(folder: Path, model: TransRecModel, catalogue: Catalogue, max_text_length: int = 16) -> ActivationStore:
     processor = make_processor(model.config.modalities)
     processor.max_text_length = max_text_length
-    return ActivationStore(folder, model, processor, catalogue)
+    return ActivationStore(folder, model, ItemSource(catalogue, processor))
 
 
 def gradients(model: TransRecModel, batch: dict) -> dict[str, torch.Tensor]:
@@ -57,7 +58,7 @@ def test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, f
     store = make_store(tmp_path, model, catalogue)
     store.fill()
     without = gradients(model, make_batch(model.config, catalogue=catalogue))
-    with_store = gradients(model, make_batch(model.config, catalogue=catalogue, store=store))
+    with_store = gradients(model, make_batch(model.config, catalogue=catalogue, source=store.source))
     assert without.keys() == with_store.keys()
     for name, value in without.items():
         torch.testing.assert_close(with_store[name], value, atol=1e-5, rtol=1e-4, msg=name)
@@ -68,9 +69,9 @@ def test_of_a_tower_that_is_frozen_whole_one_state_is_stored(tmp_path, catalogue
     model = make_frozen(0, text_pooling=pooling)
     store = make_store(tmp_path, model, catalogue)
     store.fill()
-    batch = store.prepare(np.arange(len(catalogue)))
-    assert batch["image_states"].dim() == 2
-    assert {states.dim() for states in batch["text_states"]} == ({3} if pooling == "attention" else {2})
+    parts = store.source.batch(np.arange(len(catalogue))).parts
+    dims = {name: {states.dim() for states in part.values} for name, part in parts.items()}
+    assert dims == {"text": {3} if pooling == "attention" else {2}, "image": {2}}
     other = make_frozen(0, text_pooling="cls" if pooling == "mean" else "mean")
     assert len(make_store(tmp_path, other, catalogue).missing_rows())  # another pooling is another store
 
@@ -79,8 +80,8 @@ def test_the_catalogue_is_encoded_the_same_from_the_store(tmp_path, catalogue, p
     model = make_frozen()
     store = make_store(tmp_path, model, catalogue)
     store.fill()
-    expected = encode_catalogue(model, catalogue, processor)
-    torch.testing.assert_close(encode_catalogue(model, catalogue, processor, store=store), expected)
+    expected = encode_catalogue(model, ItemSource(catalogue, processor))
+    torch.testing.assert_close(encode_catalogue(model, store.source), expected)
 
 
 def test_a_run_its_evaluation_and_serving_share_it(tmp_path):
@@ -90,22 +91,22 @@ def test_a_run_its_evaluation_and_serving_share_it(tmp_path):
     files = set(tmp_path.glob("store/**/*.safetensors"))
     model, catalogue = TransRecModel.from_pretrained(tmp_path / "run"), trainer.catalogue
     model.freeze_towers(1)
-    store = ActivationStore(tmp_path / "store", model, trainer.processing_class, catalogue)
+    store = ActivationStore(tmp_path / "store", model, ItemSource(catalogue, trainer.processing_class))
     assert not len(store.missing_rows())
-    served = Recommender(model, catalogue, trainer.processing_class, store=store)
+    served = Recommender(model, store.source)
     assert set(tmp_path.glob("store/**/*.safetensors")) == files != set()
-    expected = Recommender(model, catalogue, trainer.processing_class)
+    expected = Recommender(model, ItemSource(catalogue, trainer.processing_class))
     torch.testing.assert_close(served.item_embeds, expected.item_embeds)
 
 
 def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
-    tokenised, tokens_of = set(), Catalogue.tokens
+    tokenised, made = set(), TextPreparation.__init__
 
-    def tokens(items, *args):
+    def make(self, items, *args):
         tokenised.add(len(items))
-        return tokens_of(items, *args)
+        made(self, items, *args)
 
-    monkeypatch.setattr(Catalogue, "tokens", tokens)
+    monkeypatch.setattr(TextPreparation, "__init__", make)
     model, few, all_items = make_frozen(), make_catalogue(6), make_catalogue(12)
     make_store(tmp_path, model, few).fill()
     store = make_store(tmp_path, model, all_items)
@@ -119,8 +120,8 @@ def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
     again.fill()
     assert tokenised == {6}  # never all twelve
     monkeypatch.undo()
-    expected = encode_catalogue(model, all_items, processor)
-    torch.testing.assert_close(encode_catalogue(model, all_items, processor, store=again), expected)
+    expected = encode_catalogue(model, ItemSource(all_items, processor))
+    torch.testing.assert_close(encode_catalogue(model, again.source), expected)
 
 
 def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue, monkeypatch):
@@ -143,8 +144,9 @@ def test_two_processes_may_fill_one_store(tmp_path, catalogue):
     first.fill()
     second.fill()  # it does not know yet that everything is there
     rows = np.arange(len(catalogue))
-    for name, value in first.prepare(rows).items():
-        torch.testing.assert_close(make_store(tmp_path, model, catalogue).prepare(rows)[name], value)
+    parts = make_store(tmp_path, model, catalogue).source.batch(rows).parts
+    for name, part in first.source.batch(rows).parts.items():
+        torch.testing.assert_close(parts[name].values, part.values)
 
 
 @dataclass
@@ -225,7 +227,7 @@ def test_a_run_with_a_store_is_a_run_without(tmp_path):
         trainer = make_trainer(tmp_path / name, config, activation_store=store, **options)
         trainer.train()
         logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [trainer.evaluate()])
-    assert trainer.catalogue._tokens is None  # nobody has read a text again
+    assert not any(isinstance(part, TextPreparation) for part in trainer.source.preparations.values())
     metrics = [log.pop() for log in logs]
     assert logs[0] == pytest.approx(logs[1], abs=1e-5)
     assert metrics[0]["eval_ndcg@10"] == pytest.approx(metrics[1]["eval_ndcg@10"], abs=1e-5)
@@ -235,13 +237,13 @@ def test_a_run_with_a_store_is_a_run_without(tmp_path):
 def test_fresh_projections_are_standardised_and_trained_ones_left_alone(catalogue, processor, hidden):
     torch.manual_seed(0)
     model = TransRecModel(make_config(projection_hidden_size=hidden))
-    standardize_projections(model, catalogue, processor)
+    standardize_projections(model, ItemSource(catalogue, processor))
     batch = processor(text=[catalogue.text(row) for row in np.flatnonzero(catalogue.has_text)])
     vectors = model.get_text_features(batch["input_ids"], batch["attention_mask"])
     torch.testing.assert_close(vectors.mean(dim=0), torch.zeros(vectors.shape[1]), atol=1e-5, rtol=0)
     assert vectors.var(dim=0).sum().item() == pytest.approx(1, abs=1e-4)
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    standardize_projections(model, catalogue, processor)
+    standardize_projections(model, ItemSource(catalogue, processor))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -13,7 +13,7 @@ from safetensors.torch import load
 from testing_utils import assert_same_weights, make_batch, make_catalogue, make_model, make_processor, make_split
 from torch import nn
 
-from transrec_hf import Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments
+from transrec_hf import ItemSource, Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments
 from transrec_hf.publishing.hub import PICKLES
 from transrec_hf.training.trainer import parameter_groups
 
@@ -129,15 +129,15 @@ def test_trained_and_pushed_alone(
         value.numel() for value in trained(model).values()
     )
 
-    mine = Recommender(model, make_catalogue(), make_processor())  # type: ignore[arg-type]
+    mine = Recommender(model, ItemSource(make_catalogue(), make_processor()))  # type: ignore[arg-type]
     theirs = Recommender.from_pretrained(ADAPTER, make_catalogue())
     by_peft = PeftModel.from_pretrained(TransRecModel.from_pretrained(BASE), ADAPTER)
-    for loaded in (theirs, Recommender(by_peft, make_catalogue(), make_processor())):
+    for loaded in (theirs, Recommender(by_peft, ItemSource(make_catalogue(), make_processor()))):
         assert torch.equal(loaded.item_embeds, mine.item_embeds)
         assert [item.item_id for item in loaded.recommend(HISTORY)] == [
             item.item_id for item in mine.recommend(HISTORY)
         ]
-    untouched = Recommender(TransRecModel.from_pretrained(BASE), make_catalogue(), make_processor())
+    untouched = Recommender(TransRecModel.from_pretrained(BASE), ItemSource(make_catalogue(), make_processor()))
     assert not torch.allclose(untouched.item_embeds, mine.item_embeds)
 
 
@@ -167,7 +167,7 @@ def test_an_adapter_says_what_is_trained(base: TransRecModel, tmp_path: Path) ->
 
 
 def test_index_with_an_adapter(hub: LocalHub, base: TransRecModel) -> None:
-    recommender = Recommender(with_adapter(base, "add_adapter"), make_catalogue(), make_processor())  # type: ignore
+    recommender = Recommender(with_adapter(base, "add_adapter"), ItemSource(make_catalogue(), make_processor()))  # type: ignore
     recommender.push_to_hub(ADAPTER)
     assert "config.json" not in hub.files(ADAPTER)
     found = Recommender.from_pretrained(ADAPTER)

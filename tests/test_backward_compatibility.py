@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from testing_utils import assert_same_weights
 from transformers import AutoModel, AutoProcessor
 
-from transrec_hf import Recommender, TransRecModel, load_catalogue
+from transrec_hf import ItemSource, Recommender, TransRecModel, load_catalogue
 from transrec_hf.data.statistics import load_statistics
 from transrec_hf.serving import recommender as recommender_module
 
@@ -42,7 +42,7 @@ def test_gives_the_same_from_raw_items(checkpoint: Path, tmp_path: Path) -> None
     stored = load_file(checkpoint / "outputs.safetensors")
     recommendations = json.loads((checkpoint / "recommendations.json").read_text())
     model, processor = TransRecModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
-    recommender = Recommender(model, load_catalogue(checkpoint / "items.parquet"), processor)
+    recommender = Recommender(model, ItemSource(load_catalogue(checkpoint / "items.parquet"), processor))
     torch.testing.assert_close(recommender.item_embeds, stored["item_embeds"], **TOLERANCE)
 
     histories = recommendations["histories"]
@@ -50,7 +50,7 @@ def test_gives_the_same_from_raw_items(checkpoint: Path, tmp_path: Path) -> None
     rows = [recommender.catalogue.rows(history) for history in histories]  # type: ignore[union-attr]
     index = torch.from_numpy(np.stack([np.pad(row, (0, length - len(row)), constant_values=-1) for row in rows]))
     with torch.no_grad():
-        states = model.get_user_features(recommender.item_embeds, index, recommender.item_modalities)
+        states = model.get_user_features(recommender.item_embeds, index, recommender.present)
     torch.testing.assert_close(states[index >= 0], stored["states"], **TOLERANCE)
 
     found = recommender.recommend_batch(histories, top_k=5)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from testing_utils import LINES, make_catalogue, make_collator, make_config, make_processor, make_sequences
 from torch.utils.data import DataLoader
 
-from transrec_hf.items.preparing import bucket_by_tokens, pad_right, prepare_items
+from transrec_hf import ItemSource
+from transrec_hf.items.preparing import bucket_by_tokens, pad_right
 from transrec_hf.model.configuration_transrec import OBJECTIVES
+from transrec_hf.model.modalities_transrec import MODALITIES
 from transrec_hf.training.collator import TrainingWindows, draw_negatives
 
 
@@ -39,7 +41,7 @@ def features(lines, epoch=0):
 
 def to_ids(batch, name):
     """An index tensor as catalogue rows, -1 for padding."""
-    ids = torch.cat([batch["item_ids"], torch.tensor([-1])])
+    ids = torch.cat([batch["items"].item_rows, torch.tensor([-1])])
     return ids[batch[name]].tolist()
 
 
@@ -75,7 +77,7 @@ def test_histories_and_targets_equal_a_naive_reference(lines, objective):
 @settings(deadline=None, max_examples=100)
 def test_items_are_the_distinct_real_ones(lines, objective):
     batch = id_collator(objective)(features(lines))
-    ids = batch["item_ids"].tolist()
+    ids = batch["items"].item_rows.tolist()
     assert ids == sorted(set(ids))
     names = {"history_index", "target_index", "negative_index"} & set(batch)
     used = {int(i) for name in names for i in batch[name].flatten() if i >= 0}
@@ -204,6 +206,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(num_workers, persistent_
         windows.set_epoch(epoch)
         expected = [collator([{**windows[i], "epoch": epoch} for i in rows]) for rows in ([0, 1], [2, 3])]
         for found, batch in zip(loader, expected, strict=True):
+            items, wanted = found.pop("items"), batch.pop("items")
+            assert torch.equal(items.item_rows, wanted.item_rows)
             assert all(torch.equal(found[name], batch[name]) for name in batch)
 
 
@@ -240,34 +244,35 @@ def test_content_batch_equals_one_made_item_by_item():
     catalogue = make_catalogue()
     batch = make_collator(config, catalogue)(features(LINES))
     processor = make_processor()
-    rows = batch["item_ids"].tolist()
+    rows = batch["items"].item_rows.tolist()
     texts = [catalogue.text(row) for row in rows]
-    assert batch["item_modalities"].tolist() == [
-        [bool(catalogue.has_text[r]), bool(catalogue.has_image[r])] for r in rows
-    ]
-    at = 0
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+    items = batch["items"]
+    assert items.present.tolist() == [[bool(catalogue.has(name)[r]) for name in MODALITIES] for r in rows]
+    part, at = items.parts["text"], 0
+    for ids, mask in zip(part.values, part.masks, strict=True):
         assert mask.any(dim=0).all()  # no token of padding alone
         for row_ids, row_mask in zip(ids, mask, strict=True):
-            expected = processor(text=[texts[batch["text_index"][at]]])["input_ids"][0]
+            expected = processor(text=[texts[part.rows[at]]])["input_ids"][0]
             assert torch.equal(row_ids[row_mask.bool()], expected)
             at += 1
-    assert at == len(batch["text_index"]) == sum(text is not None for text in texts)
-    for pixels, index in zip(batch["pixel_values"], batch["image_index"], strict=True):
+    assert at == len(part.rows) == sum(text is not None for text in texts)
+    pictures = items.parts["image"]
+    for pixels, index in zip(torch.cat(pictures.values), pictures.rows, strict=True):
         assert torch.equal(pixels, processor(images=[catalogue.image(rows[index])])["pixel_values"][0])
-    assert len(batch["image_index"]) == sum(catalogue.image(row) is not None for row in rows)
+    assert len(pictures.rows) == sum(catalogue.image(row) is not None for row in rows)
 
 
 def test_texts_come_in_buckets_of_like_length():
     catalogue = make_catalogue(200, kinds=("text",))
-    batch = prepare_items(catalogue, np.arange(200), make_processor("text"), max_tokens=128)
-    lengths = [mask.sum(dim=1).tolist() for mask in batch["attention_mask"]]
-    assert max(mask.numel() for mask in batch["attention_mask"]) <= 128
+    batch = ItemSource(catalogue, make_processor("text"), 128).batch(np.arange(200))
+    part = batch.parts["text"]
+    lengths = [mask.sum(dim=1).tolist() for mask in part.masks]
+    assert max(mask.numel() for mask in part.masks) <= 128
     assert all((len(a) + 1) * b[0] > 128 for a, b in pairwise(lengths))  # none could have taken in one more
     flat = [length for bucket in lengths for length in bucket]
     assert flat == sorted(flat)
-    assert [mask.shape[1] for mask in batch["attention_mask"]] == [max(bucket) for bucket in lengths]
-    assert sorted(batch["text_index"].tolist()) == list(range(200))
+    assert [mask.shape[1] for mask in part.masks] == [max(bucket) for bucket in lengths]
+    assert sorted(part.rows.tolist()) == list(range(200))
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 100))
@@ -281,29 +286,39 @@ def test_buckets_hold_each_text_once_within_the_budget(lengths, budget):
 
 def test_an_item_that_the_processor_cannot_read_is_refused():
     with pytest.raises(ValueError, match="item 1 has none of the processor's modalities"):
-        prepare_items(make_catalogue(kinds=("text", "image")), np.array([0, 1]), make_processor("text"))
+        ItemSource(make_catalogue(kinds=("text", "image")), make_processor("text")).batch(np.array([0, 1]))
 
 
-def test_tokens_are_computed_once_and_again_for_another_tokenizer():
+def test_texts_are_tokenised_once_and_those_that_a_policy_hides_not_at_all(monkeypatch):
     catalogue, processor = make_catalogue(), make_processor()
-    tokenizer = processor.tokenizer
-    first = catalogue.tokens(tokenizer, 16)
-    prepare_items(catalogue, np.arange(4), processor)
-    assert catalogue.tokens(tokenizer, 16) is first
-    assert catalogue.tokens(tokenizer, 3) is not first and catalogue.tokens(tokenizer, 3).lengths.max() == 3
-    before = catalogue.tokens(tokenizer, 16)
-    tokenizer.add_tokens(["cap"])
-    assert catalogue.tokens(tokenizer, 16) is not before
-    hidden = catalogue.with_policy("one_per_item")
-    assert (hidden.tokens(tokenizer, 16).lengths > 0).tolist() == hidden.has_text.tolist()
+    calls = []
+    monkeypatch.setattr(processor, "tokenize", lambda texts: calls.append(texts) or [[1]] * len(texts))
+    source = ItemSource(catalogue.with_policy("one_per_item"), processor)
+    assert (source.units()["text"] > 0).tolist() == source.catalogue.has("text").tolist()
+    source.units()
+    source.batch(np.arange(3))
+    assert [len(texts) for texts in calls] == [source.catalogue.has("text").sum()]
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_padded_on_the_right():
+    """Or the processor of a model card and the batches of the training would give different vectors."""
+    processor = make_processor("text")
+    processor.tokenizer.padding_side = "left"
+    catalogue = make_catalogue(kinds=("text",))
+    part = ItemSource(catalogue, processor).batch(np.arange(3)).parts["text"]
+    flat = processor(text=[catalogue.text(int(row)) for row in part.rows])
+    assert torch.equal(flat["input_ids"], torch.cat(part.values)) and torch.equal(
+        flat["attention_mask"], torch.cat(part.masks)
+    )
+    assert flat["attention_mask"][:, 0].all() and not flat["attention_mask"].all()
 
 
 def test_only_the_batch_of_items_is_read():
     """Images are decoded when a batch needs them, not before, and each once."""
     catalogue = make_catalogue(kinds=("image",))
     decoded = []
-    decode = catalogue.image
-    catalogue.image = lambda row: decoded.append(int(row)) or decode(row)
+    read = catalogue.read
+    catalogue.read = lambda row, names: decoded.append(int(row)) or read(row, names)
     make_collator(make_config("image"), catalogue)(features([[1, 2, 1], [2, 1]]))
     assert decoded == [1, 2]
 

@@ -25,9 +25,9 @@ from testing_utils import (
     make_trainer,
 )
 
-from transrec_hf import TransRecModel
+from transrec_hf import ItemSource, TransRecModel
 from transrec_hf.items.encoding import encode_catalogue
-from transrec_hf.items.preparing import pad_right, prepare_items
+from transrec_hf.items.preparing import pad_right
 from transrec_hf.model.sharing_transrec import share_items
 
 
@@ -73,7 +73,7 @@ def batch_of(config, lines) -> dict[str, Any]:
 
 def join(batches: list[dict[str, Any]], config, sampled: list[int] | None = None) -> dict[str, Any]:
     """One batch of the users of several."""
-    ids = [torch.cat([batch["item_ids"], torch.tensor([-1])]) for batch in batches]
+    ids = [torch.cat([batch["items"].item_rows, torch.tensor([-1])]) for batch in batches]
     names = ("history_index", "target_index", "negative_index")
     joined = {
         name: [own[row].numpy() for own, batch in zip(ids, batches, strict=True) for row in batch[name]]
@@ -85,7 +85,7 @@ def join(batches: list[dict[str, Any]], config, sampled: list[int] | None = None
     items = np.unique(np.concatenate([row.ravel() for rows in joined.values() for row in rows]))
     items = np.arange(len(CATALOGUE)) if config.objective == "full_softmax" else items[items >= 0]
     collator = make_collator(config, CATALOGUE)
-    batch = prepare_items(CATALOGUE, items, collator.processor)
+    batch: dict[str, Any] = {"items": collator.source.batch(items)}
     batch["log_popularity"] = torch.from_numpy(collator.log_popularity[items])
     length = max(len(row) for row in joined["history_index"])
     for name, rows in joined.items():
@@ -146,7 +146,9 @@ def train(name: str, folder: Path, batch_size: int) -> dict[str, Any]:
 
 def encode(accelerator=None) -> torch.Tensor:
     catalogue = make_catalogue(13)
-    return encode_catalogue(make_model(), catalogue, make_processor(), batch_size=3, accelerator=accelerator)
+    return encode_catalogue(
+        make_model(), ItemSource(catalogue, make_processor()), batch_size=3, accelerator=accelerator
+    )
 
 
 def owned_items(item_ids: torch.Tensor) -> list[int]:

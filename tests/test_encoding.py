@@ -6,12 +6,12 @@ import pytest
 import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
+from transrec_hf import ItemSource
 from transrec_hf.errors import DataError
 from transrec_hf.items import encoding
 from transrec_hf.items.encoding import (
     encode_catalogue,
     has_packed_linears,
-    item_modalities,
     packed_linears,
     sort_by_length,
 )
@@ -29,35 +29,37 @@ def one_by_one(model, catalogue, processor):
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_vectors_come_in_catalogue_order(catalogue, processor, batch_size):
     model = make_model()
-    found = encode_catalogue(model, catalogue, processor, batch_size=batch_size)
+    found = encode_catalogue(model, ItemSource(catalogue, processor), batch_size=batch_size)
     torch.testing.assert_close(found, one_by_one(model, catalogue, processor))
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_a_model_of_one_modality_encodes_its_part_of_mixed_items(modality):
     model, processor = make_model(make_config(modality)), make_processor(modality)
-    found = encode_catalogue(model, make_catalogue(kinds=(modality, "text image")), processor)
-    torch.testing.assert_close(found, encode_catalogue(model, make_catalogue(kinds=(modality,)), processor))
+    found = encode_catalogue(model, ItemSource(make_catalogue(kinds=(modality, "text image")), processor))
+    torch.testing.assert_close(
+        found, encode_catalogue(model, ItemSource(make_catalogue(kinds=(modality,)), processor))
+    )
 
 
 def test_a_model_of_both_encodes_a_catalogue_of_one(processor):
-    assert encode_catalogue(make_model(), make_catalogue(kinds=("text",)), processor).isfinite().all()
+    assert encode_catalogue(make_model(), ItemSource(make_catalogue(kinds=("text",)), processor)).isfinite().all()
 
 
 def test_workers_change_nothing(catalogue, processor):
     model = make_model()
-    expected = encode_catalogue(model, catalogue, processor, batch_size=4)
-    found = encode_catalogue(model, catalogue, processor, batch_size=4, num_workers=2)
+    expected = encode_catalogue(model, ItemSource(catalogue, processor), batch_size=4)
+    found = encode_catalogue(model, ItemSource(catalogue, processor), batch_size=4, num_workers=2)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_encoding_is_done_in_evaluation_mode_and_leaves_the_mode_as_it_was(catalogue, processor):
     model = make_model(make_config(text_config=TEXT_TOWERS["bert"](**DROPOUT)))
-    expected = encode_catalogue(model, catalogue, processor)
+    expected = encode_catalogue(model, ItemSource(catalogue, processor))
     model.freeze_towers(1)
     model.train()
     modes = [module.training for module in model.modules()]
-    torch.testing.assert_close(encode_catalogue(model, catalogue, processor), expected, rtol=0, atol=0)
+    torch.testing.assert_close(encode_catalogue(model, ItemSource(catalogue, processor)), expected, rtol=0, atol=0)
     assert [module.training for module in model.modules()] == modes
 
 
@@ -65,13 +67,13 @@ def test_a_failure_leaves_the_mode_as_it_was(catalogue):
     model = make_model().train()
     model.config.max_position_embeddings = 3
     with pytest.raises(Exception):
-        encode_catalogue(model, catalogue, lambda **kwargs: 1 / 0)
+        encode_catalogue(model, ItemSource(catalogue, lambda **kwargs: 1 / 0))
     assert model.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_vectors_are_fp32_and_need_no_gradient(catalogue, processor, dtype):
-    found = encode_catalogue(make_model().to(dtype), catalogue, processor)
+    found = encode_catalogue(make_model().to(dtype), ItemSource(catalogue, processor))
     assert found.dtype == torch.float32
     assert not found.requires_grad
     assert found.shape == (12, 16)
@@ -85,19 +87,19 @@ def test_towers_multiply_by_packed_weights(catalogue, processor, monkeypatch):
     model = make_model()
     expected = one_by_one(model, catalogue, processor)
     monkeypatch.delattr(torch.nn.Linear, "forward")
-    torch.testing.assert_close(encode_catalogue(model, catalogue, processor), expected)
+    torch.testing.assert_close(encode_catalogue(model, ItemSource(catalogue, processor)), expected)
 
 
 @needs_packed_linears
 @pytest.mark.parametrize("bf16", [False, True])
 def test_packed_weights_compute_in_the_dtype_of_the_layer_or_of_autocast(bf16):
     batch = make_batch(make_config())
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    texts = batch["items"].parts["text"]
     model = make_model().eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        expected = model.get_text_features(**inputs)
+        expected = model.get_content_features("text", texts)
         with packed_linears(model):
-            found = model.get_text_features(**inputs)
+            found = model.get_content_features("text", texts)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected)
 
@@ -139,7 +141,7 @@ def test_compiled_blocks_keep_their_weights():
 
 def test_id_baseline_is_its_table(catalogue):
     model = make_model(make_config("", num_items=12))
-    found = encode_catalogue(model, catalogue)
+    found = encode_catalogue(model, ItemSource(catalogue))
     assert torch.equal(found, model.item_encoder.item_embedding.weight)
     assert not found.requires_grad
 
@@ -147,35 +149,38 @@ def test_id_baseline_is_its_table(catalogue):
 def test_vectors_are_those_that_training_sees(catalogue, processor):
     model = make_model()
     batch = make_batch(model.config)
-    expected = encode_catalogue(model, catalogue, processor)[batch["item_ids"]]
+    expected = encode_catalogue(model, ItemSource(catalogue, processor))[batch["items"].item_rows]
     torch.testing.assert_close(model(**batch).item_embeds, expected)
 
 
 def test_modalities_are_those_that_the_model_reads(catalogue):
-    mixed = item_modalities(catalogue, make_model())
-    assert mixed[:3].tolist() == [[True, False], [False, True], [True, True]]
+    assert ItemSource(catalogue, make_processor()).present[:3, :2].tolist() == [
+        [True, False],
+        [False, True],
+        [True, True],
+    ]
     both = make_catalogue(kinds=("text image",))
-    assert item_modalities(both, make_model(make_config("text")))[0].tolist() == [True, False]
-    assert item_modalities(both, make_model(make_config("", num_items=12))) is None
+    assert ItemSource(both, make_processor("text")).present[0].tolist() == [True, False, False]
+    assert not ItemSource(both).present.any()
 
 
 def test_items_are_encoded_longest_first():
     catalogue, processor = make_catalogue(), make_processor()
-    rows = sort_by_length(catalogue, processor)
+    rows = sort_by_length(ItemSource(catalogue, processor))
     lengths = [len((catalogue.text(row) or "").split()) for row in rows]
     assert lengths == sorted(lengths, reverse=True) and sorted(rows) == list(range(12))
     images = make_catalogue(kinds=("image",))
-    assert sort_by_length(images, make_processor("image")).tolist() == list(range(12))
+    assert sort_by_length(ItemSource(images, make_processor("image"))).tolist() == list(range(12))
 
 
 def test_items_that_the_model_cannot_read_are_refused(catalogue):
     with pytest.raises(DataError, match="4 of 12 items have no text"):
-        encode_catalogue(make_model(make_config("text")), catalogue, make_processor("text"))
+        encode_catalogue(make_model(make_config("text")), ItemSource(catalogue, make_processor("text")))
 
 
 def test_a_content_model_needs_a_processor(catalogue):
     with pytest.raises(ValueError, match="needs the model's processor"):
-        encode_catalogue(make_model(), catalogue)
+        encode_catalogue(make_model(), ItemSource(catalogue))
 
 
 def test_an_id_baseline_cannot_leave_its_catalogue(catalogue):

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transrec_hf import TransRecConfig, TransRecModel
+from transrec_hf import ItemSource, TransRecConfig, TransRecModel
 from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.data.interactions import Sequences, leave_one_out
 from transrec_hf.evaluation.baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast
@@ -160,7 +160,9 @@ def test_last_items():
 
 def ranks_under(protocol, lines, num_items=10, scores=None, max_history=2, train_counts=None):
     catalogue, sequences = make_catalogue(num_items), make_sequences(lines)
-    evaluator = RankingEvaluator(catalogue, sequences, protocol=protocol, train_counts=train_counts, ks=(1, 5))
+    evaluator = RankingEvaluator(
+        ItemSource(catalogue), sequences, protocol=protocol, train_counts=train_counts, ks=(1, 5)
+    )
     ranking = evaluator.rank(FixedScores(np.arange(num_items) if scores is None else scores), max_history=max_history)
     return ranking.ranks.tolist(), evaluator.report(ranking)
 
@@ -272,7 +274,9 @@ def test_report_slices_warm_and_cold_modality_and_length():
     catalogue = Catalogue(items)  # text, text, image, image, both, text
     sequences = make_sequences([[0, 1, 5], [2, 3, 4], [0, 2, 3], [5, 0, 1, 0, 1, 5, 0]])
     train_counts = np.array([3, 2, 2, 0, 1, 0])
-    evaluator = RankingEvaluator(catalogue, sequences, protocol="recbole", train_counts=train_counts, ks=(1, 2))
+    evaluator = RankingEvaluator(
+        ItemSource(catalogue), sequences, protocol="recbole", train_counts=train_counts, ks=(1, 2)
+    )
     report = evaluator.report(evaluator.rank(FixedScores([1, 2, 3, 4, 5, 6]), max_history=2))
     assert json.loads(json.dumps(report))["slices"] == report["slices"]
     slices = report["slices"]
@@ -310,7 +314,7 @@ def png(seed: int) -> dict:
 def test_report_coverage_and_popularity():
     catalogue, sequences = make_catalogue(40), make_sequences([[0, 1, 2], [3, 4, 5]])
     counts = np.arange(40)
-    evaluator = RankingEvaluator(catalogue, sequences, train_counts=counts)
+    evaluator = RankingEvaluator(ItemSource(catalogue), sequences, train_counts=counts)
     report = evaluator.report(evaluator.rank(Popularity(counts)))
     assert report["recommendations"]["coverage@10"] == 10 / 40
     expected = np.log(np.arange(30, 40) / counts.sum()).mean()
@@ -319,7 +323,7 @@ def test_report_coverage_and_popularity():
 
 def test_lists_shorter_than_ten_hold_no_masked_item():
     catalogue, sequences = make_catalogue(4), make_sequences([[0, 1, 2]])
-    ranking = RankingEvaluator(catalogue, sequences).rank(FixedScores([3, 2, 1, 0]))
+    ranking = RankingEvaluator(ItemSource(catalogue), sequences).rank(FixedScores([3, 2, 1, 0]))
     assert ranking.recommended.tolist() == [0, 0, 1, 1]
 
 
@@ -327,10 +331,10 @@ def test_lists_shorter_than_ten_hold_no_masked_item():
 def test_sample_of_users_has_the_ranks_of_these_users(name):
     catalogue, sequences = random_case(num_users=30, num_items=60)
     scorer = FixedScores(np.random.default_rng(1).normal(size=60))
-    whole = RankingEvaluator(catalogue, sequences, protocol=name).rank(scorer, max_history=2)
+    whole = RankingEvaluator(ItemSource(catalogue), sequences, protocol=name).rank(scorer, max_history=2)
 
     def sample(seed):
-        evaluator = RankingEvaluator(catalogue, sequences, protocol=name, max_users=8, seed=seed)
+        evaluator = RankingEvaluator(ItemSource(catalogue), sequences, protocol=name, max_users=8, seed=seed)
         ranking = evaluator.rank(scorer, max_history=2)
         users = [sequences.user_ids.tolist().index(user) for user in evaluator.sequences.user_ids]
         assert torch.equal(ranking.ranks, whole.ranks[users])
@@ -347,7 +351,7 @@ def test_sample_of_users_has_the_ranks_of_these_users(name):
 
 def test_sample_as_large_as_the_split_is_the_split():
     catalogue, sequences = random_case(num_users=9)
-    evaluators = [RankingEvaluator(catalogue, sequences, max_users=number) for number in (None, 9, 100)]
+    evaluators = [RankingEvaluator(ItemSource(catalogue), sequences, max_users=number) for number in (None, 9, 100)]
     scorer = FixedScores(range(len(catalogue)))
     reports = [evaluator.report(evaluator.rank(scorer)) for evaluator in evaluators]
     assert reports[0] == reports[1] == reports[2]
@@ -362,7 +366,7 @@ def test_model_against_a_naive_loop(name, monkeypatch):
     catalogue, sequences = random_case()
     model, length = id_model(len(catalogue)), 5
     monkeypatch.setattr("transrec_hf.evaluation.evaluator.MAX_USERS", 7)
-    evaluator = RankingEvaluator(catalogue, sequences, protocol=name)
+    evaluator = RankingEvaluator(ItemSource(catalogue), sequences, protocol=name)
     ranking = evaluator.rank_model(model)
     protocol = PROTOCOLS[name]
     embeds = model.item_encoder.item_embedding.weight.detach()
@@ -383,7 +387,7 @@ def test_model_against_a_naive_loop(name, monkeypatch):
 def test_call_returns_plain_floats_and_leaves_the_mode():
     catalogue, sequences = random_case()
     model = id_model(len(catalogue)).train()
-    evaluator = RankingEvaluator(catalogue, sequences)
+    evaluator = RankingEvaluator(ItemSource(catalogue), sequences)
     metrics = evaluator(model)
     assert model.training
     assert all(type(value) is float for value in metrics.values())
@@ -395,7 +399,7 @@ def test_call_returns_plain_floats_and_leaves_the_mode():
 def test_bfloat16_model():
     catalogue, sequences = random_case()
     model = id_model(len(catalogue)).bfloat16()
-    assert RankingEvaluator(catalogue, sequences)(model)["mrr"] > 0
+    assert RankingEvaluator(ItemSource(catalogue), sequences)(model)["mrr"] > 0
 
 
 def test_diverged_model_is_an_error():
@@ -403,26 +407,32 @@ def test_diverged_model_is_an_error():
     model = id_model(len(catalogue))
     torch.nn.init.constant_(model.item_encoder.item_embedding.weight, math.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        RankingEvaluator(catalogue, sequences)(model)
+        RankingEvaluator(ItemSource(catalogue), sequences)(model)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda c, s: RankingEvaluator(c, s, protocol="movielens"),
+            lambda c, s: RankingEvaluator(ItemSource(c), s, protocol="movielens"),
             "protocol is 'movielens', but must be one of 'full'",
         ),
         (lambda c, s: EvaluationProtocol("all"), "mask_history is 'all'"),
         (lambda c, s: EvaluationProtocol(ties="optimistic"), "ties is 'optimistic'"),
         (lambda c, s: EvaluationProtocol(candidates="sampled"), "candidates is 'sampled'"),
-        (lambda c, s: RankingEvaluator(c, make_sequences([[1, 2], [3]])), "1 of 2 sequences .* user 1"),
-        (lambda c, s: RankingEvaluator(c, s.select(np.array([], dtype=int))), "no sequences"),
-        (lambda c, s: RankingEvaluator(c, s, max_users=0), "max_users must be 1 or more"),
-        (lambda c, s: RankingEvaluator(c, s).evaluate_baselines(), "train=split.train"),
-        (lambda c, s: RankingEvaluator(c, s, protocol="ninerec").rank(RepeatLast(40)), "`max_history`"),
-        (lambda c, s: RankingEvaluator(c, s, train_counts=np.ones(39)), "train_counts has 39 entries, .* 40 items"),
-        (lambda c, s: RankingEvaluator(c, s, candidates=np.arange(40) < 1).rank(RepeatLast(40)), "not among the cand"),
+        (lambda c, s: RankingEvaluator(ItemSource(c), make_sequences([[1, 2], [3]])), "1 of 2 sequences .* user 1"),
+        (lambda c, s: RankingEvaluator(ItemSource(c), s.select(np.array([], dtype=int))), "no sequences"),
+        (lambda c, s: RankingEvaluator(ItemSource(c), s, max_users=0), "max_users must be 1 or more"),
+        (lambda c, s: RankingEvaluator(ItemSource(c), s).evaluate_baselines(), "train=split.train"),
+        (lambda c, s: RankingEvaluator(ItemSource(c), s, protocol="ninerec").rank(RepeatLast(40)), "`max_history`"),
+        (
+            lambda c, s: RankingEvaluator(ItemSource(c), s, train_counts=np.ones(39)),
+            "train_counts has 39 entries, .* 40 items",
+        ),
+        (
+            lambda c, s: RankingEvaluator(ItemSource(c), s, candidates=np.arange(40) < 1).rank(RepeatLast(40)),
+            "not among the cand",
+        ),
     ],
 )
 def test_bad_input(call, message):
@@ -463,7 +473,8 @@ def test_blocks_of_sequences_change_no_report(monkeypatch):
     catalogue, sequences = random_case()
     split, model = leave_one_out(sequences), id_model(len(catalogue))
     evaluators = [
-        RankingEvaluator(catalogue, split.test, protocol=name, train=split.train) for name in ("full", "pmmrec")
+        RankingEvaluator(ItemSource(catalogue), split.test, protocol=name, train=split.train)
+        for name in ("full", "pmmrec")
     ]
     whole = [evaluator.evaluate(model) for evaluator in evaluators]
     monkeypatch.setattr("transrec_hf.data.interactions.BLOCK", 7)
@@ -483,7 +494,11 @@ def test_evaluate_reports_the_baselines():
     catalogue, sequences = random_case()
     split = leave_one_out(sequences)
     evaluator = RankingEvaluator(
-        catalogue, split.test, protocol="ninerec", train=split.train, content_vectors=torch.randn(len(catalogue), 4)
+        ItemSource(catalogue),
+        split.test,
+        protocol="ninerec",
+        train=split.train,
+        content_vectors=torch.randn(len(catalogue), 4),
     )
     report = evaluator.evaluate(id_model(len(catalogue)))
     names = ["popularity", "repeat_last", "co_occurrence", "content_neighbours"]
@@ -510,7 +525,7 @@ def evaluate_33_users(accelerator=None) -> list:
     model = id_model(len(catalogue))
     with torch.no_grad():  # equal items, so that ties must come out the same
         model.item_encoder.item_embedding.weight[20:] = model.item_encoder.item_embedding.weight[:20]
-    evaluator = RankingEvaluator(catalogue, split.test, train=split.train)
+    evaluator = RankingEvaluator(ItemSource(catalogue), split.test, train=split.train)
     results = [evaluator.evaluate(model, accelerator=accelerator), evaluator(model, accelerator)]
     with pytest.raises(ValueError, match="NaN or infinite"):  # in both, and without waiting for each other
         evaluator.rank(BrokenInTheFirstProcess(range(len(catalogue)), accelerator), accelerator=accelerator)

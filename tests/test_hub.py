@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, logging
 from transrec_hf import (
     DataError,
     HubError,
+    ItemSource,
     Recommender,
     TransRecModel,
     TransRecProcessor,
@@ -49,7 +50,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recommender(hub: LocalHub) -> Recommender:
-    return Recommender(make_model(), make_catalogue(), make_processor())
+    return Recommender(make_model(), ItemSource(make_catalogue(), make_processor()))
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_index_of_another_model_is_not_used(
     with pytest.raises(DataError, match="give the catalogue, so that it is encoded"):
         Recommender.from_pretrained(tmp_path)
     model = TransRecModel.from_pretrained(tmp_path)
-    fresh = Recommender(model, make_catalogue(), make_processor())
+    fresh = Recommender(model, ItemSource(make_catalogue(), make_processor()))
     assert recommended(Recommender.from_pretrained(tmp_path, make_catalogue())) == recommended(fresh)
 
 
@@ -278,7 +279,7 @@ def test_a_checkpoint_without_an_index_needs_the_items(pushed: TransRecModel) ->
 
 
 def test_index_of_the_id_baseline(hub: LocalHub) -> None:
-    recommender = Recommender(make_model(modalities=(), num_items=12), make_catalogue())
+    recommender = Recommender(make_model(modalities=(), num_items=12), ItemSource(make_catalogue()))
     recommender.push_to_hub(ID)
     assert recommended(Recommender.from_pretrained(ID)) == recommended(recommender)
 

@@ -7,25 +7,25 @@ import pytest
 import torch
 from testing_utils import make_catalogue, make_config, make_model, make_processor
 
-from transrec_hf import Recommender
+from transrec_hf import ItemSource, Recommender
 from transrec_hf.errors import DataError
-from transrec_hf.items.encoding import encode_catalogue, item_modalities
+from transrec_hf.items.encoding import encode_catalogue
 from transrec_hf.model.user_encoder_transrec import last_state
 
 
 @pytest.fixture(scope="module")
 def recommender() -> Recommender:
-    return Recommender(make_model(), make_catalogue(), make_processor())
+    return Recommender(make_model(), ItemSource(make_catalogue(), make_processor()))
 
 
 HISTORY = ["item-3", "item-1", "item-8"]
 
 
 def scores_by_hand(model, catalogue, processor, history):
-    items = encode_catalogue(model, catalogue, processor)
+    items = encode_catalogue(model, ItemSource(catalogue, processor))
     index = torch.from_numpy(catalogue.rows(history))[None]
     with torch.no_grad():
-        states = model.get_user_features(items, index, item_modalities(catalogue, model))
+        states = model.get_user_features(items, index, ItemSource(catalogue, processor).present)
     return (last_state(states, index) @ items.T)[0]
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_serves_in_the_dtype_it_was_saved_in(tmp_path, dtype):
     loaded = Recommender.from_pretrained(tmp_path, make_catalogue(), batch_size=5)
     assert loaded.model.dtype == dtype
     assert not loaded.model.training
-    expected = Recommender(make_model().to(dtype), make_catalogue(), make_processor())
+    expected = Recommender(make_model().to(dtype), ItemSource(make_catalogue(), make_processor()))
     assert ids(loaded.recommend(HISTORY)) == ids(expected.recommend(HISTORY))
     assert np.isfinite([item.score for item in loaded.recommend(HISTORY)]).all()
 
@@ -124,6 +124,6 @@ def test_an_id_baseline_needs_no_processor(tmp_path):
 
 def test_a_model_in_training_mode_serves_in_evaluation_mode():
     model = make_model(make_config(hidden_dropout_prob=0.5)).train()
-    recommender = Recommender(model, make_catalogue(), make_processor())
+    recommender = Recommender(model, ItemSource(make_catalogue(), make_processor()))
     one, other = (recommender.recommend(HISTORY) for _ in range(2))
     assert one == other

@@ -22,34 +22,38 @@ CPC = {"objective": "cpc", "num_positives": 1, "num_negatives": 1, "is_causal": 
 LINES = ((0, 1, 2, 3), (4, 1, 0))  # 3 and 0 are the targets
 
 
+def left_out(batch):
+    """Which items of a batch come without their contents."""
+    contents = torch.cat([part.rows for part in batch["items"].parts.values()])
+    return ~torch.isin(torch.arange(len(batch["items"])), contents)
+
+
 def test_young_vectors_stand_for_items_that_are_read_and_not_scored():
     batch = make_batch(make_config(**CPC), LINES)
-    scored = {*batch["item_ids"][batch["target_index"]].flatten().tolist()}
-    scored |= {*batch["item_ids"][batch["negative_index"]].flatten().tolist()}
+    scored = {*batch["items"].item_rows[batch["target_index"]].flatten().tolist()}
+    scored |= {*batch["items"].item_rows[batch["negative_index"]].flatten().tolist()}
     cache = ItemCache(12, 16, max_age=2)
     first = cache.leave_out(batch, step=5)
-    assert not len(first["cached_index"])
-    vectors = torch.randn(len(batch["item_ids"]), 16)
+    assert not left_out(first).any()
+    vectors = torch.randn(len(batch["items"]), 16)
     cache.update(first, vectors, step=5)
     for step, known in ((6, True), (7, True), (8, False)):
         found = cache.leave_out(batch, step)
-        ids = batch["item_ids"][found["cached_index"]].tolist()
-        assert set(ids) == ({*batch["item_ids"].tolist()} - scored if known else set())
-        torch.testing.assert_close(found["cached_embeds"], vectors[found["cached_index"]])
-        left = {*found["text_index"].tolist(), *found["image_index"].tolist()}
-        assert left == set(range(len(vectors))) - {*found["cached_index"].tolist()}
+        ids = batch["items"].item_rows[left_out(found)].tolist()
+        assert set(ids) == ({*batch["items"].item_rows.tolist()} - scored if known else set())
+        torch.testing.assert_close(found["item_embeds"][left_out(found)], vectors[left_out(found)])
 
 
 def test_an_update_keeps_the_age_of_what_was_read():
     batch, cache = make_batch(make_config(**CPC), LINES), ItemCache(12, 16, max_age=2)
-    vectors = torch.randn(len(batch["item_ids"]), 16)
+    vectors = torch.randn(len(batch["items"]), 16)
     cache.update(cache.leave_out(batch, 0), vectors, 0)
     second = cache.leave_out(batch, 1)
     cache.update(second, vectors + 1, 1)
-    read = batch["item_ids"][second["cached_index"]]
+    read = batch["items"].item_rows[left_out(second)]
     assert len(read) and (cache.encoded_at[read] == 0).all()
-    torch.testing.assert_close(cache.embeds[read], vectors[second["cached_index"]])
-    others = np.setdiff1d(batch["item_ids"].numpy(), read.numpy())
+    torch.testing.assert_close(cache.embeds[read], vectors[left_out(second)])
+    others = np.setdiff1d(batch["items"].item_rows.numpy(), read.numpy())
     assert (cache.encoded_at[others] == 1).all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transrec_hf.model.loss_transrec import (
     masked_mean,
     sampled_softmax,
 )
+from transrec_hf.model.modalities_transrec import ItemBatch
 
 
 def dot(one, other):
@@ -302,14 +304,15 @@ def test_loss_does_not_depend_on_the_order_of_users(config):
 def test_loss_does_not_depend_on_the_order_of_items(config):
     """Items are addressed by their row in the batch; the rows may come in any order."""
     model, batch = make_model(config), make_batch(config)
-    num_items = len(batch["item_ids"])
+    num_items = len(batch["items"])
     row_of = torch.cat([torch.randperm(num_items), torch.tensor([-1])])  # the last one keeps padding what it is
-    other = {**batch, "item_ids": torch.empty_like(batch["item_ids"])}
-    for name in ("history_index", "target_index", "negative_index", "text_index", "image_index"):
+    order, items = row_of[:-1].argsort(), batch["items"]
+    parts = {name: replace(part, rows=row_of[part.rows]) for name, part in items.parts.items()}
+    other = {**batch, "items": ItemBatch(items.present[order], parts, items.item_rows[order])}
+    for name in ("history_index", "target_index", "negative_index"):
         if name in batch:
             other[name] = row_of[batch[name]]
-    for name in ("item_ids", "item_modalities", "log_popularity"):
-        other[name] = torch.empty_like(batch[name]).index_copy(0, row_of[:-1], batch[name])
+    other["log_popularity"] = batch["log_popularity"][order]
     torch.testing.assert_close(model(**other).loss, model(**batch).loss)
 
 

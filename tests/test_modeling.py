@@ -27,9 +27,9 @@ from testing_utils import (
 from transformers import AutoModel, CLIPConfig, CLIPModel, set_seed
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor
-from transrec_hf.items.preparing import prepare_items
+from transrec_hf.items.preparing import ItemSource
 from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
-from transrec_hf.model.item_encoder_transrec import tower_blocks
+from transrec_hf.model.towers_transrec import tower_blocks
 from transrec_hf.model.user_encoder_transrec import last_state
 
 
@@ -229,10 +229,10 @@ def test_passes_of_images_change_nothing(tower):
 
 def test_batch_norms_in_training_see_all_images():
     model = make_model(tower_config("image", "resnet"))
-    assert model.image_pass_size() == 32
-    assert model.train().image_pass_size() > 10**6
+    assert model.pass_size("image") == 32
+    assert model.train().pass_size("image") > 10**6
     model.freeze_towers(0)
-    assert model.image_pass_size() == 32
+    assert model.pass_size("image") == 32
 
 
 def test_of_chunks_only_the_vectors_are_kept():
@@ -242,8 +242,8 @@ def test_of_chunks_only_the_vectors_are_kept():
     for chunk in (None, 4):
         model.item_chunk_size = chunk
         for num_items in (16, 64):
-            batch = prepare_items(catalogue, torch.arange(num_items).numpy(), make_processor("text"))
-            kept[chunk, num_items] = saved_bytes(lambda batch=batch: model.get_item_features(**batch), model)
+            batch = ItemSource(catalogue, make_processor("text")).batch(torch.arange(num_items).numpy())
+            kept[chunk, num_items] = saved_bytes(lambda batch=batch: model.get_item_features(batch), model)
     assert kept[None, 64] > 3 * kept[None, 16] > 10_000
     assert kept[4, 64] < kept[None, 64] / 10
 
@@ -289,11 +289,12 @@ def encode(model: TransRecModel, rows, kinds=None, pad=0) -> torch.Tensor:
     """Vectors of catalogue rows, with `pad` more tokens of padding."""
     kinds = kinds or (" ".join(model.config.modalities),)
     processor = TransRecProcessor(make_tokenizer(), make_image_processor(), max_text_length=16)
-    batch = prepare_items(make_catalogue(kinds=kinds), torch.tensor(rows).numpy(), processor)
-    for name in {"input_ids", "attention_mask"} & set(batch):
-        batch[name] = [torch.nn.functional.pad(bucket, (0, pad)) for bucket in batch[name]]
+    batch = ItemSource(make_catalogue(kinds=kinds), processor).batch(torch.tensor(rows).numpy())
+    for buckets in (part for name, part in batch.parts.items() if name == "text"):
+        for tensors in (buckets.values, buckets.masks):
+            tensors[:] = [torch.nn.functional.pad(bucket, (0, pad)) for bucket in tensors]
     with torch.no_grad():
-        return model.get_item_features(**batch)
+        return model.get_item_features(batch)
 
 
 @pytest.mark.parametrize("pooling", TEXT_POOLINGS)
@@ -324,9 +325,10 @@ def test_an_item_is_the_mean_of_its_modalities_and_a_vector_for_the_missing_one(
     text, image, both = (encode(model, [0], (kind,)) for kind in ("text", "image", "text image"))
     missing_text, missing_image = model.item_encoder.missing_embeds
     with torch.no_grad():
-        batch = prepare_items(make_catalogue(kinds=("text image",)), torch.tensor([0]).numpy(), all_parts())
-        from_text = model.get_text_features(batch["input_ids"], batch["attention_mask"])
-        from_image = model.get_image_features(batch["pixel_values"])
+        batch = ItemSource(make_catalogue(kinds=("text image",)), all_parts()).batch(torch.tensor([0]).numpy())
+        text_part, image_part = batch.parts["text"], batch.parts["image"]
+        from_text = model.get_text_features(text_part.values[0], text_part.masks[0])
+        from_image = model.get_image_features(image_part.values[0])
     torch.testing.assert_close(both, (from_text + from_image) / 2)
     torch.testing.assert_close(text, from_text + missing_image)
     assert image.shape == from_image.shape
@@ -590,14 +592,14 @@ def test_both_towers_of_a_two_tower_checkpoint_can_be_used(clip_folder):
 
 
 def test_a_model_needs_a_tower():
-    with pytest.raises(ValueError, match="no tower"):
+    with pytest.raises(ValueError, match="reads nothing of an item"):
         TransRecModel(make_config(""))
 
 
 def test_items_of_no_known_modality_are_refused():
     model = make_model(make_config("text"))
     with pytest.raises(ValueError, match="item_modalities is missing"):
-        model.get_item_features(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 3))
+        model.get_item_features()
     with pytest.raises(ValueError, match="none of the modalities"):
         model.get_item_features(item_modalities=torch.tensor([[False, True]]))
 

@@ -13,7 +13,7 @@ from test_cli import Run, transrec  # noqa: F401
 from testing_utils import make_catalogue, make_config, make_model, make_processor, make_split
 from torch import nn
 
-from transrec_hf import TransRecModel, TransRecTrainingArguments
+from transrec_hf import ItemSource, TransRecModel, TransRecTrainingArguments
 from transrec_hf.data.statistics import log_popularity
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.training.calibration import (
@@ -22,7 +22,6 @@ from transrec_hf.training.calibration import (
     TowerCost,
     count_bytes,
     count_flop,
-    count_units,
     simulate_steps,
 )
 from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
@@ -53,14 +52,15 @@ def test_counts_are_those_of_the_collator(objective: str) -> None:
     config, catalogue, split = make_config(objective=objective), make_catalogue(), make_split()
     processor, popularity = make_processor(), log_popularity(split.train.item_counts(12))
     windows = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)
-    options = {"catalogue": catalogue, "config": config, "log_popularity": popularity, "max_tokens": 16}
-    units = count_units(catalogue, processor)
-    counts, features = simulate_steps(windows, DataCollatorForNextItem(processor=None, **options), len(windows), units)
-    batch = DataCollatorForNextItem(processor=processor, **options)(features)
-    assert (counts.users, counts.items) == (len(windows), len(batch["item_ids"]))
-    assert (counts.texts, counts.images) == (len(batch["text_index"]), len(batch["image_index"]))
-    assert counts.tokens == sum(mask.numel() for mask in batch["attention_mask"])
-    assert counts.bucket_tokens == max(mask.numel() for mask in batch["attention_mask"])
+    source = ItemSource(catalogue, processor, max_tokens=16)
+    rows_alone = DataCollatorForNextItem(ItemSource(catalogue, max_tokens=16), config, popularity)
+    counts, features = simulate_steps(windows, rows_alone, len(windows), source.units())
+    batch = DataCollatorForNextItem(source, config, popularity)(features)
+    text, image = (batch["items"].parts[name] for name in ("text", "image"))
+    assert (counts.users, counts.items) == (len(windows), len(batch["items"]))
+    assert counts.contents == {"text": len(text.rows), "image": len(image.rows)}
+    assert counts.units == {"text": sum(mask.numel() for mask in text.masks), "image": len(image.rows)}
+    assert counts.at_once == {"text": max(mask.numel() for mask in text.masks), "image": len(image.rows)}
     chosen = sum(len(feature["items"]) for feature in features)
     negatives = int((batch["negative_index"] >= 0).sum()) if "negative_index" in batch else 0
     assert counts.slots == max(chosen + negatives, counts.items)
@@ -70,8 +70,8 @@ def test_counts_are_those_of_the_collator(objective: str) -> None:
 def test_steps_of_an_epoch_cover_all_windows() -> None:
     config, catalogue, split = make_config(), make_catalogue(), make_split()
     windows = TrainingWindows(split.train, config.max_position_embeddings)
-    collator = DataCollatorForNextItem(catalogue, None, config, log_popularity(split.train.item_counts(12)))
-    counts, _ = simulate_steps(windows, collator, 4, count_units(catalogue, make_processor()))
+    collator = DataCollatorForNextItem(ItemSource(catalogue), config, log_popularity(split.train.item_counts(12)))
+    counts, _ = simulate_steps(windows, collator, 4, ItemSource(catalogue, make_processor()).units())
     num_steps = -(-len(windows) // 4)
     assert counts.users * num_steps == pytest.approx(len(windows))
     assert counts.slots * num_steps == pytest.approx(sum(len(windows[i]["items"]) for i in range(len(windows))))
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_the_living_tensors() -> None:
 def test_a_larger_step_takes_more_and_a_chunk_less_memory(tmp_path: Path) -> None:
     tower = TowerCost(2e-3, 1e-3, 1e6, train_bytes=500.0, held_bytes=300.0, eval_bytes=200.0, input_bytes=100.0)
     costs = Costs(1e-3, 1e-2, 1e6, 50.0, 1e-3, 1.0, base_bytes=2**30, prepare_seconds=1e-3, towers={"image": tower})
-    few, many = (Counts(items=n, texts=0, images=n, tokens=0, bucket_tokens=0, users=8, slots=2 * n) for n in (40, 80))
+    few, many = (Counts(n, {"image": n}, {"image": n}, {"image": n}, users=8, slots=2 * n) for n in (40, 80))
     args = make_arguments(tmp_path)
     low, high = (make_forecast(args, 10, counts, many, costs) for counts in (few, many))
     assert low.step_seconds == pytest.approx(1e-3 + 40 * 1e-3 + 40 * 2e-3 + 1e-2 + 1e-3)
@@ -135,7 +135,7 @@ def test_a_larger_step_takes_more_and_a_chunk_less_memory(tmp_path: Path) -> Non
 def test_the_size_of_the_store_is_that_of_its_files(tmp_path: Path, trainable_blocks: int) -> None:
     model = make_model()
     plan = make_plan(tmp_path, model, num_items=300, trainable_blocks=trainable_blocks)
-    store = ActivationStore(tmp_path, model, make_processor(), make_catalogue(300))
+    store = ActivationStore(tmp_path, model, ItemSource(make_catalogue(300), make_processor()))
     store.fill()
     files = list(tmp_path.rglob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)

@@ -26,7 +26,9 @@ from transrec_hf import TransRecModel
 
 MODULES = {
     "item_encoder_transrec.py": None,
+    "modalities_transrec.py": None,
     "sharing_transrec.py": None,
+    "towers_transrec.py": None,
     "user_encoder_transrec.py": None,
     "configuration_transrec.py": "config.json",
     "loss_transrec.py": None,
@@ -61,7 +63,7 @@ for place, modalities, rows, output in json.loads(sys.argv[1]):
     model = AutoModel.from_pretrained(place, **trusted).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert config.modalities == model.config.modalities == tuple(modalities)
-    items = {"item_ids": torch.arange(3), "item_modalities": None}
+    items = {"item_rows": torch.arange(3), "item_modalities": None}
     if modalities:
         processor = AutoProcessor.from_pretrained(place, **trusted)
         assert processor.modalities == modalities, processor.modalities
@@ -133,7 +135,7 @@ def expected(model: TransRecModel) -> dict[str, torch.Tensor]:
     texts = ["red hat", None, "old blue shoe"]
     images = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (8, 9)), None]
     rows = rows_with(" ".join(modalities))
-    items: Any = {"item_ids": torch.arange(3), "item_modalities": None}
+    items: Any = {"item_rows": torch.arange(3), "item_modalities": None}
     if modalities:
         items = make_processor(modalities)(text=[texts[row] for row in rows], images=[images[row] for row in rows])
     with torch.no_grad():

@@ -28,7 +28,7 @@ from testing_utils import (
     make_trainer,
 )
 
-from transrec_hf import RankingEvaluator, TransRecModel, TransRecTrainer
+from transrec_hf import ItemSource, RankingEvaluator, TransRecModel, TransRecTrainer
 from transrec_hf.items.encoding import encode_catalogue
 from transrec_hf.training.sharding import check_sharding
 
@@ -205,8 +205,8 @@ def encode_and_rank(num_items: int, num_users: int, shared: bool = True) -> tupl
     accelerator = Accelerator(cpu=True) if shared else None
     catalogue, model = make_catalogue(num_items), make_model()
     split = make_split(num_users, num_items, lengths=(4, 8))
-    evaluator = RankingEvaluator(catalogue, split.test, make_processor(), train=split.train, batch_size=2)
-    vectors = encode_catalogue(model, catalogue, make_processor(), batch_size=2, accelerator=accelerator)
+    evaluator = RankingEvaluator(ItemSource(catalogue, make_processor()), split.test, train=split.train, batch_size=2)
+    vectors = encode_catalogue(model, ItemSource(catalogue, make_processor()), batch_size=2, accelerator=accelerator)
     return vectors, evaluator.evaluate(model, accelerator=accelerator)
 
 

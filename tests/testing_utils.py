@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from transrec_hf import (
+    ItemSource,
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
@@ -204,12 +205,17 @@ def make_split(num_users: int = 10, num_items: int = 12, lengths: tuple[int, int
 
 
 def make_collator(
-    config: TransRecConfig, catalogue: Catalogue | None = None, counts: np.ndarray | None = None, **options: Any
+    config: TransRecConfig,
+    catalogue: Catalogue | None = None,
+    counts: np.ndarray | None = None,
+    source: ItemSource | None = None,
+    **options: Any,
 ) -> DataCollatorForNextItem:
     catalogue = make_catalogue() if catalogue is None else catalogue
     counts = np.arange(len(catalogue)) + 1 if counts is None else counts
     processor = make_processor(config.modalities) if config.modalities else None
-    return DataCollatorForNextItem(catalogue, processor, config, log_popularity(counts), **options)
+    source = ItemSource(catalogue, processor) if source is None else source
+    return DataCollatorForNextItem(source, config, log_popularity(counts), **options)
 
 
 LINES = ((0, 1, 2, 3, 4), (5, 3, 5), (6, 7, 8, 9, 10, 11, 0), (2, 1))

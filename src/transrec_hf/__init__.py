@@ -62,6 +62,7 @@ _LAZY = {
     "push_dataset_to_hub": "publishing.dataset",
     "HubError": "errors",
     "ItemIndex": "serving.index",
+    "ItemSource": "items.preparing",
     "Recommender": "serving.recommender",
     "TransRecTrainer": "training.trainer",
     "TransRecTrainingArguments": "training.arguments",

@@ -103,7 +103,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
         if self.text_model or self.vision_model:
-            towers = {"text_model": self.text_model, "vision_model": self.vision_model}
+            towers: dict[str, Any] = {"text_model": self.text_model, "vision_model": self.vision_model}
             named = {name: tower for name, tower in towers.items() if tower}
             for tower in named.values():
                 check_place(tower)

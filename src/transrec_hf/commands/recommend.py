@@ -17,6 +17,7 @@ from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
 from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
 from ..files import whole_file, written_whole
+from ..items.preparing import ItemSource
 from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..serving.index import ItemIndex
 from ..serving.recommender import Recommendation, Recommender
@@ -95,7 +96,8 @@ def recommend(argv: Sequence[str] | None = None) -> int:
         raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     histories = _histories(args, catalogue, sequences)
     device = Accelerator(cpu=args.use_cpu).device
-    recommender = Recommender(model.to(device), catalogue, processor, index=index)
+    source = None if catalogue is None else ItemSource(catalogue, processor)
+    recommender = Recommender(model.to(device), source, index=index, processor=processor)
     if args.index is not None and recommender.index is not index:
         with written_whole(args.index) as folder:
             recommender.index.save(folder)

@@ -68,6 +68,14 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     return "\n\n".join(filter(None, [format_table(rows), above, format_table(slices), facts]))
 
 
+def _units(step: Any) -> str:
+    """What a step encodes of each modality; tokens where there are more of them than contents."""
+    return ", ".join(
+        f"{step.contents[name]:,.0f} {name}" + (f" ({units:,.0f} tokens)" if units > step.contents[name] else "")
+        for name, units in step.units.items()
+    )
+
+
 def format_plan(plan: Any) -> str:
     """A [`Plan`], one fact a line, and its advice."""
     step = plan.step
@@ -75,7 +83,7 @@ def format_plan(plan: Any) -> str:
         f"{plan.machine}, {plan.dtype}",
         f"  an epoch        {plan.steps_per_epoch:,} steps of {step.users:,.0f} users",
         f"  a step encodes  {step.items:,.0f} distinct items of {step.slots:,.0f} ({step.distinct_share:.0%}): "
-        f"{step.texts:,.0f} texts with {step.tokens:,.0f} tokens, {step.images:,.0f} images",
+        + _units(step),
         "",
     ]
     ways = {"without a store": plan.without_store, "with a store": plan.with_store}

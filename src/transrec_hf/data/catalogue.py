@@ -18,7 +18,6 @@ from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defect
 from ..model.modalities_transrec import MODALITIES
 from .contents import READERS, Content
 from .reading import check_columns, encode_ids, open_source, plain_type, read_items
-from .tokens import CatalogueTokens
 
 
 if TYPE_CHECKING:
@@ -92,7 +91,6 @@ class Catalogue:
         """Hold `items` and their ids."""
         self.items, self.item_ids = items, item_ids
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-        self._tokens: CatalogueTokens | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -166,12 +164,6 @@ class Catalogue:
         """The bytes of an item's image as they are in the file, not decoded."""
         return self.contents["image"].encoded(row)
 
-    def tokens(self, tokenizer: Any, max_length: int) -> CatalogueTokens:
-        """Token ids of all texts, each cut after `max_length` tokens. They are kept until another tokenizer asks."""
-        if self._tokens is None or not self._tokens.are_of(tokenizer, max_length):
-            self._tokens = CatalogueTokens(self.contents["text"], tokenizer, max_length)
-        return self._tokens
-
     def check_images(self) -> None:
         """Decode every image once, in threads. Raises [`DataError`] that names the first bad ones."""
         if "image" in self.contents:
@@ -240,7 +232,6 @@ class Catalogue:
             draw = np.random.default_rng(seed).random(len(self)) * present.sum(axis=0)
             kept = (present.cumsum(axis=0) > draw).argmax(axis=0)
         other = copy.copy(self)
-        other._tokens = None
         other.contents = {name: copy.copy(content) for name, content in self.contents.items()}
         for index, name in enumerate(MODALITIES):
             if name in other.contents:

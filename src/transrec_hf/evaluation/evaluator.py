@@ -11,20 +11,20 @@ import torch
 from transformers.utils import logging
 
 from ..data.statistics import log_popularity
-from ..items.encoding import encode_catalogue, item_modalities
+from ..items.encoding import encode_catalogue
 from ..model.user_encoder_transrec import last_state
 from .baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast, Scorer
 from .metrics import DEFAULT_KS, bootstrap_interval, metric_values, ranking_metrics
 from .protocol import PROTOCOLS, EvaluationProtocol
 from .ranking import MAX_SCORES, MAX_USERS, check_finite, check_option, dot_scores, last_items, rank_scores
-from .slices import LENGTH_EDGES, LENGTH_LABELS, MODALITY_LABELS, _history_mix, _modality
+from .slices import LENGTH_EDGES, LENGTH_LABELS, history_mix, modality_combinations
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..data.catalogue import Catalogue
     from ..data.interactions import Sequences
+    from ..items.preparing import ItemSource
 
 LIST_LENGTH = 10  # of the recommendations whose coverage and popularity are reported
 
@@ -57,9 +57,8 @@ class RankingEvaluator:
     processes and ranks summed, which is exact for any number of users.
 
     Args:
-        catalogue (`Catalogue`): The items.
+        source (`ItemSource`): The items.
         sequences (`Sequences`): Histories, each with its target as the last item: `split.validation` or `split.test`.
-        processor (`TransRecProcessor`, *optional*): Prepares the items; an ID model needs none.
         protocol (`str` or `EvaluationProtocol`, defaults to `"full"`): A protocol or the name of one in `PROTOCOLS`.
         train (`Sequences`, *optional*): The training sequences: [`evaluate`] then reports baselines too.
         train_counts (`np.ndarray` of shape `(num_items,)`, *optional*):
@@ -83,7 +82,8 @@ class RankingEvaluator:
 
     Example:
     ```python
-    >>> evaluator = RankingEvaluator(catalogue, split.test, processor, protocol="ninerec", train=split.train)
+    >>> source = ItemSource(catalogue, processor)
+    >>> evaluator = RankingEvaluator(source, split.test, protocol="ninerec", train=split.train)
     >>> report = evaluator.evaluate(model)
     >>> report["metrics"]["ndcg@10"], report["intervals"]["ndcg@10"], report["baselines"]["popularity"]["metrics"]
     ```
@@ -91,9 +91,8 @@ class RankingEvaluator:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        source: ItemSource,
         sequences: Sequences,
-        processor: Any = None,
         *,
         protocol: str | EvaluationProtocol = "full",
         train: Sequences | None = None,
@@ -110,20 +109,19 @@ class RankingEvaluator:
             check_option("protocol", protocol, tuple(PROTOCOLS))
             protocol = PROTOCOLS[protocol]
         if train is not None:
-            train_counts = train.item_counts(len(catalogue))
+            train_counts = train.item_counts(len(source))
         of_items = {"train_counts": train_counts, "candidates": candidates, "content_vectors": content_vectors}
         for name, values in of_items.items():
-            if values is not None and len(values) != len(catalogue):
-                raise ValueError(f"{name} has {len(values)} entries, but the catalogue has {len(catalogue)} items")
+            if values is not None and len(values) != len(source):
+                raise ValueError(f"{name} has {len(values)} entries, but the catalogue has {len(source)} items")
         if max_users is not None and max_users < 1:
             raise ValueError(f"max_users must be 1 or more, got {max_users}")
         _check_sequences(sequences)
-        self.catalogue = catalogue
+        self.source = source
         self.all_sequences = self.sequences = sequences
         if max_users is not None and max_users < len(sequences):
             drawn = np.random.default_rng(seed).permutation(len(sequences))[:max_users]
             self.sequences = sequences.select(np.sort(drawn))
-        self.processor = processor
         self.protocol = protocol
         self.train = train
         self.train_counts = train_counts
@@ -182,7 +180,7 @@ class RankingEvaluator:
         """
         if self.train is None:
             raise ValueError("baselines learn from the training sequences: give `train=split.train` to the evaluator")
-        num_items = len(self.catalogue)
+        num_items = len(self.source)
         scorers: dict[str, Scorer] = {
             "popularity": Popularity(self.train.item_counts(num_items)),
             "repeat_last": RepeatLast(num_items),
@@ -205,14 +203,13 @@ class RankingEvaluator:
             if item_embeds is None:
                 item_embeds = encode_catalogue(
                     model,
-                    self.catalogue,
-                    self.processor,
+                    self.source,
                     batch_size=self.batch_size,
                     num_workers=self.num_workers,
                     accelerator=accelerator,
                 )
             max_history = self.protocol.max_history or model.config.max_position_embeddings
-            scorer = _ModelScorer(model, item_embeds, item_modalities(self.catalogue, model), max_history)
+            scorer = _ModelScorer(model, item_embeds, self.source.present, max_history)
             return self.rank(scorer, max_history=max_history, accelerator=accelerator)
         finally:
             model.train(was_training)
@@ -236,7 +233,7 @@ class RankingEvaluator:
         max_history = self.protocol.max_history or max_history
         window, keep_last = self.protocol.mask_window(max_history), self.protocol.keep_last(max_history)
         sequences = self.sequences if keep_last is None else self.sequences.truncate(keep_last)
-        candidates, num_items = self._candidates(keep_last), len(self.catalogue)
+        candidates, num_items = self._candidates(keep_last), len(self.source)
         process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         device = accelerator.device if accelerator else torch.device("cpu")
         # users with histories of like length in one block, so that the model reads little padding
@@ -299,12 +296,12 @@ class RankingEvaluator:
         }
 
     def _slices(self, ranking: Ranking) -> dict[str, dict[str, dict[str, float]]]:
-        modality, lengths = _modality(self.catalogue), ranking.sequences.lengths - 1
-        mix = _history_mix(ranking.sequences, modality, ranking.max_history)
+        (labels, combination), lengths = modality_combinations(self.source), ranking.sequences.lengths - 1
+        mix = history_mix(ranking.sequences, combination, len(labels), ranking.max_history)
         slices = {
-            "target_modality": (MODALITY_LABELS, modality[self.targets]),
+            "target_modality": (labels, combination[self.targets]),
             "history_length": (LENGTH_LABELS, np.digitize(lengths, LENGTH_EDGES)),
-            "history_modality": ((*MODALITY_LABELS, "mixed"), mix),
+            "history_modality": ((*labels, "mixed"), mix),
         }
         if self.train_counts is not None:
             warm = np.asarray(self.train_counts)[self.targets] > 0
@@ -340,7 +337,7 @@ class RankingEvaluator:
         return described
 
     def _candidates(self, keep_last: int | None) -> torch.Tensor:
-        num_items = len(self.catalogue)
+        num_items = len(self.source)
         if self.candidates is not None:
             candidates = self.candidates
         elif self.protocol.candidates == "catalogue":
@@ -358,16 +355,16 @@ class RankingEvaluator:
 class _ModelScorer:
     """Scores by the dot product of the last user state and the item vectors, on the model's device."""
 
-    def __init__(self, model: Any, item_embeds: torch.Tensor, modalities: torch.Tensor | None, max_history: int):
+    def __init__(self, model: Any, item_embeds: torch.Tensor, present: torch.Tensor, max_history: int):
         self.model = model
         self.item_embeds = item_embeds.float()
         self.history_embeds = item_embeds.to(model.dtype)
-        self.modalities = None if modalities is None else modalities.to(item_embeds.device)
+        self.present = present.to(item_embeds.device)
         self.max_history = max_history
 
     def __call__(self, history: torch.Tensor) -> torch.Tensor:
         history = history.to(self.item_embeds.device)
-        states = self.model.get_user_features(self.history_embeds, history, self.modalities)
+        states = self.model.get_user_features(self.history_embeds, history, self.present)
         return dot_scores(last_state(states, history), self.item_embeds)
 
 

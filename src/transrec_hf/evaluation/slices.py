@@ -7,28 +7,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..model.modalities_transrec import MODALITIES
+
 
 if TYPE_CHECKING:
-    from ..data.catalogue import Catalogue
     from ..data.interactions import Sequences
+    from ..items.preparing import ItemSource
 
 LENGTH_EDGES = (5, 10, 20, 50)
 LENGTH_LABELS = ("1-4", "5-9", "10-19", "20-49", "50+")
-MODALITY_LABELS = ("text", "image", "both")
 
 
-def _modality(catalogue: Catalogue) -> np.ndarray:
-    """Of each item, the index in `MODALITY_LABELS`."""
-    return np.where(catalogue.has_text, np.where(catalogue.has_image, 2, 0), 1)
+def modality_combinations(source: ItemSource) -> tuple[tuple[str, ...], np.ndarray]:
+    """
+    Names for the combinations of modalities in which the items of a catalogue are shown, whatever a model reads of
+    them: `"text"`, `"image"`, `"both"` if there are no other modalities, else joined by `+`; and of each item, `(N,)`,
+    the index of its combination.
+    """
+    names = tuple(name for name in MODALITIES if source.catalogue.has(name).any())
+    bits = [source.catalogue.has(name).astype(np.int64) << i for i, name in enumerate(names)]
+    combination = np.sum(bits, axis=0) - 1
+    labels = ["+".join(name for i, name in enumerate(names) if code >> i & 1) for code in range(1, 2 ** len(names))]
+    if len(names) == 2:
+        labels[-1] = "both"
+    return tuple(labels), combination
 
 
-def _history_mix(sequences: Sequences, modality: np.ndarray, max_history: int | None) -> np.ndarray:
-    """Of each user, the modality that all items of the input share, or 3."""
-    histories = replace(sequences, ends=sequences.ends - 1)
+def history_mix(
+    sequences: Sequences, combination: np.ndarray, num_combinations: int, max_history: int | None
+) -> np.ndarray:
+    """Of each user, the combination that all items of the input share, or `num_combinations` where they differ."""
+    histories, size = replace(sequences, ends=sequences.ends - 1), num_combinations
     mixes = []
     for block in (histories if max_history is None else histories.truncate(max_history)).blocks():
         users, place = block.expand()
-        shares = np.bincount(3 * users + modality[block.items[place]], minlength=3 * len(block)).reshape(-1, 3)
-        pure = shares == block.lengths[:, None]
-        mixes.append(np.where(pure.any(axis=1), pure.argmax(axis=1), 3))
+        counts = np.bincount(size * users + combination[block.items[place]], minlength=size * len(block))
+        pure = counts.reshape(-1, size) == block.lengths[:, None]
+        mixes.append(np.where(pure.any(axis=1), pure.argmax(axis=1), size))
     return np.concatenate(mixes)

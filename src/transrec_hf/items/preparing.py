@@ -1,27 +1,35 @@
-"""Catalogue rows to model inputs."""
+"""Where items come from: catalogue rows to batches that a model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import Protocol
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
+from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.processing_transrec import TransRecProcessor
 
 
-if TYPE_CHECKING:
-    from .store import ActivationStore
-
 PADDING = -1
 TOKENS_ON_CPU = 2048  # in one pass of a text tower
+TEXTS_AT_A_TIME = 2048  # tokenised in one call
 
 
-def token_budget(device: torch.device) -> int:
-    """Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy."""
-    return TOKENS_ON_CPU if device.type == "cpu" else 32768
+def token_budget(device: torch.device | str | None = None) -> int:
+    """
+    Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy.
+
+    Args:
+        device (`torch.device` or `str`, *optional*): where the tower runs; the accelerator of this machine, if it has
+            one.
+    """
+    if device is None:
+        return 32768 if torch.accelerator.is_available() else TOKENS_ON_CPU
+    return TOKENS_ON_CPU if torch.device(device).type == "cpu" else 32768
 
 
 def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -40,59 +48,147 @@ def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return buckets
 
 
-def prepare_items(
-    catalogue: Catalogue,
-    rows: np.ndarray,
-    processor: TransRecProcessor | None,
-    store: ActivationStore | None = None,
-    max_tokens: int = TOKENS_ON_CPU,
-) -> dict[str, Any]:
-    """
-    Model inputs of the given catalogue rows, read and decoded now; or from a store of the frozen blocks' states.
-
-    Texts come in buckets of like length, each padded to its own longest text; their tokens are computed once for the
-    whole catalogue.
-
-    Args:
-        catalogue ([`Catalogue`]): the items.
-        rows (`np.ndarray` of shape `(n_items,)`): which of them.
-        processor ([`TransRecProcessor`]): of the model; `None` for the ID baseline.
-        store ([`ActivationStore`], *optional*): of the frozen blocks' states, filled.
-        max_tokens (`int`, *optional*, defaults to 2048): tokens of a bucket, see [`token_budget`].
-
-    Returns:
-        `dict` with `item_ids` `(n_items,)` and, unless `processor` is `None`, the output of [`TransRecProcessor`] with
-        lists of tensors, one per bucket, for `input_ids` and `attention_mask`.
-    """
-    batch: dict[str, Any] = {"item_ids": torch.as_tensor(rows, dtype=torch.long)}
-    if processor is None:
-        return batch
-    if store is not None:
-        return batch | store.prepare(rows, max_tokens)
-    has_text = catalogue.has_text[rows] & ("text" in processor.modalities)
-    has_image = catalogue.has_image[rows] & ("image" in processor.modalities)
-    batch["item_modalities"] = torch.from_numpy(np.stack([has_text, has_image], axis=1))
-    empty = np.flatnonzero(~(has_text | has_image))
-    if len(empty):
-        raise ValueError(f"item {rows[empty[0]]} has none of the processor's modalities: {processor.modalities}")
-    if has_text.any():
-        tokens = catalogue.tokens(processor.tokenizer, processor.max_text_length)
-        slots = np.flatnonzero(has_text)
-        buckets = bucket_by_tokens(tokens.lengths[rows[slots]], max_tokens)
-        padded = [tokens.pad(rows[slots[bucket]]) for bucket in buckets]
-        batch["input_ids"], batch["attention_mask"] = map(list, zip(*padded, strict=True))
-        batch["text_index"] = torch.from_numpy(slots[np.concatenate(buckets)])
-    if has_image.any():
-        slots = np.flatnonzero(has_image)
-        batch["pixel_values"] = processor(images=[catalogue.image(row) for row in rows[slots]])["pixel_values"]
-        batch["image_index"] = torch.from_numpy(slots)
-    return batch
-
-
-def pad_right(rows: Sequence[np.ndarray], length: int | None = None) -> np.ndarray:
+def pad_right(rows: list[np.ndarray], length: int | None = None) -> np.ndarray:
     """Ragged rows to one `(n_rows, length)` array, filled with `-1` on the right."""
     length = length or max(len(row) for row in rows)
     padded = np.full((len(rows), length), PADDING, dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
+
+
+class Preparation(Protocol):
+    """How the contents of one modality become inputs of its tower."""
+
+    @property
+    def units(self) -> np.ndarray:
+        """What the cost of each item is proportional to, `(n_items,)`, int64, 0 where it lacks the modality."""
+
+    def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
+        """
+        The contents of catalogue rows `(n,)`, all of which have the modality, for the rows `slots` `(n,)` of a batch;
+        in buckets of at most `max_tokens` where the modality has tokens.
+        """
+
+
+class TextPreparation:
+    """
+    Texts in buckets of like length. The token ids of all texts of a catalogue are computed once and kept in one flat
+    array: 4 bytes a token.
+    """
+
+    def __init__(self, catalogue: Catalogue, processor: TransRecProcessor):
+        self.processor = processor
+        rows = np.flatnonzero(catalogue.has("text"))
+        parts: list[np.ndarray] = []
+        self.units = np.zeros(len(catalogue), dtype=np.int64)
+        starts = range(0, len(rows), TEXTS_AT_A_TIME)
+        for start in logging.tqdm(starts, desc="Tokenising texts", delay=2, leave=False):
+            some = rows[start : start + TEXTS_AT_A_TIME]
+            token_ids = processor.tokenize([catalogue.read(row, ["text"])["text"] for row in some])
+            self.units[some] = [len(ids) for ids in token_ids]
+            parts.append(np.concatenate(token_ids).astype(np.int32))
+        self.token_ids = torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.int32))
+        self.starts = np.cumsum(self.units) - self.units
+
+    def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
+        buckets = bucket_by_tokens(self.units[rows], max_tokens)
+        padded = [self.processor.pad([self.tokens(row) for row in rows[bucket]]) for bucket in buckets]
+        values, masks = ([bucket[name] for bucket in padded] for name in ("input_ids", "attention_mask"))
+        return ItemPart(slots[torch.from_numpy(np.concatenate(buckets))], values, masks)
+
+    def tokens(self, row: int) -> torch.Tensor:
+        """Token ids of the text of a catalogue row."""
+        return self.token_ids[self.starts[row] : self.starts[row] + self.units[row]]
+
+
+class ContentPreparation:
+    """Contents of one shape, read and prepared by the processor when a batch needs them."""
+
+    def __init__(self, catalogue: Catalogue, processor: TransRecProcessor, name: str):
+        self.catalogue, self.processor, self.name = catalogue, processor, name
+        self.units = catalogue.has(name).astype(np.int64)
+
+    def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
+        contents = [self.catalogue.read(row, [self.name])[self.name] for row in rows]
+        return ItemPart(slots, [self.processor.prepare(self.name, contents)[MODALITIES[self.name].values]])
+
+
+class ItemSource:
+    """
+    Items as a model reads them, by their catalogue rows: read and prepared when a batch needs them.
+
+    Args:
+        catalogue ([`Catalogue`]): The items.
+        processor ([`TransRecProcessor`], *optional*): Of the model. Without one the items have no contents but their
+            rows, as the ID baseline reads them.
+        max_tokens (`int`, *optional*): Tokens of a bucket of texts, see [`token_budget`].
+
+    Attributes:
+        present (`torch.Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities that are read of each
+            item.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, processor: TransRecProcessor | None = None, max_tokens: int | None = None
+    ):
+        self.catalogue, self.processor = catalogue, processor
+        self.max_tokens = token_budget() if max_tokens is None else max_tokens
+        self.modalities: tuple[str, ...] = () if processor is None else tuple(processor.modalities)
+        has = [catalogue.has(name) & (name in self.modalities) for name in MODALITIES]
+        self.present = torch.from_numpy(np.stack(has, axis=1))
+        self._preparations: dict[str, Preparation] = {}
+
+    def __len__(self) -> int:
+        return len(self.catalogue)
+
+    @property
+    def preparations(self) -> dict[str, Preparation]:
+        """By modality, how its contents are prepared. Texts are tokenised at the first use."""
+        for name in self.modalities:
+            if name not in self._preparations and self.catalogue.has(name).any():
+                self._preparations[name] = self._preparation(name)
+        return self._preparations
+
+    def _preparation(self, name: str) -> Preparation:
+        assert self.processor is not None
+        if MODALITIES[name].mask is not None:
+            return TextPreparation(self.catalogue, self.processor)
+        return ContentPreparation(self.catalogue, self.processor, name)
+
+    def units(self) -> dict[str, np.ndarray]:
+        """By modality, what the cost of each item is proportional to, `(n_items,)`: tokens, or 1 for any content."""
+        return {name: preparation.units for name, preparation in self.preparations.items()}
+
+    def with_preparations(self, preparations: dict[str, Preparation]) -> ItemSource:
+        """The same items with other preparations of some modalities, such as states that are stored."""
+        other = copy.copy(self)
+        other._preparations = {**self._preparations, **preparations}
+        return other
+
+    def select(self, rows: np.ndarray) -> ItemSource:
+        """The items at catalogue rows, in that order."""
+        return ItemSource(self.catalogue.select(rows), self.processor, self.max_tokens)
+
+    def batch(self, rows: np.ndarray) -> ItemBatch:
+        """
+        The items at catalogue rows `(n_items,)`.
+
+        Raises:
+            `ValueError`: If an item has none of the modalities that are read.
+        """
+        present = self.present[rows]
+        batch = ItemBatch(present, item_rows=torch.as_tensor(rows, dtype=torch.long))
+        if not self.modalities:
+            return batch
+        empty = (~present.any(dim=1)).nonzero()
+        if len(empty):
+            raise ValueError(f"item {rows[int(empty[0])]} has none of the processor's modalities: {self.modalities}")
+        for name, preparation in self.preparations.items():
+            slots = present[:, COLUMNS[name]].nonzero().squeeze(1)
+            if len(slots):
+                batch.parts[name] = preparation(rows[slots.numpy()], slots, self.max_tokens)
+        return batch
+
+
+__all__ = ["ItemSource"]

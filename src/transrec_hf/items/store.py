@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.catalogue import Catalogue
-from ..model.item_encoder_transrec import frozen_depth, lower_states, tower_blocks
+from ..errors import InputError, one_line
+from ..model.item_encoder_transrec import run_tower
+from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
-from ..model.processing_transrec import TransRecProcessor
-from .encoding import item_loader, move, packed_linears, sort_by_length
-from .preparing import TOKENS_ON_CPU, bucket_by_tokens
+from ..model.towers_transrec import frozen_depth, lower_states, tower_blocks
+from .encoding import item_loader, packed_linears, sort_by_length
+from .preparing import ItemSource, bucket_by_tokens
 
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 16  # of the hash of a content
 FILE_BYTES = 2**26  # states in one file, about
+FILE_SECONDS = 30  # after which what there is is written all the same
 
 
 def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preprocessing: str, dtype: torch.dtype) -> str:
@@ -52,56 +57,83 @@ def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preproce
     return digest.hexdigest()[:32]
 
 
-class _Modality:
+class StoredStates:
     """
-    Where the states of one modality are: by catalogue row the hash of its content, and by content, once it is stored,
-    the file and the states in it.
+    The states of one modality, by catalogue row: the hash of its content and, once it is stored, the file and the
+    states in it. It is a [`Preparation`] of the items.
+
+    Args:
+        folder (`Path`): Of the files.
+        source ([`ItemSource`]): The items.
+        name (`str`): The modality.
+        ragged (`bool`): There are as many states for an item as it has tokens; else one.
     """
 
-    def __init__(self, folder: Path, catalogue: Catalogue, modality: str):
-        self.folder = folder
-        self.present = catalogue.has_text if modality == "text" else catalogue.has_image
-        rows = np.flatnonzero(self.present)
-
-        def content(row: int) -> bytes:
-            return (catalogue.text(row) or "").encode() if modality == "text" else catalogue.encoded_image(row)
-
-        digests = b"".join(hashlib.sha256(content(row)).digest()[:KEY_BYTES] for row in rows.tolist())
-        self.keys, contents = np.unique(np.frombuffer(digests, dtype=f"V{KEY_BYTES}"), return_inverse=True)
-        self.content_of = np.full(len(catalogue), -1)
-        self.content_of[rows] = contents
+    def __init__(self, folder: Path, source: ItemSource, name: str, ragged: bool):
+        self.folder, self.ragged = folder, ragged
+        rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
+        contents = (source.catalogue.encoded(name, row) or b"" for row in rows.tolist())
+        digests = b"".join(hashlib.sha256(content).digest()[:KEY_BYTES] for content in contents)
+        self.keys, codes = np.unique(np.frombuffer(digests, dtype=f"V{KEY_BYTES}"), return_inverse=True)
+        self.content_of = np.full(len(source), -1)
+        self.content_of[rows] = codes
         self.files: list[Tensor] = []
         self.known: set[Path] = set()
         self.file_of = np.full(len(self.keys), -1, dtype=np.int32)
         self.starts, self.lengths = np.zeros((2, len(self.keys)), dtype=np.int64)
 
+    @property
+    def units(self) -> np.ndarray:
+        """Stored states of each item, `(n_items,)`, 0 where it lacks the modality."""
+        return np.where(self.content_of < 0, 0, self.lengths[self.content_of])
+
     def refresh(self) -> None:
-        """Map the files that were added."""
+        """Map the files that were added. Raises [`InputError`] for one that is damaged."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self.known):
-            shard = load_file(path)
-            keys = np.ascontiguousarray(shard["keys"].numpy()).view(f"V{KEY_BYTES}").ravel()
+            try:
+                shard = load_file(path)
+                stored, lengths = shard["keys"], shard["lengths"].numpy()
+                if len(stored) != len(lengths) or lengths.sum() != len(shard["states"]):
+                    raise ValueError("its parts do not fit each other")
+            except (SafetensorError, KeyError, ValueError, OSError) as error:
+                raise InputError(
+                    f"{path}: a damaged file of an activation store ({one_line(error)}). Delete it: what it held is "
+                    "computed again."
+                ) from error
+            keys = np.ascontiguousarray(stored.numpy()).view(f"V{KEY_BYTES}").ravel()
             contents = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
             wanted = self.keys[contents] == keys
-            lengths = shard["lengths"].numpy()
             self.file_of[contents[wanted]] = len(self.files)
             self.starts[contents[wanted]] = (np.cumsum(lengths) - lengths)[wanted]
             self.lengths[contents[wanted]] = lengths[wanted]
             self.files.append(shard["states"])
             self.known.add(path)
 
-    def missing(self, catalogue_rows: np.ndarray) -> np.ndarray:
-        """Which of the rows have a content that is not stored yet: boolean, `(n,)`."""
-        contents = self.content_of[catalogue_rows]
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the catalogue rows have a content that is not stored yet: boolean, `(n,)`."""
+        contents = self.content_of[rows]
         return (contents >= 0) & (self.file_of[contents] < 0)
 
     def states(self, rows: np.ndarray) -> list[Tensor]:
-        """The states of each row, `(states of the item, ...)`, not copied."""
+        """The states of each catalogue row, `(states of the item, ...)`, not copied."""
         contents = self.content_of[rows]
         where = zip(self.file_of[contents], self.starts[contents], self.lengths[contents], strict=True)
         return [self.files[file][start : start + length] for file, start, length in where]
 
+    def __call__(self, rows: np.ndarray, slots: Tensor, max_tokens: int) -> ItemPart:
+        states = self.states(rows)
+        if not self.ragged:
+            return ItemPart(slots, [torch.cat(states)], stored=True)
+        lengths = np.array([len(item) for item in states])
+        buckets = bucket_by_tokens(lengths, max_tokens)
+        values = [pad_sequence([states[i] for i in bucket], batch_first=True) for bucket in buckets]
+        masks = [
+            torch.from_numpy(np.arange(lengths[bucket].max()) < lengths[bucket][:, None]).long() for bucket in buckets
+        ]
+        return ItemPart(slots[torch.from_numpy(np.concatenate(buckets))], values, masks, stored=True)
+
     def write(self, rows: np.ndarray, states: list[Tensor], dtype: torch.dtype) -> None:
-        """Add a file with the states of the given rows, each `(states of the item, ...)`."""
+        """Add a file with the states of the given catalogue rows, each `(states of the item, ...)`."""
         shard = {
             "states": torch.cat(states).to(dtype).contiguous(),
             "lengths": torch.tensor([len(item) for item in states]),
@@ -129,22 +161,22 @@ class ActivationStore:
     Args:
         folder (`str`): where the stores of all keys are.
         model ([`TransRecModel`]): with at least one frozen block in each tower, see [`~TransRecModel.freeze_towers`].
-        processor ([`TransRecProcessor`]): of the model.
-        catalogue ([`Catalogue`]): the items.
+        source ([`ItemSource`]): the items.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the stored states.
 
     Raises:
         `ValueError`: if a tower has no frozen block.
+        [`InputError`]: if a file of the store is damaged.
 
     Example:
 
     ```python
     >>> model.freeze_towers(2)  # as in the training, whose store this is; `activation_store` of the arguments
-    >>> store = ActivationStore("my_store", model, processor, catalogue)
+    >>> store = ActivationStore("my_store", model, ItemSource(catalogue, processor))
     >>> store.fill()  # what it lacks: items that are new, or whose content has changed
-    >>> item_embeds = encode_catalogue(model, catalogue, processor, store=store)
-    >>> RankingEvaluator(catalogue, split.test, processor).evaluate(model, item_embeds=item_embeds)
-    >>> Recommender(model, catalogue, processor, store=store)
+    >>> item_embeds = encode_catalogue(model, store.source)
+    >>> RankingEvaluator(store.source, split.test).evaluate(model, item_embeds=item_embeds)
+    >>> Recommender(model, store.source)
     ```
     """
 
@@ -152,40 +184,50 @@ class ActivationStore:
         self,
         folder: str | os.PathLike,
         model: TransRecModel,
-        processor: TransRecProcessor,
-        catalogue: Catalogue,
+        source: ItemSource,
         dtype: torch.dtype = torch.float32,
     ):
-        self.model, self.processor, self.catalogue, self.dtype = model, processor, catalogue, dtype
+        self.model, self.contents, self.dtype = model, source, dtype
         encoder = model.item_encoder
-        self.depths = {modality: frozen_depth(tower) for modality, tower in encoder.towers.items()}
-        self.modalities: dict[str, _Modality] = {}
-        for modality, tower in encoder.towers.items():
-            if not self.depths[modality]:
+        self.depths = {name: frozen_depth(tower) for name, tower in encoder.towers.items()}
+        self.states: dict[str, StoredStates] = {}
+        for name, tower in encoder.towers.items():
+            if not self.depths[name]:
                 raise ValueError(
-                    f"the {modality} tower has {len(tower_blocks(tower))} blocks and none is frozen, so there is "
+                    f"the {name} tower has {len(tower_blocks(tower))} blocks and none is frozen, so there is "
                     "nothing to store: lower trainable_blocks"
                 )
-            pooling = encoder.pooling_strategy if encoder.is_stored_pooled(modality) else None
-            preprocessing = processor.fingerprint(modality)
-            key = prefix_key(tower, self.depths[modality], pooling, preprocessing, dtype)
-            self.modalities[modality] = _Modality(Path(folder) / f"{modality}-{key}", catalogue, modality)
+            if not source.present[:, COLUMNS[name]].any():
+                continue
+            pooled = encoder.is_stored_pooled(name)
+            preprocessing = source.processor.fingerprint(name)  # type: ignore[union-attr]
+            key = prefix_key(
+                tower, self.depths[name], encoder.pooling_strategy if pooled else None, preprocessing, dtype
+            )
+            ragged = MODALITIES[name].mask is not None and not pooled
+            self.states[name] = StoredStates(Path(folder) / f"{name}-{key}", source, name, ragged)
         self.refresh()
+
+    @property
+    def source(self) -> ItemSource:
+        """The items with their stored states in place of what the towers' frozen blocks would read."""
+        return self.contents.with_preparations({**self.states})
 
     def refresh(self) -> None:
         """Map the files that are there now."""
-        for of_modality in self.modalities.values():
-            of_modality.refresh()
+        for states in self.states.values():
+            states.refresh()
 
     def missing_rows(self) -> np.ndarray:
         """Catalogue rows of which some state is not stored yet."""
-        rows = np.arange(len(self.catalogue))
-        return np.flatnonzero(np.any([part.missing(rows) for part in self.modalities.values()], axis=0))
+        rows = np.arange(len(self.contents))
+        missing = [states.missing(rows) for states in self.states.values()]
+        return np.flatnonzero(np.any(missing, axis=0)) if missing else rows[:0]
 
     @torch.no_grad()
     def fill(self, *, batch_size: int = 128, num_workers: int = 0, accelerator: Accelerator | None = None) -> None:
         """
-        Compute and write what is missing; a run that is stopped goes on where it was.
+        Compute and write what is missing; a run that is stopped goes on where it was, within a minute's work.
 
         Args:
             batch_size (`int`, *optional*, defaults to 128): items prepared at a time.
@@ -203,88 +245,56 @@ class ActivationStore:
 
     def _compute(self, rows: np.ndarray, batch_size: int, num_workers: int, show_progress: bool) -> None:
         """Compute and write the states of catalogue rows."""
-        catalogue = self.catalogue.select(rows)  # of which alone the texts are tokenised
-        order = sort_by_length(catalogue, self.processor)
-        loader = item_loader(
-            catalogue, self.processor, order, batch_size, num_workers=num_workers, device=self.model.device
-        )
-        waiting: dict[str, list[tuple[int, Tensor]]] = {modality: [] for modality in self.modalities}
-        num_bytes = dict.fromkeys(waiting, 0)
+        source = self.contents.select(rows)  # of which alone the texts are tokenised
+        loader = item_loader(source, sort_by_length(source), batch_size, num_workers, self.model.device)
+        waiting: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self.states}
+        num_bytes, written = 0, time.monotonic()
         was_training = self.model.training
         self.model.eval()
         try:
             with packed_linears(self.model):
                 for batch in tqdm(loader, desc="Storing frozen states", disable=not show_progress):
-                    batch["item_ids"] = torch.from_numpy(rows)[batch["item_ids"]]
-                    for modality, states in self._states_of(batch).items():
-                        waiting[modality] += states
-                        num_bytes[modality] += sum(state.nbytes for _, state in states)
-                        if num_bytes[modality] > FILE_BYTES:
-                            self._write(modality, waiting[modality])
-                            num_bytes[modality] = 0
-            for modality, states in waiting.items():
-                self._write(modality, states)
+                    for name, states in self._states_of(batch).items():
+                        waiting[name] += [(int(rows[row]), state) for row, state in states]
+                        num_bytes += sum(state.nbytes for _, state in states)
+                    if num_bytes > FILE_BYTES or time.monotonic() - written > FILE_SECONDS:
+                        self._write(waiting)
+                        num_bytes, written = 0, time.monotonic()
         finally:
+            self._write(waiting)
             self.model.train(was_training)
 
-    def _write(self, modality: str, states: list[tuple[int, Tensor]]) -> None:
+    def _write(self, waiting: dict[str, list[tuple[int, Tensor]]]) -> None:
         """Write states of catalogue rows, and forget them."""
-        if states:
-            rows, values = zip(*states, strict=True)
-            self.modalities[modality].write(np.array(rows), list(values), self.dtype)
-            states.clear()
+        for name, states in waiting.items():
+            if states:
+                rows, values = zip(*states, strict=True)
+                self.states[name].write(np.array(rows), list(values), self.dtype)
+                states.clear()
 
-    def _states_of(self, batch: dict[str, Any]) -> dict[str, list[tuple[int, Tensor]]]:
-        """By modality, catalogue rows and their states, each `(states of the item, ...)`, on the host."""
-        encoder, rows, found = self.model.item_encoder, batch["item_ids"], {}
-        batch = move(batch, self.model.device)
-        parts: list[Tensor] = []
-        if "text_index" in batch:
-            for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                inputs = {"input_ids": input_ids, "attention_mask": mask}
-                if encoder.is_stored_pooled("text"):
-                    states = encoder.pool_text(encoder.text_model(**inputs).last_hidden_state, mask)
-                    parts += states.to(self.dtype).cpu().unsqueeze(1)
-                else:
-                    states = lower_states(encoder.text_model, self.depths["text"], **inputs).to(self.dtype).cpu()
-                    parts += [item[kept] for item, kept in zip(states, mask.bool().cpu(), strict=True)]
-            found["text"] = list(zip(rows[batch["text_index"].cpu()].tolist(), parts, strict=True))
-        if "image_index" in batch:
-            parts = []
-            for pixels in batch["pixel_values"].split(self.model.image_pass_size()):
-                pixels = pixels.to(encoder.vision_model.dtype, memory_format=torch.channels_last)
-                if encoder.is_stored_pooled("image"):
-                    states = encoder.pool_image(encoder.vision_model(pixel_values=pixels))
-                else:
-                    states = lower_states(encoder.vision_model, self.depths["image"], pixel_values=pixels)
-                parts += states.to(self.dtype).cpu().unsqueeze(1)
-            found["image"] = list(zip(rows[batch["image_index"].cpu()].tolist(), parts, strict=True))
+    def _states_of(self, batch: ItemBatch) -> dict[str, list[tuple[int, Tensor]]]:
+        """By modality, rows of the source and their states, each `(states of the item, ...)`, on the host."""
+        encoder, found = self.model.item_encoder, {}
+        for name, part in batch.to(self.model.device, non_blocking=True).parts.items():
+            if name not in self.states:
+                continue
+            tower, depth, states = encoder.towers[name], self.depths[name], []
+            size = self.model.pass_size(name) if part.masks is None else 2**31
+            masks: list[Any] = part.masks or [None] * len(part.values)
+            for values, mask in zip(part.values, masks, strict=True):
+                for contents in values.split(size):
+                    if encoder.is_stored_pooled(name):
+                        reached = encoder.pool(run_tower(tower, contents, mask), mask)
+                    else:
+                        reached = lower_states(tower, depth, partial(run_tower, tower, contents, mask))
+                    reached = reached.to(self.dtype).cpu()
+                    if self.states[name].ragged:
+                        states += [item[real] for item, real in zip(reached, mask.bool().cpu(), strict=True)]
+                    else:
+                        states += reached.unsqueeze(1)
+            rows = batch.item_rows[part.rows.cpu()].tolist()  # type: ignore[index]
+            found[name] = list(zip(rows, states, strict=True))
         return found
 
-    def prepare(self, rows: np.ndarray, max_tokens: int = TOKENS_ON_CPU) -> dict[str, Any]:
-        """Stored states of the given rows, in place of what [`prepare_items`] would read for them."""
-        has = {modality: part.content_of[rows] >= 0 for modality, part in self.modalities.items()}
-        none = np.zeros(len(rows), dtype=bool)
-        modalities = np.stack([has.get("text", none), has.get("image", none)], axis=1)
-        batch: dict[str, Any] = {"item_modalities": torch.from_numpy(modalities)}
-        if has.get("text", none).any():
-            slots = np.flatnonzero(has["text"])
-            states = self.modalities["text"].states(rows[slots])
-            if self.model.item_encoder.is_stored_pooled("text"):
-                batch["text_states"] = [torch.cat(states)]
-                batch["attention_mask"] = [torch.ones(len(states), 1, dtype=torch.long)]
-                batch["text_index"] = torch.from_numpy(slots)
-            else:
-                lengths = np.array([len(item) for item in states])
-                buckets = bucket_by_tokens(lengths, max_tokens)
-                batch["text_states"] = [pad_sequence([states[i] for i in bucket], True) for bucket in buckets]
-                batch["attention_mask"] = [
-                    torch.from_numpy(np.arange(lengths[bucket].max()) < lengths[bucket][:, None]).long()
-                    for bucket in buckets
-                ]
-                batch["text_index"] = torch.from_numpy(slots[np.concatenate(buckets)])
-        if has.get("image", none).any():
-            slots = np.flatnonzero(has["image"])
-            batch["image_states"] = torch.cat(self.modalities["image"].states(rows[slots]))
-            batch["image_index"] = torch.from_numpy(slots)
-        return batch
+
+__all__ = ["ActivationStore"]

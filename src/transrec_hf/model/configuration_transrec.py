@@ -8,15 +8,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .modalities_transrec import MODALITIES
+
 
 TEXT_POOLINGS = ("mean", "cls", "attention")
 OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
 FORMAT_VERSION = 2
-"""
-Raised when a checkpoint would no longer mean the same to the code that read the format before. Each checkpoint has the
-lowest that reads it: 1 with a Transformer as its user encoder.
-"""
+"""The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
 
 
 @strict
@@ -25,14 +24,16 @@ class TransRecConfig(PreTrainedConfig):
     Configuration of a [`TransRecModel`]: an item is its text, its image or both; a user is the ordered items they
     chose; a score is a dot product of the two (arXiv 2206.06190).
 
-    At least one of `text_config`, `vision_config` and `num_items` has to be set before a model is built from it. The
-    ID baseline is the same model with `num_items` and no content tower.
+    At least one of `text_config`, `vision_config`, `features_size` and `num_items` has to be set before a model is
+    built from it. The ID baseline is the same model with `num_items` and no content tower.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the text tower, any encoder that [`AutoModel`] knows. `None` means no text tower.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision tower, any encoder that [`AutoModel`] knows. `None` means no vision tower.
+        features_size (`int`, *optional*):
+            Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
         num_items (`int`, *optional*):
             Size of the catalogue of the ID baseline, whose only tower is an embedding table.
         hidden_size (`int`, *optional*, defaults to 256):
@@ -69,8 +70,8 @@ class TransRecConfig(PreTrainedConfig):
         input_layer_norm (`bool`, *optional*, defaults to `True`):
             Layer norm on the sum of item vector, position and modality at the input of the user encoder.
         use_modality_embedding (`bool`, *optional*, defaults to `True`):
-            Add a learned vector of the item's modalities (text, image, both) to the input of the user encoder. Only
-            models with two towers have it.
+            Add a learned vector of the combination of an item's modalities to the input of the user encoder. Only
+            models of several modalities have it.
         text_pooling (`str`, *optional*, defaults to `"mean"`):
             How token states become one vector: `"mean"` or `"cls"`, or `"attention"`, the paper's masked multi-head
             self-attention followed by additive attention.
@@ -111,6 +112,7 @@ class TransRecConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    features_size: int | None = None
     num_items: int | None = None
     hidden_size: int = 256
     user_encoder: str = "transformer"
@@ -161,9 +163,8 @@ class TransRecConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that the item encoder reads: a subset of `("text", "image")`, empty for the ID baseline."""
-        towers = {"text": self.text_config, "image": self.vision_config}
-        return tuple(modality for modality, tower in towers.items() if tower is not None)
+        """The modalities that the item encoder reads, in the order of the table; empty for the ID baseline."""
+        return tuple(name for name, modality in MODALITIES.items() if getattr(self, modality.config) is not None)
 
     @property
     def num_targets(self) -> int:
@@ -182,8 +183,8 @@ class TransRecConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        version = 1 if self.user_encoder == "transformer" else 2
-        return {**super().to_dict(), "format_version": version}
+        is_new = self.features_size is not None or self.user_encoder != "transformer"
+        return {**super().to_dict(), "format_version": 2 if is_new else 1}
 
     def validate_architecture(self) -> None:
         if self.user_encoder not in USER_ENCODERS:
@@ -200,7 +201,10 @@ class TransRecConfig(PreTrainedConfig):
                 f"({self.num_attention_heads})"
             )
         if self.num_items is not None and self.modalities:
-            raise ValueError("num_items makes an ID baseline: leave out text_config and vision_config, or num_items")
+            raise ValueError(
+                f"num_items makes an ID baseline, which reads no {' and no '.join(self.modalities)}: leave out one or "
+                "the other"
+            )
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")
         if self.objective not in OBJECTIVES:

@@ -1,171 +1,17 @@
-"""Items to vectors: towers for their contents, pooling, projections and fusion."""
+"""Items to vectors: pooling, projections and fusion of what the towers say of their contents."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .configuration_transrec import TransRecConfig
-
-
-def without_dormant_parts(config: Any) -> dict[str, bool]:
-    """
-    Leave out what nothing here reads and so would never get a gradient: the mask token, in the configuration, and a
-    learned pooler, by the keyword that is returned where the class of the model has one.
-    """
-    if getattr(config, "use_mask_token", False):
-        config.use_mask_token = False
-    accepts = "add_pooling_layer" in inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
-    return {"add_pooling_layer": False} if accepts else {}
-
-
-def build_tower(config: Any) -> PreTrainedModel:
-    """A tower with fresh weights for any configuration that [`AutoModel`] knows."""
-    if not AutoModel._model_mapping[type(config)]._supports_sdpa:
-        # a convolutional tower refuses an attention implementation that was chosen for the whole model
-        config._attn_implementation = "eager"
-    return AutoModel.from_config(config, **without_dormant_parts(config))
-
-
-def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
-    """A pre-trained tower; of a two-tower checkpoint such as CLIP its `part`: `"text_config"` or `"vision_config"`."""
-    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    config = getattr(config, part, None) or config
-    return AutoModel.from_pretrained(name_or_path, config=config, **without_dormant_parts(config), **kwargs)
-
-
-def tower_width(tower: PreTrainedModel) -> int:
-    """Number of channels at the output of a tower; convolutional configurations do not always name it."""
-    config = tower.config
-    if hasattr(config, "hidden_size"):
-        return config.hidden_size
-    if hasattr(config, "hidden_sizes"):
-        return config.hidden_sizes[-1]
-    return [module for module in tower.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
-
-
-def tower_blocks(tower: nn.Module) -> nn.ModuleList:
-    """The outermost list of blocks of a tower: Transformer layers, ResNet stages, MobileNet convolutions."""
-    level = [tower]
-    while level:
-        for module in level:
-            if isinstance(module, nn.ModuleList):
-                return module
-        level = [child for module in level for child in module.children()]
-    raise ValueError(f"{type(tower).__name__} has no list of blocks, so its top blocks cannot be told from the rest")
-
-
-def frozen_depth(tower: nn.Module) -> int:
-    """How many of the lower blocks of a tower are frozen, together with everything before them."""
-    blocks = tower_blocks(tower)
-    block_of = {parameter: depth for depth, block in enumerate(blocks) for parameter in block.parameters()}
-    in_blocks = False
-    for parameter in tower.parameters():  # in order of registration, which is that of execution
-        in_blocks = in_blocks or parameter in block_of
-        if parameter.requires_grad:
-            return block_of.get(parameter, len(blocks) if in_blocks else 0)
-    return len(blocks)
-
-
-class _Reached(Exception):
-    """Carries the states out of a tower that need not run further."""
-
-
-def lower_states(tower: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
-    """States after the first `depth` blocks of a tower; what lies above them does not run."""
-
-    def stop(module: nn.Module, args: Any, output: Tensor) -> None:
-        raise _Reached(output)
-
-    hook = tower_blocks(tower)[depth - 1].register_forward_hook(stop)
-    try:
-        tower(**inputs)
-    except _Reached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-    raise RuntimeError(f"{type(tower).__name__} did not run its block {depth - 1}")
-
-
-@contextmanager
-def resumed_from(tower: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]:
-    """Inside, the first `depth` blocks of a tower do nothing but hand `states` on to the next one."""
-    lower = tower_blocks(tower)[:depth]
-    compiled = [block._compiled_call_impl for block in lower]
-    for block in lower:
-        block.forward, block._compiled_call_impl = lambda *args, **kwargs: states, None
-    try:
-        yield
-    finally:
-        for block, call in zip(lower, compiled, strict=True):
-            del block.forward
-            block._compiled_call_impl = call
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a module has no trainable parameter."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def training_batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The batch norms inside that are in training mode: their output depends on the batch, and they count it."""
-    norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
-    return [norm for norm in norms if norm.training]
-
-
-@contextmanager
-def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode do not update their running statistics: a second pass must not count."""
-    norms = training_batch_norms(module)
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches
-
-
-def select_items(items: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-    """
-    Item inputs without the texts and images of some items; the rows of the items stay what they are.
-
-    Args:
-        items (`dict`): arguments of [`~TransRecModel.get_item_features`], with lists for the texts.
-        keep (`Tensor` of shape `(n_items,)`): boolean, the items that stay.
-    """
-    kept = dict(items)
-    if items.get("text_index") is not None:
-        chosen = keep[items["text_index"]]
-        parts = chosen.split([len(mask) for mask in items["attention_mask"]])
-        some = [i for i, part in enumerate(parts) if part.any()]
-        kept["text_index"] = items["text_index"][chosen] if some else None
-        for name in ("input_ids", "attention_mask", "text_states"):
-            if items.get(name) is not None:
-                kept[name] = [items[name][i][parts[i]] for i in some] or None
-    if items.get("image_index") is not None:
-        chosen = keep[items["image_index"]]
-        for name in ("image_index", "pixel_values", "image_states"):
-            if items.get(name) is not None:
-                kept[name] = items[name][chosen] if chosen.any() else None
-    return kept
-
-
-def evaluate_frozen(module: nn.Module) -> None:
-    """Put every sub-module without a trainable parameter in evaluation mode: no dropout, no batch-norm updates."""
-    if is_frozen(module) and next(module.parameters(), None) is not None:
-        module.eval()
-        return
-    for child in module.children():
-        evaluate_frozen(child)
+from .modalities_transrec import COLUMNS, MODALITIES
+from .towers_transrec import build_tower, frozen_depth, is_frozen, resumed_from, tower_width
 
 
 class AttentionPooling(nn.Module):
@@ -210,108 +56,126 @@ def build_projection(config: TransRecConfig, width: int) -> nn.Module:
 
 
 class ItemEncoder(nn.Module):
-    """Items to vectors: one tower and projection per modality, fused by a masked mean; or the ID baseline's table."""
+    """
+    Items to vectors: of each modality a tower, if it has one, and a projection, fused by a masked mean; or the table
+    of the ID baseline.
 
-    def __init__(
-        self,
-        config: TransRecConfig,
-        text_model: PreTrainedModel | None = None,
-        vision_model: PreTrainedModel | None = None,
-    ):
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+        towers (`PreTrainedModel`): Loaded towers, by their names in the table, to use instead of fresh weights.
+    """
+
+    def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__()
         self.modalities = config.modalities
         self.pooling_strategy = config.text_pooling
         if config.num_items is not None:
             self.item_embedding = nn.Embedding(config.num_items, config.hidden_size)
-        if "text" in self.modalities:
-            self.text_model = text_model or build_tower(config.text_config)
-            width = tower_width(self.text_model)
-            if config.text_pooling == "attention":
+        for modality in (MODALITIES[name] for name in self.modalities):
+            if modality.tower is None:
+                width = getattr(config, modality.config)
+            else:
+                tower = towers.get(modality.tower) or build_tower(getattr(config, modality.config))
+                setattr(self, modality.tower, tower)
+                width = tower_width(tower)
+            if modality.mask is not None and config.text_pooling == "attention":
                 self.text_pooling = AttentionPooling(config, width)
                 width = self.text_pooling.output_size
-            self.text_projection = build_projection(config, width)
-        if "image" in self.modalities:
-            self.vision_model = vision_model or build_tower(config.vision_config)
-            self.visual_projection = build_projection(config, tower_width(self.vision_model))
+            setattr(self, modality.projection, build_projection(config, width))
         if len(self.modalities) > 1:
             self.missing_embeds = nn.Parameter(torch.zeros(len(self.modalities), config.hidden_size))
 
     @property
     def towers(self) -> dict[str, PreTrainedModel]:
-        """The content towers by modality."""
-        names = {"text": "text_model", "image": "vision_model"}
-        return {modality: getattr(self, names[modality]) for modality in self.modalities}
+        """The towers, by the name of their modality; of modalities that have one."""
+        modalities = (MODALITIES[name] for name in self.modalities)
+        return {modality.name: getattr(self, modality.tower) for modality in modalities if modality.tower}
 
-    def is_stored_pooled(self, modality: str) -> bool:
+    def projection(self, name: str) -> nn.Module:
+        """The projection of a modality."""
+        return getattr(self, MODALITIES[name].projection)
+
+    def parts_of(self, name: str) -> list[nn.Module]:
+        """All modules that only the contents of one modality pass."""
+        pooling = [self.text_pooling] if hasattr(self, "text_pooling") and MODALITIES[name].mask is not None else []
+        return [*([self.towers[name]] if name in self.towers else []), *pooling, self.projection(name)]
+
+    def is_stored_pooled(self, name: str) -> bool:
         """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""
-        return is_frozen(self.towers[modality]) and not (modality == "text" and self.pooling_strategy == "attention")
+        return is_frozen(self.towers[name]) and not (MODALITIES[name].mask and self.pooling_strategy == "attention")
 
-    def encode_text(self, input_ids: Tensor | None, attention_mask: Tensor, states: Tensor | None = None) -> Tensor:
+    def encode(self, name: str, values: Tensor, mask: Tensor | None = None, stored: bool = False) -> Tensor:
         """
-        Tokens `(n_text, tokens)` to vectors `(n_text, hidden_size)`; or, without `input_ids`, the `states` of an
-        [`ActivationStore`]: `(n_text, tokens, width)`, or pooled `(n_text, width)`.
+        Contents of one modality to vectors `(n, hidden_size)`.
+
+        Args:
+            name (`str`): The modality.
+            values (`Tensor` of shape `(n, ...)`): The contents as the tower reads them, vectors if there is none; or,
+                if `stored`, states of an [`ActivationStore`], pooled if they are `(n, width)`.
+            mask (`Tensor` of shape `(n, length)`, *optional*): Which positions are real.
+            stored (`bool`, *optional*, defaults to `False`): See `values`.
         """
-        if states is None:
-            states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        elif states.dim() == 2:
-            return self.text_projection(states.to(self.text_model.dtype))
+        projection: Any = self.projection(name)
+        if name not in self.towers:
+            return projection(values.to(next(projection.parameters()).dtype))
+        tower = self.towers[name]
+        if stored and values.dim() == 2:
+            return projection(values.to(tower.dtype))
+        if not stored:
+            output = run_tower(tower, values, mask)
         else:
-            with resumed_from(self.text_model, frozen_depth(self.text_model), states.to(self.text_model.dtype)):
-                tokens = torch.zeros_like(attention_mask)
-                states = self.text_model(input_ids=tokens, attention_mask=attention_mask).last_hidden_state
-        return self.text_projection(self.pool_text(states, attention_mask))
+            with resumed_from(tower, frozen_depth(tower), values.to(tower.dtype)):
+                output = run_tower(tower, placeholder(tower, values, mask), mask)
+        return projection(self.pool(output, mask))
 
-    def pool_text(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token states `(n_text, tokens, width)` to one per text: `(n_text, width)`."""
-        if self.pooling_strategy == "attention":
-            return self.text_pooling(states, attention_mask)
-        if self.pooling_strategy == "cls":
-            return states[:, 0]
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        return (states * mask).sum(dim=1) / mask.sum(dim=1)
-
-    def encode_images(self, pixel_values: Tensor | None, states: Tensor | None = None) -> Tensor:
-        """
-        Pixels `(n_image, channels, height, width)` to vectors `(n_image, hidden_size)`; or, without `pixel_values`,
-        the `states` of an [`ActivationStore`]: `(n_image, ...)`, or pooled `(n_image, width)`.
-        """
-        dtype, config = self.vision_model.dtype, self.vision_model.config
-        if pixel_values is not None:
-            output = self.vision_model(pixel_values=pixel_values.to(dtype, memory_format=torch.channels_last))
-        elif states.dim() == 2:  # type: ignore[union-attr]
-            return self.visual_projection(states.to(dtype))  # type: ignore[union-attr]
-        else:
-            # one blank image for the layers below the blocks, which do not look at the number of images
-            size = getattr(config, "image_size", 32)
-            blank = torch.zeros(1, config.num_channels, size, size, dtype=dtype, device=states.device)  # type: ignore
-            with resumed_from(self.vision_model, frozen_depth(self.vision_model), states.to(dtype)):  # type: ignore
-                output = self.vision_model(pixel_values=blank)
-        return self.visual_projection(self.pool_image(output))
-
-    def pool_image(self, output: Any) -> Tensor:
-        """Output of the vision tower to one state per image: `(n_image, width)`."""
+    def pool(self, output: Any, mask: Tensor | None) -> Tensor:
+        """Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the
+        tower does it itself."""
+        states = output.last_hidden_state
+        if mask is not None:
+            if self.pooling_strategy == "attention":
+                return self.text_pooling(states, mask)
+            if self.pooling_strategy == "cls":
+                return states[:, 0]
+            real = mask.unsqueeze(-1).to(states.dtype)
+            return (states * real).sum(dim=1) / real.sum(dim=1)
         pooled = output.get("pooler_output")
         if pooled is None:
-            states = output.last_hidden_state
             pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
         return pooled.flatten(1)
 
-    def fuse(self, parts: dict[str, tuple[Tensor, Tensor]], item_modalities: Tensor) -> Tensor:
+    def fuse(self, vectors: dict[str, tuple[Tensor, Tensor]], present: Tensor) -> Tensor:
         """
         One vector per item: the mean over its modalities, plus a learned vector for each one it misses. Those start at
         zero, so an item with a single modality starts as the paper's item vector.
 
         Args:
-            parts (`dict`): by modality, the vectors `(n, hidden_size)` and the item row `(n,)` of each.
-            item_modalities (`Tensor` of shape `(n_items, 2)`): which of text and image each item has.
+            vectors (`dict`): By modality, the vectors `(n, hidden_size)` and the item row `(n,)` of each.
+            present (`Tensor` of shape `(n_items, len(MODALITIES))`): Which modalities each item has.
         """
-        n_items = len(item_modalities)
-        rows = [
-            vectors.new_zeros(n_items, vectors.shape[1]).index_copy(0, index, vectors)
-            for vectors, index in parts.values()
-        ]
+        n_items = present.shape[0]
+        rows = [part.new_zeros(n_items, part.shape[1]).index_copy(0, index, part) for part, index in vectors.values()]
         if len(self.modalities) == 1:
             return rows[0]
-        present = item_modalities.to(rows[0].dtype)
-        missing = (1 - present) @ self.missing_embeds.to(rows[0].dtype)
-        return sum(rows) / present.sum(dim=1, keepdim=True) + missing  # type: ignore[operator]
+        has = present[:, [COLUMNS[name] for name in self.modalities]].to(rows[0].dtype)
+        missing = (1 - has) @ self.missing_embeds.to(rows[0].dtype)
+        return sum(rows) / has.sum(dim=1, keepdim=True) + missing  # type: ignore[operator]
+
+
+def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None) -> Any:
+    """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
+    if mask is not None:
+        return tower(**{tower.main_input_name: values, "attention_mask": mask})
+    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)})
+
+
+def placeholder(tower: PreTrainedModel, states: Tensor, mask: Tensor | None) -> Tensor:
+    """Contents for the layers below the blocks, whose output nothing reads when a tower resumes from stored states."""
+    if mask is not None:
+        return torch.zeros_like(mask)
+    config = tower.config  # one blank image: those layers do not look at the number of images
+    size = getattr(config, "image_size", 32)
+    return torch.zeros(1, config.num_channels, size, size, dtype=tower.dtype, device=states.device)
+
+
+__all__ = ["ItemEncoder", "run_tower"]

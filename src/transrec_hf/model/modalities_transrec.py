@@ -1,8 +1,13 @@
-"""What a modality is: where its configuration, tower, projection and inputs are found."""
+"""What a modality is, and a batch of items that have some of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Modality:
         projection (`str`): Name of the projection in the item encoder.
         index (`str`): Name, in a processor's output, of the item row of each content.
         values (`str`): Name of the contents themselves there.
-        config (`str`): Field of [`TransRecConfig`] that is set if a model reads it.
+        tower (`str`, *optional*): Name of the tower in the item encoder; without one, contents are vectors already.
         mask (`str`, *optional*): Name of their mask, for contents of different lengths.
         part (`str`, *optional*): Part of the processor that prepares the contents.
     """
@@ -59,6 +64,140 @@ FEATURES = Modality(
 )
 MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES)}
 """Append only: the order is that of the columns of `present` and of the bits of a combination of modalities."""
+COLUMNS = {name: column for column, name in enumerate(MODALITIES)}
 
 
-__all__ = ["MODALITIES", "Modality"]
+@dataclass
+class ItemPart:
+    """
+    The contents of one modality in a batch of items, in buckets of contents of one shape.
+
+    Args:
+        rows (`Tensor` of shape `(n,)`): The item of each content, as a row of the batch, in the order of the buckets.
+        values (`list[Tensor]`): Buckets of contents, `(n_i, ...)`, as the modality's tower reads them.
+        masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, which positions are real.
+        stored (`bool`, *optional*, defaults to `False`): The values are states of an [`ActivationStore`].
+    """
+
+    rows: Tensor
+    values: list[Tensor]
+    masks: list[Tensor] | None = None
+    stored: bool = False
+
+    def select(self, keep: Tensor) -> ItemPart | None:
+        """The contents of the items where `keep` `(n_items,)` is true; `None` if there are none."""
+        chosen = keep[self.rows]
+        parts = chosen.split([len(values) for values in self.values])
+        some = [i for i, part in enumerate(parts) if part.any()]
+        if not some:
+            return None
+        values = [self.values[i][parts[i]] for i in some]
+        masks = None if self.masks is None else [self.masks[i][parts[i]] for i in some]
+        return replace(self, rows=self.rows[chosen], values=values, masks=masks)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ItemPart:
+        """The same with a function applied to each tensor."""
+        masks = None if self.masks is None else [function(mask) for mask in self.masks]
+        return replace(
+            self, rows=function(self.rows), values=[function(bucket) for bucket in self.values], masks=masks
+        )
+
+
+@dataclass
+class ItemBatch:
+    """
+    Distinct items as a model reads them.
+
+    Args:
+        present (`Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities that each item has.
+        parts (`dict[str, ItemPart]`): The contents of each modality, by its name.
+        item_rows (`Tensor` of shape `(n_items,)`, *optional*): Rows of the items in their catalogue, which the ID
+            baseline reads, and by which several processes know equal items.
+    """
+
+    present: Tensor
+    parts: dict[str, ItemPart] = field(default_factory=dict)
+    item_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    @classmethod
+    def from_inputs(
+        cls, item_modalities: Tensor | None = None, item_rows: Tensor | None = None, **inputs: Any
+    ) -> ItemBatch:
+        """
+        Items from the output of [`TransRecProcessor`], flat tensors by the names of the table.
+
+        Args:
+            item_modalities (`Tensor` of shape `(n_items, any)`): The first columns of `present`.
+            item_rows (`Tensor` of shape `(n_items,)`, *optional*): See [`ItemBatch`].
+            inputs: Contents, masks and the item rows of the contents, e.g. `input_ids`, `attention_mask` and
+                `text_index`. Without an index, each item has the modality.
+
+        Raises:
+            `ValueError`: If a name is none of the table, or nothing says how many items there are.
+        """
+        parts = {}
+        for modality in MODALITIES.values():
+            values, rows = inputs.pop(modality.values, None), inputs.pop(modality.index, None)
+            mask = inputs.pop(modality.mask, None) if modality.mask is not None else None
+            if values is None:
+                continue
+            if rows is None:
+                rows = torch.arange(len(values), device=values.device)
+            if modality.mask is not None and mask is None:
+                mask = torch.ones_like(values)
+            parts[modality.name] = ItemPart(rows, [values], None if mask is None else [mask])
+        unknown = [name for name, value in inputs.items() if value is not None and name != "token_type_ids"]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no input of a TransRec model: prepare items with TransRecProcessor")
+        if item_modalities is None:
+            known = [part.rows for part in parts.values()] + ([] if item_rows is None else [item_rows])
+            if not known:
+                raise ValueError("item_modalities is missing: prepare items with TransRecProcessor")
+            n_items = len(item_rows) if item_rows is not None else int(max(int(rows.max()) for rows in known)) + 1
+            item_modalities = torch.zeros(n_items, len(MODALITIES), dtype=torch.bool, device=known[0].device)
+            for name, part in parts.items():
+                item_modalities[part.rows, COLUMNS[name]] = True
+        return cls(with_all_columns(item_modalities), parts, item_rows)
+
+    def select(self, keep: Tensor) -> ItemBatch:
+        """The same items without the contents of those where `keep` `(n_items,)` is false. No row changes."""
+        parts = {name: part.select(keep) for name, part in self.parts.items()}
+        return replace(self, parts={name: part for name, part in parts.items() if part is not None})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ItemBatch:
+        """The same with a function applied to each tensor."""
+        parts = {name: part.map(function) for name, part in self.parts.items()}
+        return ItemBatch(function(self.present), parts, None if self.item_rows is None else function(self.item_rows))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ItemBatch:
+        """The same on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ItemBatch:
+        """The same in pinned memory, as a `DataLoader` asks for it."""
+        return self.map(Tensor.pin_memory)
+
+
+def with_all_columns(present: Tensor) -> Tensor:
+    """Which modalities each item has, `(n_items, any)`, with the columns of those that came to the table later."""
+    return torch.nn.functional.pad(present.bool(), (0, len(MODALITIES) - present.shape[1]))
+
+
+def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
+    """
+    The combination of modalities that each item shows to a model which reads `modalities`: their bits minus 1, so for
+    text and image 0, 1 and 2 are text, image and both; 0 where it shows none.
+
+    Args:
+        present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
+        modalities (`tuple[str]`): Of the model.
+    """
+    columns = present[..., [COLUMNS[name] for name in modalities]].long()
+    bits = 2 ** torch.arange(len(modalities), device=present.device)
+    return ((columns * bits).sum(dim=-1) - 1).clamp(min=0)
+
+
+__all__ = ["MODALITIES", "ItemBatch", "ItemPart", "Modality"]

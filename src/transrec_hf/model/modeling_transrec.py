@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_transrec import TransRecConfig
-from .item_encoder_transrec import (
-    ItemEncoder,
-    evaluate_frozen,
-    keep_running_statistics,
-    load_tower,
-    select_items,
-    tower_blocks,
-    training_batch_norms,
-)
+from .item_encoder_transrec import ItemEncoder
 from .loss_transrec import (
     batch_slots,
     bce,
@@ -37,7 +29,15 @@ from .loss_transrec import (
     masked_mean,
     sampled_softmax,
 )
+from .modalities_transrec import MODALITIES, ItemBatch, ItemPart, combinations, with_all_columns
 from .sharing_transrec import SharedItems, gather_counts, gather_items, masked_mean_across_ranks, share_items
+from .towers_transrec import (
+    evaluate_frozen,
+    keep_running_statistics,
+    load_tower,
+    tower_blocks,
+    training_batch_norms,
+)
 from .user_encoder_transrec import USER_ENCODERS, last_state
 
 
@@ -61,7 +61,7 @@ class TransRecPreTrainedModel(PreTrainedModel):
     config_class = TransRecConfig
     base_model_prefix = "transrec"
     main_input_name = "input_ids"
-    input_modalities = ("text", "image")
+    input_modalities = tuple(MODALITIES)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UserEncoderLayer", "GRULayer", "HSTULayer"]
     _supports_sdpa = True
@@ -86,24 +86,19 @@ class TransRecModel(TransRecPreTrainedModel):
     A transferable sequential recommender (arXiv 2206.06190).
 
     Args:
-        config ([`TransRecConfig`]): with a text tower, a vision tower or both; or `num_items` for the ID baseline.
-        text_model (`PreTrainedModel`, *optional*): a loaded text tower to use instead of fresh weights.
-        vision_model (`PreTrainedModel`, *optional*): a loaded vision tower to use instead of fresh weights.
+        config ([`TransRecConfig`]): with at least one modality; or `num_items` for the ID baseline.
+        towers (`PreTrainedModel`): loaded towers to use instead of fresh weights: `text_model`, `vision_model`.
 
     Raises:
-        `ValueError`: if the configuration names no tower and no `num_items`.
+        `ValueError`: if the configuration names no modality and no `num_items`.
     """
 
-    def __init__(
-        self,
-        config: TransRecConfig,
-        text_model: PreTrainedModel | None = None,
-        vision_model: PreTrainedModel | None = None,
-    ):
+    def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__(config)
         if not config.modalities and config.num_items is None:
-            raise ValueError("the configuration has no tower: set text_config, vision_config or both, or num_items")
-        self.item_encoder = ItemEncoder(config, text_model, vision_model)
+            *fields, last = [modality.config for modality in MODALITIES.values()] + ["num_items"]
+            raise ValueError(f"the configuration reads nothing of an item: set {', '.join(fields)} or {last}")
+        self.item_encoder = ItemEncoder(config, **towers)
         self.user_encoder = USER_ENCODERS[config.user_encoder](config)
         self.item_chunk_size: int | None = None
         self.images_per_pass: int | None = None
@@ -119,15 +114,15 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
             vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
-            kwargs: fields of [`TransRecConfig`], e.g. `hidden_size=256`, or `objective="cpc"`.
+            kwargs: fields of [`TransRecConfig`], e.g. `hidden_size=256`, `features_size=512`, or `objective="cpc"`.
         """
-        text = load_tower(text_model, "text_config") if text_model else None
-        vision = load_tower(vision_model, "vision_config") if vision_model else None
-        loaded = {"text_config": text, "vision_config": vision}
-        configs = {name: tower.config for name, tower in loaded.items() if tower is not None}
+        names = {"text_model": text_model, "vision_model": vision_model}
+        fields = {modality.tower: modality.config for modality in MODALITIES.values()}
+        towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
+        configs = {fields[name]: tower.config for name, tower in towers.items()}
         # without it the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
-        return cls(cls.config_class(**configs, **kwargs), text, vision)
+        return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:
         """As in torch, but what is frozen stays in evaluation mode: no dropout and no batch-norm updates in it."""
@@ -194,95 +189,60 @@ class TransRecModel(TransRecPreTrainedModel):
             ]
         )
 
-    def get_text_features(
-        self,
-        input_ids: Tensor | Sequence[Tensor] | None,
-        attention_mask: Tensor | Sequence[Tensor],
-        text_states: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """
-        Vectors of texts: `(n_text, hidden_size)`.
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens and their mask, both `(n_text, tokens)`, to vectors `(n_text, hidden_size)`."""
+        items = ItemBatch.from_inputs(input_ids=input_ids, attention_mask=attention_mask)
+        return self.get_content_features("text", items.parts["text"])
 
-        Args:
-            input_ids (`Tensor` of shape `(n_text, tokens)`): or a list of such tensors, one per bucket of like length.
-            attention_mask (`Tensor` of shape `(n_text, tokens)`): or a list, as `input_ids`.
-            text_states (`list[Tensor]`, *optional*): per bucket, what an [`ActivationStore`] has for `input_ids`.
-        """
-        if input_ids is None and text_states is None:
-            raise ValueError("input_ids are missing: prepare items with TransRecProcessor")
-        if isinstance(input_ids, Tensor):
-            input_ids, attention_mask = [input_ids], [attention_mask]  # type: ignore[list-item]
-        nothing = [None] * len(attention_mask)
-        buckets = zip(
-            nothing if text_states is not None else input_ids,  # type: ignore[arg-type]
-            attention_mask,
-            nothing if text_states is None else text_states,
-            strict=True,
-        )
-        return torch.cat([self._in_chunks(self.item_encoder.encode_text, *bucket) for bucket in buckets])
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pixels `(n_image, channels, height, width)` to vectors `(n_image, hidden_size)`."""
+        return self.get_content_features("image", ItemBatch.from_inputs(pixel_values=pixel_values).parts["image"])
 
-    def get_image_features(self, pixel_values: Tensor | None, image_states: Tensor | None = None) -> Tensor:
-        """
-        Vectors of images: `(n_image, channels, height, width)` to `(n_image, hidden_size)`; `image_states` are what an
-        [`ActivationStore`] has in place of the pixels.
-        """
-        size = self.image_pass_size()
-        if pixel_values is None:
-            passes = [(None, states) for states in image_states.split(size)]  # type: ignore[union-attr]
-        else:
-            passes = [(pixels, None) for pixels in pixel_values.split(size)]  # type: ignore[misc]
-        return torch.cat([self._in_chunks(self.item_encoder.encode_images, *images) for images in passes])
+    def get_content_features(self, name: str, part: ItemPart) -> Tensor:
+        """Vectors of the contents of one modality, in the order of `part.rows`: `(n, hidden_size)`."""
+        encode = partial(self._in_chunks, partial(self.item_encoder.encode, name, stored=part.stored))
+        if part.masks is not None:
+            return torch.cat([encode(*bucket) for bucket in zip(part.values, part.masks, strict=True)])
+        size = self.pass_size(name)
+        return torch.cat([encode(values) for bucket in part.values for values in bucket.split(size)])
 
-    def image_pass_size(self) -> int:
+    def pass_size(self, name: str) -> int:
         """
-        Images that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave their maps in
-        its cache, elsewhere all. Batch norms in training see all images of the batch.
+        Contents without a mask that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave
+        their maps in its cache, elsewhere all. Batch norms in training see all contents of the batch.
         """
         if self.images_per_pass is not None:
             return self.images_per_pass
-        all_at_once = self.device.type != "cpu" or training_batch_norms(self.item_encoder.vision_model)
+        tower = self.item_encoder.towers.get(name)
+        all_at_once = tower is None or self.device.type != "cpu" or training_batch_norms(tower)
         return 2**31 if all_at_once else 32
 
-    def get_item_features(
-        self,
-        input_ids: Tensor | Sequence[Tensor] | None = None,
-        attention_mask: Tensor | Sequence[Tensor] | None = None,
-        text_index: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_index: Tensor | None = None,
-        item_modalities: Tensor | None = None,
-        item_ids: Tensor | None = None,
-        text_states: Sequence[Tensor] | None = None,
-        image_states: Tensor | None = None,
-    ) -> Tensor:
+    def get_item_features(self, items: ItemBatch | None = None, **inputs: Any) -> Tensor:
         """
-        Vectors of items, as [`TransRecProcessor`] prepares them: `(n_items, hidden_size)`.
+        Vectors of items: `(n_items, hidden_size)`.
 
         Args:
-            input_ids, attention_mask: tokens of the items that have text, see [`~TransRecModel.get_text_features`].
-            text_index (`Tensor` of shape `(n_text,)`): the item row of each text.
-            pixel_values (`Tensor` of shape `(n_image, channels, height, width)`): pixels of the items with an image.
-            image_index (`Tensor` of shape `(n_image,)`): the item row of each image.
-            item_modalities (`Tensor` of shape `(n_items, 2)`): which of text and image each item has.
-            item_ids (`Tensor` of shape `(n_items,)`): catalogue rows, read by the ID baseline only.
-            text_states, image_states: stored states for `input_ids` and `pixel_values`, see [`ActivationStore`].
-        """
-        if self.config.num_items is not None:
-            return self.item_encoder.item_embedding(item_ids)
-        if item_modalities is None:
-            raise ValueError("item_modalities is missing: prepare items with TransRecProcessor")
-        parts = {}
-        if "text" in self.config.modalities and attention_mask is not None:
-            parts["text"] = (self.get_text_features(input_ids, attention_mask, text_states), text_index)
-        if "image" in self.config.modalities and image_index is not None:
-            parts["image"] = (self.get_image_features(pixel_values, image_states), image_index)
-        if not parts:
-            raise ValueError(f"the items have none of the modalities that this model reads: {self.config.modalities}")
-        return self.item_encoder.fuse(parts, item_modalities)  # type: ignore[arg-type]
+            items ([`ItemBatch`]): The items.
+            inputs: Instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
 
-    def get_user_features(
-        self, item_embeds: Tensor, history_index: Tensor, item_modalities: Tensor | None = None
-    ) -> Tensor:
+        Raises:
+            `ValueError`: If the items have none of the modalities that the model reads.
+        """
+        items = ItemBatch.from_inputs(**inputs) if items is None else items
+        if self.config.num_items is not None:
+            if items.item_rows is None:
+                raise ValueError("the ID baseline reads item_rows, the rows of the items in their catalogue")
+            return self.item_encoder.item_embedding(items.item_rows)
+        vectors = {
+            name: (self.get_content_features(name, items.parts[name]), items.parts[name].rows)
+            for name in self.config.modalities
+            if name in items.parts
+        }
+        if not vectors:
+            raise ValueError(f"the items have none of the modalities that this model reads: {self.config.modalities}")
+        return self.item_encoder.fuse(vectors, items.present)
+
+    def get_user_features(self, item_embeds: Tensor, history_index: Tensor, present: Tensor | None = None) -> Tensor:
         """
         User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`].
 
@@ -290,7 +250,7 @@ class TransRecModel(TransRecPreTrainedModel):
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`): item vectors.
             history_index (`Tensor` of shape `(n_users, length)`): rows of `item_embeds`, oldest first, `-1` for the
                 padding on the right. `length` is at most `max_position_embeddings`.
-            item_modalities (`Tensor` of shape `(n_items, 2)`, *optional*): which of text and image each item has.
+            present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): which modalities each item has.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -299,72 +259,58 @@ class TransRecModel(TransRecPreTrainedModel):
             )
         rows = history_index.clamp(min=0)
         combination = None
-        if item_modalities is not None:
-            bits = 2 ** torch.arange(item_modalities.shape[1], device=item_modalities.device)
-            combination = (item_modalities * bits).sum(dim=1)[rows] - 1
+        if present is not None and len(self.config.modalities) > 1:
+            combination = combinations(with_all_columns(present), self.config.modalities)[rows]
         item_embeds = item_embeds.to(self.dtype)  # of an index, say, which is fp32 whatever the model is
         return self.user_encoder(item_embeds[rows], history_index >= 0, combination)
 
     def forward(
         self,
-        input_ids: Tensor | Sequence[Tensor] | None = None,
-        attention_mask: Tensor | Sequence[Tensor] | None = None,
-        text_index: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_index: Tensor | None = None,
-        item_modalities: Tensor | None = None,
-        item_ids: Any = None,
-        text_states: Sequence[Tensor] | None = None,
-        image_states: Tensor | None = None,
+        items: ItemBatch | None = None,
         history_index: Tensor | None = None,
         target_index: Tensor | None = None,
         negative_index: Tensor | None = None,
         log_popularity: Tensor | None = None,
-        cached_embeds: Any = None,
-        cached_index: Tensor | None = None,
+        item_embeds: Tensor | None = None,
         return_loss: bool = True,
+        **inputs: Any,
     ) -> TransRecOutput:
         """
         Encode the batch's distinct items, read the histories and, with targets, compute the objective.
 
         Args:
+            items ([`ItemBatch`], *optional*): The batch's distinct items.
             history_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Rows of the distinct items, oldest first, `-1` for the padding on the right.
             target_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Row of the next item at each position, `-1` for none; `(n_users, num_positives)` for `"cpc"`.
             negative_index (`Tensor`, *optional*): rows of drawn negatives, in the shape the objective asks for.
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): log of each item's share of training data.
-            cached_embeds (`Tensor` of shape `(n_cached, hidden_size)`, *optional*): vectors not to be computed.
-            cached_index (`Tensor` of shape `(n_cached,)`, *optional*): the item row of each of those.
+            item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): vectors known already, for the items
+                whose contents are not in `items`.
             return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
-
-        The other arguments are those of [`~TransRecModel.get_item_features`].
+            inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
         """
-        items: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "text_index": text_index,
-            "pixel_values": pixel_values,
-            "image_index": image_index,
-            "text_states": text_states,
-            "image_states": image_states,
-        }
+        items = ItemBatch.from_inputs(**inputs) if items is None else items
         has_loss = return_loss and target_index is not None
         shared = None
         if has_loss and self._across_ranks() and self.config.objective in ("in_batch", "full_softmax"):
             # each item of a rank is scored by all users of all ranks, so its vector has to be everywhere
-            shared = share_items(item_ids)
-            items = select_items(items, shared.encoded)
-        item_embeds = self.get_item_features(**items, item_modalities=item_modalities, item_ids=item_ids)
+            shared = share_items(items.item_rows)  # type: ignore[arg-type]
+            items = items.select(shared.encoded)
+        if item_embeds is None:
+            item_embeds = self.get_item_features(items)
+        elif items.parts:
+            rows = torch.cat([part.rows for part in items.parts.values()]).unique()
+            encoded = self.get_item_features(items)[rows].to(item_embeds.dtype)
+            item_embeds = item_embeds.index_copy(0, rows, encoded)
         candidates = item_embeds
         if shared is not None:
             candidates = gather_items(item_embeds, shared)
             item_embeds = candidates[shared.rows]
-        if cached_index is not None:
-            item_embeds = item_embeds.index_copy(0, cached_index, cached_embeds.to(item_embeds.dtype))
         if history_index is None:
             return TransRecOutput(item_embeds=item_embeds)
-        states = self.get_user_features(item_embeds, history_index, item_modalities)
+        states = self.get_user_features(item_embeds, history_index, items.present)
         loss = None
         if has_loss:
             loss = self.compute_loss(
@@ -378,9 +324,7 @@ class TransRecModel(TransRecPreTrainedModel):
                 candidates,
             )
             if self.training:
-                loss = loss + self.zero_of_unused_towers(
-                    text=items["text_index"] is None, image=items["image_index"] is None
-                )
+                loss = loss + self.zero_of_unused_towers(items)
         return TransRecOutput(loss=loss, item_embeds=item_embeds, last_hidden_state=states)
 
     def _across_ranks(self) -> bool:
@@ -393,15 +337,16 @@ class TransRecModel(TransRecPreTrainedModel):
         item_embeds: Tensor,
         history_index: Tensor,
         target_index: Any,
-        negative_index: Any,
-        log_popularity: Any,
-        shared: SharedItems | None,
-        candidates: Tensor,
+        negative_index: Any = None,
+        log_popularity: Any = None,
+        shared: SharedItems | None = None,
+        candidates: Any = None,
     ) -> Tensor:
         """
         The configured objective; in training over several processes, that of their concatenated batch. `candidates`
         are the vectors of all ranks' items then, and `shared` says which of them this rank's are.
         """
+        candidates = item_embeds if candidates is None else candidates
         mean = masked_mean_across_ranks if self._across_ranks() else masked_mean
         objective = self.config.objective
         if objective in ("in_batch", "sampled_softmax") and log_popularity is None:
@@ -425,18 +370,15 @@ class TransRecModel(TransRecPreTrainedModel):
             return cpc(last_state(states, history_index), item_embeds, target_index, negative_index, mean)
         return {"bce": bce, "bpr": bpr}[objective](states, item_embeds, target_index, negative_index, mean)
 
-    def zero_of_unused_towers(self, text: bool, image: bool) -> Tensor | float:
+    def zero_of_unused_towers(self, items: ItemBatch) -> Tensor | float:
         """
-        A zero that depends on every trainable parameter of the towers this batch left out, so that each one gets a
-        (zero) gradient in every step and data parallel training need not search for unused ones.
+        A zero that depends on every trainable parameter of the modalities that this batch lacks, so that each one gets
+        a (zero) gradient in every step and data parallel training need not search for unused ones.
         """
-        encoder, unused = self.item_encoder, []
-        if text and "text" in self.config.modalities:
-            unused += [encoder.text_model, encoder.text_projection, getattr(encoder, "text_pooling", None)]
-        if image and "image" in self.config.modalities:
-            unused += [encoder.vision_model, encoder.visual_projection]
-        parameters = [p for module in unused if module is not None for p in module.parameters() if p.requires_grad]
+        unused = [name for name in self.config.modalities if name not in items.parts]
+        modules = [module for name in unused for module in self.item_encoder.parts_of(name)]
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         return sum((parameter.sum() * 0.0 for parameter in parameters), start=0.0)
 
 
-__all__ = ["TransRecModel", "TransRecOutput", "TransRecPreTrainedModel"]
+__all__ = ["TransRecModel", "TransRecOutput", "TransRecPreTrainedModel", "last_state"]

@@ -1,4 +1,4 @@
-"""Raw text and images to model inputs, for any non-empty subset of the two modalities."""
+"""Raw contents of items to model inputs, for any non-empty subset of the modalities."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .modalities_transrec import COLUMNS, MODALITIES
+
 
 class TransRecProcessor(ProcessorMixin):
     r"""
-    Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, or one of them.
+    Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, and vectors that
+    items come with, or any of them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text tower; `None` if the model has none.
         image_processor (`BaseImageProcessor`, *optional*): of the vision tower; `None` if the model has none.
         max_text_length (`int`, *optional*, defaults to 64): tokens after which a text is cut.
+        features_size (`int`, *optional*): width of the vectors that items come with; `None` if the model reads none.
         modalities (`list[str]`, *optional*): written to and read from `processor_config.json`; leave it out.
 
     Raises:
-        `ValueError`: if neither part is given.
+        `ValueError`: if there is nothing to prepare.
     """
 
     def __init__(
@@ -33,29 +37,37 @@ class TransRecProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_processor: Any = None,
         max_text_length: int = 64,
+        features_size: int | None = None,
         modalities: Sequence[str] | None = None,
     ):
         parts = {"tokenizer": tokenizer, "image_processor": image_processor}
         parts = {name: part for name, part in parts.items() if part is not None}
-        if not parts:
-            raise ValueError("a processor needs a tokenizer, an image_processor or both")
+        if not parts and features_size is None:
+            raise ValueError("a processor needs a tokenizer, an image_processor, features_size, or several of them")
         # the mixin asks its class for the parts; here each instance answers, since a checkpoint may lack a modality
         self.get_attributes: Any = partial(list, parts)
         super().__init__(**parts)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_text_length = max_text_length
-        self.modalities = [m for m, part in (("text", tokenizer), ("image", image_processor)) if part is not None]
+        self.features_size = features_size
+        given = {"text": tokenizer, "image": image_processor, "features": features_size}
+        self.modalities = [name for name in MODALITIES if given[name] is not None]
 
     @classmethod
     def from_towers(
-        cls, text_model: str | None = None, vision_model: str | None = None, max_text_length: int = 64
+        cls,
+        text_model: str | None = None,
+        vision_model: str | None = None,
+        max_text_length: int = 64,
+        features_size: int | None = None,
     ) -> TransRecProcessor:
         """The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers."""
         return cls(
             AutoTokenizer.from_pretrained(text_model) if text_model else None,
             AutoImageProcessor.from_pretrained(vision_model) if vision_model else None,
             max_text_length,
+            features_size,
         )
 
     @classmethod
@@ -73,58 +85,93 @@ class TransRecProcessor(ProcessorMixin):
         self,
         text: Sequence[str | None] | str | None = None,
         images: Sequence[Image.Image | None] | Image.Image | None = None,
+        features: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Prepare `n_items` items; an item without text or image has `None` in its place.
+        Prepare `n_items` items; an item without a modality has `None` in its place.
 
         Args:
             text (`list[str | None]` or `str`, *optional*): text of each item.
             images (`list[Image | None]` or `Image`, *optional*): image of each item.
+            features (`list` of `(features_size,)` vectors or `None`, *optional*): vector of each item.
 
         Returns:
-            `BatchFeature` with `item_modalities` `(n_items, 2)`, and as far as present `input_ids` and
+            `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
             `attention_mask` `(n_text, tokens)`, `text_index` `(n_text,)`, `pixel_values`
-            `(n_image, channels, height, width)` and `image_index` `(n_image,)`, the item row of each text and image.
+            `(n_image, channels, height, width)`, `image_index` `(n_image,)`, the item row of each text and image,
+            `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`.
 
         Raises:
             `ValueError`: if the lists differ in length, or an item has none of the modalities of this processor.
         """
-        texts: list[str | None] = [text] if isinstance(text, str) else list(text or [])
-        pictures: list[Image.Image | None] = [images] if isinstance(images, Image.Image) else list(images or [])
-        if texts and pictures and len(texts) != len(pictures):
-            raise ValueError(f"{len(texts)} texts and {len(pictures)} images: give one of each per item, or None")
-        n_items = max(len(texts), len(pictures))
-        texts = texts if self.tokenizer is not None and texts else [None] * n_items
-        pictures = pictures if self.image_processor is not None and pictures else [None] * n_items
-
-        has_text = torch.tensor([value is not None for value in texts], dtype=torch.bool)
-        has_image = torch.tensor([value is not None for value in pictures], dtype=torch.bool)
-        modalities = torch.stack([has_text, has_image], dim=1)
-        if not modalities.any(dim=1).all():
-            row = int((~modalities.any(dim=1)).nonzero()[0])
+        given: dict[str, list[Any]] = {
+            "text": [text] if isinstance(text, str) else [] if text is None else list(text),
+            "image": [images] if isinstance(images, Image.Image) else [] if images is None else list(images),
+            "features": [] if features is None else list(features),
+        }
+        counts = {name: len(contents) for name, contents in given.items() if contents}
+        n_items = max(counts.values(), default=0)
+        if len(set(counts.values())) > 1:
+            listed = " and ".join(f"{count} of {name}" for name, count in counts.items())
+            raise ValueError(f"{listed}: give one of each per item, or None")
+        present = torch.zeros(n_items, len(MODALITIES), dtype=torch.bool)
+        for name in self.modalities:
+            present[:, COLUMNS[name]] = torch.tensor([value is not None for value in given[name] or [None] * n_items])
+        if not present.any(dim=1).all():
+            row = int((~present.any(dim=1)).nonzero()[0])
             raise ValueError(f"item {row} of this batch has none of the processor's modalities: {self.modalities}")
 
-        batch: dict[str, Any] = {"item_modalities": modalities}
-        if has_text.any():
-            tokens = self.tokenizer(
-                [value for value in texts if value is not None],
-                truncation=True,
-                max_length=self.max_text_length,
-                padding=True,
-                return_tensors="pt",
-                **kwargs,
-            )
-            batch |= {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-            batch["text_index"] = has_text.nonzero().squeeze(1)
-        if has_image.any():
-            present = [value.convert("RGB") for value in pictures if value is not None]
-            batch["pixel_values"] = self.image_processor(present, return_tensors="pt")["pixel_values"]
-            batch["image_index"] = has_image.nonzero().squeeze(1)
+        batch: dict[str, Any] = {"item_modalities": present}
+        for name in self.modalities:
+            rows = present[:, COLUMNS[name]].nonzero().squeeze(1)
+            if len(rows):
+                contents = [given[name][row] for row in rows]
+                batch |= {**self.prepare(name, contents, **kwargs), MODALITIES[name].index: rows}
         return BatchFeature(batch)
 
+    def prepare(self, name: str, contents: Sequence[Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """
+        Contents of one modality to the inputs of its tower.
+
+        Args:
+            name (`str`): The modality.
+            contents (`list`): Texts, images or vectors; at least one.
+            kwargs: Of the tokenizer.
+
+        Returns:
+            `dict` of `Tensor`, under the names of the table.
+        """
+        if name == "text":
+            return self.pad(self.tokenize(contents, **kwargs))
+        if name == "image":
+            images = [image.convert("RGB") for image in contents]
+            return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+        vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in contents])
+        if vectors.shape[1:] != (self.features_size,):
+            raise ValueError(f"features have the shape {tuple(vectors.shape[1:])}, not ({self.features_size},)")
+        return {"features": vectors}
+
+    def tokenize(self, texts: Sequence[str], **kwargs: Any) -> list[list[int]]:
+        """Token ids of each text, cut after `max_text_length` tokens."""
+        return self.tokenizer(list(texts), truncation=True, max_length=self.max_text_length, **kwargs)["input_ids"]
+
+    def pad(self, token_ids: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """
+        Token ids of several texts to `input_ids` and `attention_mask`, both `(n_text, longest)`, padded on the right,
+        whichever side the tokenizer pads: so does the training, and a position means the same in both.
+        """
+        rows = [torch.as_tensor(ids) for ids in token_ids]
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        input_ids = torch.full(mask.shape, self.tokenizer.pad_token_id or 0)
+        input_ids[mask] = torch.cat(rows).long()
+        return {"input_ids": input_ids, "attention_mask": mask.long()}
+
     def fingerprint(self, modality: str) -> str:
-        """A text that changes whenever this processor would prepare a `"text"` or an `"image"` in another way."""
+        """A text that changes whenever this processor would prepare a modality in another way."""
+        if modality == "features":
+            return json.dumps(self.features_size)
         if modality == "image":
             rules = json.loads(self.image_processor.to_json_string())
             return json.dumps({name: rules[name] for name in rules if name != "auto_map"}, sort_keys=True)
@@ -137,7 +184,9 @@ class TransRecProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "text_index", "pixel_values", "image_index", "item_modalities"]
+        modalities = (MODALITIES[name] for name in self.modalities)
+        names = [name for modality in modalities for name in (modality.values, modality.mask, modality.index) if name]
+        return [*names, "item_modalities"]
 
 
 __all__ = ["TransRecProcessor"]

@@ -54,27 +54,27 @@ class SharedItems:
     encoded: Tensor
 
 
-def share_items(item_ids: Tensor) -> SharedItems:
+def share_items(item_rows: Tensor) -> SharedItems:
     """
     Decide which rank encodes which item, so that each distinct item of all batches is encoded once. An item that
     several ranks have goes to each of them in turn.
 
     Args:
-        item_ids (`Tensor` of shape `(U,)`): catalogue rows of this rank's distinct items.
+        item_rows (`Tensor` of shape `(U,)`): catalogue rows of this rank's distinct items.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    sizes = item_ids.new_zeros(num_ranks)
-    sizes[rank] = len(item_ids)
+    sizes = item_rows.new_zeros(num_ranks)
+    sizes[rank] = len(item_rows)
     dist.all_reduce(sizes)
-    padding = item_ids.new_full((int(sizes.max()) - len(item_ids),), -1)
-    by_rank = [torch.empty(int(sizes.max()), dtype=item_ids.dtype, device=item_ids.device) for _ in range(num_ranks)]
-    dist.all_gather(by_rank, torch.cat([item_ids, padding]))
+    padding = item_rows.new_full((int(sizes.max()) - len(item_rows),), -1)
+    by_rank = [torch.empty(int(sizes.max()), dtype=item_rows.dtype, device=item_rows.device) for _ in range(num_ranks)]
+    dist.all_gather(by_rank, torch.cat([item_rows, padding]))
     ids, columns = torch.stack(by_rank).unique(return_inverse=True)
     has = torch.zeros(num_ranks, len(ids), dtype=torch.long, device=ids.device).scatter(1, columns, 1)
     if ids[0] == -1:
         ids, has = ids[1:], has[:, 1:]
     turn = torch.arange(len(ids), device=ids.device) % has.sum(dim=0)
-    rows = torch.searchsorted(ids, item_ids)
+    rows = torch.searchsorted(ids, item_rows)
     owned = ((has[rank] == 1) & (has.cumsum(dim=0)[rank] - 1 == turn))[rows]
     encoded = owned.clone()
     encoded[0] |= not owned.any()

@@ -24,6 +24,7 @@ from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
 from ..errors import DataError, bad_input, one_line
 from ..model.configuration_transrec import TransRecConfig
+from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 
@@ -64,13 +65,13 @@ def named_source(name_or_path: str) -> dict[str, Any]:
 def describe_towers(config: TransRecConfig) -> list[dict[str, Any]]:
     """Modality, architecture, name and licence of each tower; a tower without a name had no pre-trained weights."""
     towers: list[dict[str, Any]] = []
-    configs: tuple[tuple[str, Any], ...] = (("text", config.text_config), ("image", config.vision_config))
-    for modality, tower in configs:
-        if tower is not None:
+    for modality in (MODALITIES[name] for name in config.modalities):
+        if modality.tower is not None:
+            tower = getattr(config, modality.config)
             name = tower._name_or_path
             source = named_source(name) if name else {"name": None, "on_hub": False}
             licence = read_licence(name) if name else None
-            towers.append({"modality": modality, "architecture": tower.model_type, **source, "licence": licence})
+            towers.append({"modality": modality.name, "architecture": tower.model_type, **source, "licence": licence})
     return towers
 
 
@@ -88,8 +89,7 @@ def read_licence(name_or_path: str) -> str:
 def parameter_counts(config: TransRecConfig) -> dict[str, int]:
     """Parameters of each part of the model, counted without making weights."""
     parts = {
-        "item_encoder.text_model.": "text tower",
-        "item_encoder.vision_model.": "image tower",
+        **{f"item_encoder.{modality.tower}.": f"{name} tower" for name, modality in MODALITIES.items()},
         "item_encoder.item_embedding.": "item embeddings",
         "item_encoder.": "fusion",
         "": "user encoder",

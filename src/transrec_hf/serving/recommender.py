@@ -13,8 +13,8 @@ from transformers.utils import PushToHubMixin, logging
 
 from ..data.catalogue import Catalogue, load_catalogue
 from ..errors import DataError, hub_errors, pinned
-from ..items.encoding import encode_catalogue, item_modalities
-from ..items.preparing import pad_right
+from ..items.encoding import encode_catalogue
+from ..items.preparing import ItemSource, pad_right
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.user_encoder_transrec import last_state
@@ -48,11 +48,11 @@ class Recommender(PushToHubMixin):
 
     Args:
         model ([`TransRecModel`]): the model.
-        catalogue ([`Catalogue`], *optional*): the items, of any platform if the model reads content. Not needed with
-            an index, but then recommendations have no text.
-        processor ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
+        source ([`ItemSource`], *optional*): the items, of any platform if the model reads content. Not needed with an
+            index, but then recommendations have no text.
         index ([`ItemIndex`], *optional*): the items' vectors, if they are known already. They are computed anew when
             they were made from another catalogue or by another model.
+        processor ([`TransRecProcessor`], *optional*): of the model, where the items do not bring it.
         kwargs: further arguments of [`encode_catalogue`], e.g. `batch_size`.
 
     Raises:
@@ -70,13 +70,15 @@ class Recommender(PushToHubMixin):
     def __init__(
         self,
         model: TransRecModel,
-        catalogue: Catalogue | None = None,
-        processor: TransRecProcessor | None = None,
+        source: ItemSource | None = None,
         *,
         index: ItemIndex | None = None,
+        processor: TransRecProcessor | None = None,
         **kwargs: Any,
     ):
-        self.model, self.processor, self.catalogue = model.eval(), processor, catalogue
+        self.model, self.source = model.eval(), source
+        self.processor = processor = processor if source is None else source.processor
+        self.catalogue = catalogue = None if source is None else source.catalogue
         if index is not None and index.encoder_hash != encoder_hash(model, processor):
             logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
             index = None
@@ -89,17 +91,17 @@ class Recommender(PushToHubMixin):
         self.item_ids = self.index.item_ids
         self.item_embeds = self.index.item_embeds.to(model.device)
         modalities = self.index.item_modalities
-        self.item_modalities = None if modalities is None else modalities.to(model.device)
+        self.present = None if modalities is None else modalities.to(model.device)
         self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids.tolist())}
 
     def _encode(self, **kwargs: Any) -> ItemIndex:
-        catalogue = self.catalogue
-        assert catalogue is not None
+        source = self.source
+        assert source is not None
         return ItemIndex(
-            catalogue.item_ids,
-            encode_catalogue(self.model, catalogue, self.processor, **kwargs),
-            item_modalities(catalogue, self.model),
-            catalogue.content_hash(),
+            source.catalogue.item_ids,
+            encode_catalogue(self.model, source, **kwargs),
+            source.present,
+            source.catalogue.content_hash(),
             encoder_hash(self.model, self.processor),
         )
 
@@ -129,8 +131,10 @@ class Recommender(PushToHubMixin):
             if model.config.modalities:
                 processor = TransRecProcessor.from_pretrained(pretrained_model_name_or_path, **place)
             index = ItemIndex.from_pretrained(pretrained_model_name_or_path, **place)
-        catalogue = items if items is None or isinstance(items, Catalogue) else load_catalogue(items)
-        return cls(model, catalogue, processor, index=index, **kwargs)
+        if items is not None and not isinstance(items, Catalogue):
+            items = load_catalogue(items)
+        source = None if items is None else ItemSource(items, processor)
+        return cls(model, source, index=index, processor=processor, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -172,7 +176,7 @@ class Recommender(PushToHubMixin):
             raise ValueError("a history is empty: the model recommends from at least one item")
         length = self.model.config.max_position_embeddings
         index = torch.from_numpy(pad_right([history[-length:] for history in rows])).to(self.item_embeds.device)
-        states = self.model.get_user_features(self.item_embeds, index, self.item_modalities)
+        states = self.model.get_user_features(self.item_embeds, index, self.present)
         scores = last_state(states, index).float() @ self.item_embeds.T
         if exclude_history:
             users = np.repeat(np.arange(len(rows)), [len(history) for history in rows])

@@ -6,8 +6,8 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..evaluation.evaluator import RankingEvaluator
-from ..items.encoding import item_modalities, move, packed_linears
-from ..items.preparing import bucket_by_tokens, prepare_items, token_budget
+from ..items.encoding import packed_linears
+from ..items.preparing import ItemSource, bucket_by_tokens
 from ..items.store import ActivationStore
+from ..model.modalities_transrec import MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
-from ..model.processing_transrec import TransRecProcessor
 from .arguments import TransRecTrainingArguments
 from .collator import DataCollatorForNextItem, TrainingWindows
 from .trainer import TransRecTrainer
@@ -37,7 +36,6 @@ from .trainer import TransRecTrainer
 BATCHES = 50  # simulated of an epoch, at most
 SMALL = 16  # items, for what needs no clock: operations and bytes
 RANKED = (512, 2048)  # users, to time the ranking of more
-INPUTS = {"text": ("input_ids", "attention_mask", "text_states"), "image": ("pixel_values", "image_states")}
 
 
 @dataclass(frozen=True)
@@ -47,34 +45,42 @@ class Counts:
 
     Args:
         items (`float`): distinct items.
-        texts, images (`float`): of those items, as far as the model reads them.
-        tokens (`float`): of those texts, with the padding of their buckets.
-        bucket_tokens (`float`): of the largest bucket.
+        contents (`dict[str, float]`): by modality that the model reads, how many of those items have it.
+        units (`dict[str, float]`): by modality, what the cost of its tower is proportional to: tokens, with the
+            padding of their buckets, or contents.
+        at_once (`dict[str, float]`): by modality, the units of the largest pass.
         users (`float`, *optional*): windows of users.
         slots (`float`, *optional*): items in their histories, targets and negatives, repeats included.
     """
 
     items: float
-    texts: float
-    images: float
-    tokens: float
-    bucket_tokens: float
+    contents: dict[str, float]
+    units: dict[str, float]
+    at_once: dict[str, float]
     users: float = 0.0
     slots: float = 0.0
-
-    @property
-    def units(self) -> dict[str, float]:
-        """By modality, what the cost of its tower is proportional to."""
-        return {"text": self.tokens, "image": self.images}
 
     @property
     def distinct_share(self) -> float:
         """Encodings for each one that would be made if repeats were encoded again."""
         return self.items / self.slots
 
-    def stored(self, pooled: bool) -> Counts:
-        """The same as a store has it: one state for each text if it has them pooled."""
-        return replace(self, tokens=self.texts, bucket_tokens=self.texts) if pooled else self
+    def stored(self, pooled: Collection[str]) -> Counts:
+        """The same as a store has it: one state for each content of the modalities that it has pooled."""
+        as_stored = {name: self.contents[name] for name in pooled if name in self.contents}
+        return replace(self, units=self.units | as_stored, at_once=self.at_once | as_stored)
+
+    @classmethod
+    def mean(cls, counts: Sequence[Counts]) -> Counts:
+        """The mean of several, field by field."""
+
+        def of(name: str) -> Any:
+            values = [getattr(count, name) for count in counts]
+            if not isinstance(values[0], dict):
+                return statistics.fmean(values)
+            return {key: statistics.fmean(value[key] for value in values) for key in values[0]}
+
+        return cls(*(of(field.name) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -120,23 +126,18 @@ class Costs:
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
 
-def count_units(catalogue: Catalogue, processor: TransRecProcessor | None) -> dict[str, np.ndarray]:
-    """By modality that the model reads: tokens of each item's text, and whether it has an image; `(n_items,)`."""
-    units = {}
-    if processor is not None and "text" in processor.modalities:
-        units["text"] = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths
-    if processor is not None and "image" in processor.modalities:
-        units["image"] = catalogue.has_image.astype(np.int64)
-    return units
-
-
 def count_items(units: dict[str, np.ndarray], rows: np.ndarray, max_tokens: int) -> Counts:
-    """Catalogue rows that are encoded together, with buckets of `max_tokens`."""
-    nothing = np.zeros(int(rows.max(initial=0)) + 1, dtype=np.int64)
-    tokens, images = (units.get(modality, nothing)[rows] for modality in ("text", "image"))
-    tokens = tokens[tokens > 0]
-    buckets = [int(tokens[bucket].max()) * len(bucket) for bucket in bucket_by_tokens(tokens, max_tokens)]
-    return Counts(len(rows), len(tokens), int(images.sum()), sum(buckets), max(buckets, default=0))
+    """Catalogue rows that are encoded together, with buckets of `max_tokens`; `units` as of [`ItemSource.units`]."""
+    contents: dict[str, float] = {}
+    totals: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for name, of_items in units.items():
+        own = of_items[rows][of_items[rows] > 0]
+        passes = [int(own.sum())]
+        if MODALITIES[name].mask is not None:
+            passes = [int(own[bucket].max()) * len(bucket) for bucket in bucket_by_tokens(own, max_tokens)]
+        contents[name], totals[name], largest[name] = len(own), sum(passes), max(passes, default=0)
+    return Counts(len(rows), contents, totals, largest)
 
 
 def simulate_steps(
@@ -153,7 +154,7 @@ def simulate_steps(
         windows ([`TrainingWindows`]): of the run.
         collator ([`DataCollatorForNextItem`]): of the run, but without a processor.
         batch_size (`int`): windows in a batch.
-        units (`dict[str, np.ndarray]`): see [`count_units`].
+        units (`dict[str, np.ndarray]`): see [`ItemSource.units`].
         max_batches (`int`, *optional*, defaults to 50): how many to draw.
 
     Returns:
@@ -166,13 +167,13 @@ def simulate_steps(
     for start in rng.permutation(starts)[:max_batches]:
         features = [windows[int(index)] for index in order[start : start + batch_size]]
         batch = collator(features)
-        encoded = count_items(units, batch["item_ids"].numpy(), collator.max_tokens)
+        encoded = count_items(units, batch["items"].item_rows.numpy(), collator.source.max_tokens)
         slots = sum(len(feature["items"]) for feature in features)
         slots += int((batch["negative_index"] >= 0).sum()) if "negative_index" in batch else 0
-        counts.append(astuple(replace(encoded, users=len(features), slots=max(slots, encoded.items))))
+        counts.append(replace(encoded, users=len(features), slots=max(slots, encoded.items)))
         drawn.append(features)
-    mean = Counts(*np.mean(counts, axis=0).tolist())
-    nearest = np.argmin([abs(count[0] - mean.items) + abs(count[5] - mean.users) for count in counts])
+    mean = Counts.mean(counts)
+    nearest = np.argmin([abs(count.items - mean.items) + abs(count.users - mean.users) for count in counts])
     return mean, drawn[nearest]
 
 
@@ -232,15 +233,12 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     return psutil.Process().memory_info().rss, psutil.virtual_memory().available
 
 
-def units_of(batch: dict[str, Any]) -> dict[str, int]:
-    """What a batch has of each modality: tokens, padding included, and images."""
-    units = {"text": sum(mask.numel() for mask in batch.get("attention_mask", []))}
-    units["image"] = len(batch.get("image_index", []))
-    return {modality: count for modality, count in units.items() if count}
-
-
-def _given(vectors: Tensor, **inputs: Any) -> Tensor:
-    return vectors
+def units_of(batch: ItemBatch) -> dict[str, int]:
+    """What a batch has of each modality: tokens, padding included, or contents."""
+    return {
+        name: sum(mask.numel() for mask in part.masks) if part.masks is not None else len(part.rows)
+        for name, part in batch.parts.items()
+    }
 
 
 class Calibration:
@@ -250,21 +248,12 @@ class Calibration:
     Args:
         model ([`TransRecModel`]): on its device, frozen as it will be.
         args ([`TransRecTrainingArguments`]): of the run.
-        catalogue ([`Catalogue`]): the items.
-        processor ([`TransRecProcessor`] or `None`): of the model.
+        source ([`ItemSource`]): the items.
         seconds (`float`): that all pieces together should take, about.
     """
 
-    def __init__(
-        self,
-        model: TransRecModel,
-        args: TransRecTrainingArguments,
-        catalogue: Catalogue,
-        processor: TransRecProcessor | None,
-        seconds: float,
-    ):
-        self.model, self.args, self.seconds = model, args, seconds
-        self.catalogue, self.processor = catalogue, processor
+    def __init__(self, model: TransRecModel, args: TransRecTrainingArguments, source: ItemSource, seconds: float):
+        self.model, self.args, self.seconds, self.source = model, args, seconds, source
         self.device = model.device
         self.dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.optimizer: Any = None
@@ -286,50 +275,45 @@ class Calibration:
                 break
         return statistics.median(seconds[1:] or seconds)
 
-    def prepare(self, rows: np.ndarray, store: ActivationStore | None = None) -> dict[str, Any]:
-        """Model inputs of catalogue rows, on the device; those of the store's catalogue if there is a store."""
-        catalogue = store.catalogue if store else self.catalogue
-        return move(prepare_items(catalogue, rows, self.processor, store, token_budget(self.device)), self.device)
+    def prepare(self, rows: np.ndarray, source: ItemSource | None = None) -> ItemBatch:
+        """Catalogue rows on the device; those of another source, such as a store's, if there is one."""
+        return (source or self.source).batch(rows).to(self.device)
 
-    def encode(self, batch: dict[str, Any], modality: str) -> Tensor:
+    def encode(self, batch: ItemBatch, modality: str) -> Tensor:
         with self.autocast():
-            if modality == "image":
-                return self.model.get_image_features(batch.get("pixel_values"), batch.get("image_states"))
-            return self.model.get_text_features(
-                batch.get("input_ids"), batch["attention_mask"], batch.get("text_states")
-            )
+            return self.model.get_content_features(modality, batch.parts[modality])
 
-    def train(self, batch: dict[str, Any], modality: str) -> None:
+    def train(self, batch: ItemBatch, modality: str) -> None:
         self.model.zero_grad()
         self.encode(batch, modality).float().sum().backward()
 
     @torch.no_grad()
-    def evaluate(self, batch: dict[str, Any], modality: str) -> None:
+    def evaluate(self, batch: ItemBatch, modality: str) -> None:
         self.model.eval()
         self.encode(batch, modality)
         self.model.train()
 
-    def affordable(self, rows: np.ndarray, share: float, store: ActivationStore | None = None) -> np.ndarray:
+    def affordable(self, rows: np.ndarray, share: float, source: ItemSource | None = None) -> np.ndarray:
         """As many of the rows as can be prepared and trained on once in a share of the time."""
         few = rows[:SMALL]
 
         def step() -> None:
-            batch = self.prepare(few, store)
+            batch = self.prepare(few, source)
             for modality in units_of(batch):
                 self.train(batch, modality)
 
         return rows[: max(len(few), int(len(few) * share * self.seconds / self.clock(step, share=0.01)))]
 
-    def towers(self, rows: np.ndarray, store: ActivationStore | None = None) -> tuple[float, dict[str, TowerCost]]:
-        """Seconds to prepare an item, and what each tower takes; from the stored states if there is a store."""
-        prepare_seconds = self.clock(lambda: self.prepare(rows, store)) / len(rows)
-        batch, few, more = (self.prepare(some, store) for some in (rows, rows[:SMALL], rows[: 2 * SMALL]))
+    def towers(self, rows: np.ndarray, source: ItemSource | None = None) -> tuple[float, dict[str, TowerCost]]:
+        """Seconds to prepare an item, and what each tower takes; of another source if there is one."""
+        prepare_seconds = self.clock(lambda: self.prepare(rows, source)) / len(rows)
+        batch, few, more = (self.prepare(some, source) for some in (rows, rows[:SMALL], rows[: 2 * SMALL]))
         return prepare_seconds, {modality: self.tower(modality, batch, few, more) for modality in units_of(batch)}
 
-    def tower(self, modality: str, batch: dict[str, Any], few: dict[str, Any], more: dict[str, Any]) -> TowerCost:
+    def tower(self, modality: str, batch: ItemBatch, few: ItemBatch, more: ItemBatch) -> TowerCost:
         """What a tower takes: seconds on `batch`, bytes by how they grow from `few` items to `more`."""
         units = units_of(batch)[modality]
-        inputs = [batch[name] for name in INPUTS[modality] if name in batch]
+        part = batch.parts[modality]
         chunk, self.model.item_chunk_size = self.model.item_chunk_size, None
 
         def growth(function: Callable[..., Any], kept: bool = False) -> float:
@@ -352,24 +336,22 @@ class Calibration:
             train_bytes=train_bytes,
             held_bytes=held_bytes,
             eval_bytes=eval_bytes,
-            input_bytes=sum(value.nbytes for value in tree_leaves(inputs)) / units,
+            input_bytes=sum(value.nbytes for value in [*part.values, *(part.masks or [])]) / units,
         )
 
     def users(self, batch: dict[str, Any]) -> None:
         """A step without the towers: random item vectors to users and loss, and back; of an ID baseline, all of it."""
-        modalities = item_modalities(self.catalogue, self.model)
         self.model.zero_grad()
-        if modalities is not None:
-            size = (len(batch["item_ids"]), self.model.config.hidden_size)
-            vectors = torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=True)
-            batch = batch | {"item_modalities": modalities[batch["item_ids"].cpu()].to(self.device)}
-            batch |= {"text_index": vectors, "image_index": vectors}  # no tower is left out
-            self.model.get_item_features = partial(_given, vectors)  # type: ignore[method-assign]
-        try:
-            with self.autocast():
+        with self.autocast():
+            if not self.model.config.modalities:
                 loss = self.model(**batch).loss
-        finally:
-            self.model.__dict__.pop("get_item_features", None)
+            else:
+                size = (len(batch["items"]), self.model.config.hidden_size)
+                vectors = torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=True)
+                present = self.source.present[batch["items"].item_rows.cpu()].to(self.device)
+                states = self.model.get_user_features(vectors, batch["history_index"], present)
+                rest = {name: value for name, value in batch.items() if name != "items"}
+                loss = self.model.compute_loss(states, vectors, **rest)
         loss.backward()
 
     def update(self) -> None:
@@ -385,13 +367,13 @@ class Calibration:
 
     def ranking(self, split: Split, protocol: Any) -> float:
         """Seconds to rank all validation targets."""
-        counts, num_users = split.train.item_counts(len(self.catalogue)), len(split.validation)
+        counts, num_users = split.train.item_counts(len(self.source)), len(split.validation)
         num_users = min(num_users, self.args.max_eval_users or num_users)
-        vectors = torch.randn(len(self.catalogue), self.model.config.hidden_size, device=self.device)
+        vectors = torch.randn(len(self.source), self.model.config.hidden_size, device=self.device)
 
         def seconds_for(size: int) -> float:
             evaluator = RankingEvaluator(
-                self.catalogue, split.validation, protocol=protocol, train_counts=counts, max_users=size
+                self.source, split.validation, protocol=protocol, train_counts=counts, max_users=size
             )
             with self.autocast():
                 return self.clock(lambda: evaluator.evaluate(self.model, item_embeds=vectors), share=0.03)
@@ -402,7 +384,7 @@ class Calibration:
 
     def rest(self, features: list[dict[str, Any]], collator: DataCollatorForNextItem, ranking_seconds: float) -> Costs:
         """What all but the towers takes for a batch of these windows."""
-        batch = move(collator(features), self.device)
+        batch = {name: value.to(self.device) for name, value in collator(features).items()}
         return Costs(
             collate_seconds=self.clock(lambda: collator(features), share=0.01),
             user_seconds=self.clock(lambda: self.users(batch)),
@@ -413,16 +395,16 @@ class Calibration:
         )
 
     def fill(
-        self, folder: str, rows: np.ndarray, units: dict[str, np.ndarray], pooled: bool
-    ) -> tuple[ActivationStore, float]:
-        """A store of some catalogue rows, and the bytes of one of all items."""
-        dtype, sample = torch.bfloat16 if self.args.bf16 else torch.float32, self.catalogue.select(rows)
+        self, folder: str, rows: np.ndarray, units: dict[str, np.ndarray], pooled: Collection[str]
+    ) -> tuple[ItemSource, float]:
+        """Some catalogue rows with their stored states, and the bytes of a store of all items."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         with self.autocast():
-            store = ActivationStore(folder, self.model, self.processor, sample, dtype=dtype)  # type: ignore[arg-type]
+            store = ActivationStore(folder, self.model, self.source.select(rows), dtype=dtype)
             store.fill(batch_size=self.args.per_device_eval_batch_size)
         num_bytes = 0.0
-        for modality, counts in units.items():
-            states = counts > 0 if modality == "text" and pooled else counts
-            stored_bytes = sum(content_bytes(path) for path in Path(folder).glob(f"{modality}-*/*"))
+        for name, counts in units.items():
+            states = counts > 0 if name in pooled else counts
+            stored_bytes = sum(content_bytes(path) for path in Path(folder).glob(f"{name}-*/*"))
             num_bytes += stored_bytes * int(states.sum()) / max(int(states[rows].sum()), 1)
-        return store, num_bytes
+        return store.source, num_bytes

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
-from ..items.preparing import PADDING, TOKENS_ON_CPU, pad_right, prepare_items
+from ..items.preparing import PADDING, ItemSource, pad_right
 from ..model.configuration_transrec import TransRecConfig
-from ..model.processing_transrec import TransRecProcessor
-
-
-if TYPE_CHECKING:
-    from ..items.store import ActivationStore
 
 
 class TrainingWindows(torch.utils.data.Dataset):
@@ -87,33 +81,25 @@ class DataCollatorForNextItem:
     the number of workers, so a resumed run draws the same ones.
 
     Args:
-        catalogue ([`Catalogue`]): where items are read from.
-        processor ([`TransRecProcessor`] or `None`): of the model; `None` for the ID baseline.
+        source ([`ItemSource`]): where items come from.
         config ([`TransRecConfig`]): of the model; gives the objective and the history length `L`.
-        log_popularity (`np.ndarray` of shape `(len(catalogue),)`): log of each item's share of the training data.
+        log_popularity (`np.ndarray` of shape `(len(source),)`): log of each item's share of the training data.
         seed (`int`, *optional*, defaults to 0): of the negatives.
-        store ([`ActivationStore`], *optional*): of the frozen blocks' states, to read instead of text and images.
-        max_tokens (`int`, *optional*, defaults to 2048): tokens of a bucket of texts, see [`token_budget`].
 
     Call it with a list of `{"items": catalogue rows, "user": int, "epoch": int}`, as [`TrainingWindows`] yields them,
-    each of at least two items. It returns the item inputs of [`prepare_items`] and `log_popularity` `(n_items,)`,
+    each of at least two items. It returns `items`, an [`ItemBatch`], and `log_popularity` `(n_items,)`,
     `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)` for `"cpc"`) and, where the
     objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)` for `"bce"` and `"bpr"`,
     `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch.
     """
 
-    catalogue: Catalogue
-    processor: TransRecProcessor | None
+    source: ItemSource
     config: TransRecConfig
     log_popularity: np.ndarray
     seed: int = 0
-    store: ActivationStore | None = None
-    max_tokens: int = TOKENS_ON_CPU
 
     def __post_init__(self) -> None:
-        if self.store is None and self.processor is not None and "text" in self.processor.modalities:
-            # now, not in each worker
-            self.catalogue.tokens(self.processor.tokenizer, self.processor.max_text_length)
+        self.source.units()  # texts are tokenised now, not in each worker
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         windows = [self.split(np.asarray(feature["items"])) for feature in features]
@@ -124,10 +110,10 @@ class DataCollatorForNextItem:
 
         used = [slots.ravel(), negative.ravel()]
         if self.config.objective == "full_softmax":
-            used.append(np.arange(len(self.catalogue)))
+            used.append(np.arange(len(self.source)))
         rows = np.unique(np.concatenate(used))
         rows = rows[rows != PADDING]
-        batch = prepare_items(self.catalogue, rows, self.processor, self.store, self.max_tokens)
+        batch: dict[str, Any] = {"items": self.source.batch(rows)}
         batch["log_popularity"] = torch.from_numpy(self.log_popularity[rows])
         indices = {"history_index": history, "target_index": target}
         if negative.size:
@@ -157,7 +143,7 @@ class DataCollatorForNextItem:
         """The catalogue rows of the negatives that the objective draws, empty if it draws none."""
         seed = [self.seed, features[0].get("epoch", 0), *(int(feature.get("user", 0)) for feature in features)]
         rng = np.random.default_rng(seed)
-        num_items, num_negatives = len(self.catalogue), self.config.num_negatives
+        num_items, num_negatives = len(self.source), self.config.num_negatives
         if self.config.objective == "cpc":
             return draw_negatives(rng, num_items, slots, num_negatives)
         if self.config.objective in ("bce", "bpr"):

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.item_encoder_transrec import select_items
-
 
 class ItemCache:
     """
@@ -29,19 +27,19 @@ class ItemCache:
         self.encoded_at = torch.full((num_items,), -max_age - 1, device=device)
 
     def leave_out(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """A training batch that gives vectors, `cached_embeds`, in place of the contents of the items it knows."""
-        rows = batch["item_ids"]
+        """A training batch that gives vectors, `item_embeds`, in place of the contents of the items it knows."""
+        rows = batch["items"].item_rows
         scored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for name in ("target_index", "negative_index"):
             scored[batch[name][batch[name] >= 0]] = True
         cached = ~scored & (step - self.encoded_at[rows] <= self.max_age)
-        index = cached.nonzero().squeeze(1)
-        return {**select_items(batch, ~cached), "cached_embeds": self.embeds[rows[index]], "cached_index": index}
+        return {**batch, "items": batch["items"].select(~cached), "item_embeds": self.embeds[rows]}
 
     def update(self, batch: dict[str, Any], item_embeds: Tensor, step: int) -> None:
         """Keep the vectors `(n_items, hidden_size)` that were computed for a batch of [`ItemCache.leave_out`]."""
-        computed = torch.ones(len(item_embeds), dtype=torch.bool, device=item_embeds.device)
-        computed[batch["cached_index"]] = False
-        rows = batch["item_ids"][computed]
+        computed = torch.zeros(len(item_embeds), dtype=torch.bool, device=item_embeds.device)
+        for part in batch["items"].parts.values():
+            computed[part.rows] = True
+        rows = batch["items"].item_rows[computed]
         self.embeds[rows] = item_embeds.detach()[computed].to(self.embeds.dtype)
         self.encoded_at[rows] = step

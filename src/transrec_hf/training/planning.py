@@ -17,13 +17,13 @@ from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..data.statistics import log_popularity
 from ..errors import DataError
-from ..items.preparing import token_budget
-from ..model.item_encoder_transrec import frozen_depth
+from ..items.preparing import ItemSource, token_budget
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
+from ..model.towers_transrec import frozen_depth
 from ..publishing.results import describe_device
 from .arguments import TransRecTrainingArguments
-from .calibration import BATCHES, Calibration, Costs, Counts, count_items, count_units, memory_of, simulate_steps
+from .calibration import BATCHES, Calibration, Costs, Counts, count_items, memory_of, simulate_steps
 from .collator import DataCollatorForNextItem, TrainingWindows
 
 
@@ -112,10 +112,10 @@ def training_bytes(counts: Counts, costs: Costs, chunk: int | None = None) -> fl
     What a step makes at its peak: texts are encoded bucket by bucket, then the images at once, then comes the rest.
     Until the backward pass each keeps what that reads; with a chunk size nothing, and fewer items are encoded at once.
     """
-    at_once = {"text": counts.bucket_tokens, "image": counts.images}
+    at_once = counts.at_once
     if chunk is not None:
-        at_once["text"] = min(counts.bucket_tokens, chunk * counts.tokens / max(counts.texts, 1))
-        at_once["image"] = min(counts.images, chunk)
+        of_chunk = {name: chunk * units / max(counts.contents[name], 1) for name, units in counts.units.items()}
+        at_once = {name: min(units, of_chunk[name]) for name, units in at_once.items()}
     held = peak = sum(cost.input_bytes * counts.units[modality] for modality, cost in costs.towers.items())
     for modality, cost in costs.towers.items():
         kept = cost.held_bytes if chunk is None else 0.0
@@ -128,7 +128,7 @@ def encoding_bytes(counts: Counts, costs: Costs, batch_size: int) -> float:
     """What one batch of the items in `counts` makes at its peak when all of them are encoded."""
     share = min(1.0, batch_size / counts.items)
     units = {modality: count * share for modality, count in counts.units.items()}
-    at_once = {"text": min(counts.bucket_tokens, units["text"]), "image": units["image"]}
+    at_once = {modality: min(counts.at_once[modality], count) for modality, count in units.items()}
     inputs = sum(cost.input_bytes * units[modality] for modality, cost in costs.towers.items())
     return inputs + max((cost.eval_bytes * at_once[modality] for modality, cost in costs.towers.items()), default=0.0)
 
@@ -217,8 +217,8 @@ def plan_run(
         raise DataError("no training sequence has two items: every user needs a history and a next item")
     if args.trainable_blocks is not None:
         model.freeze_towers(args.trainable_blocks)
-    depths = [frozen_depth(tower) for tower in model.item_encoder.towers.values()]
-    if args.activation_store is not None and not all(depths):
+    depths = {name: frozen_depth(tower) for name, tower in model.item_encoder.towers.items()}
+    if args.activation_store is not None and not all(depths.values()):
         raise ValueError("no block of a tower is frozen, so there is nothing to store: lower trainable_blocks")
     model.to(args.device).train()
     if args.gradient_checkpointing:
@@ -226,8 +226,9 @@ def plan_run(
     model.item_chunk_size = args.item_chunk_size
 
     popularity, max_tokens = log_popularity(split.train.item_counts(len(catalogue))), token_budget(args.device)
-    collator = DataCollatorForNextItem(catalogue, None, config, popularity, seed=args.seed, max_tokens=max_tokens)
-    units = count_units(catalogue, processor)
+    source = ItemSource(catalogue, processor, max_tokens)
+    collator = DataCollatorForNextItem(ItemSource(catalogue, None, max_tokens), config, popularity, seed=args.seed)
+    units = source.units()
     everything = count_items(units, np.arange(len(catalogue)), max_tokens)
     users = args.train_batch_size
     step, usual = simulate_steps(windows, collator, users, units)
@@ -244,17 +245,17 @@ def plan_run(
     started = time.perf_counter()
     stored_costs, with_store, fill_seconds, store_bytes = None, None, 0.0, 0.0
     with tqdm(total=3, desc="Calibrating", leave=False) as bar, tempfile.TemporaryDirectory() as folder:
-        calibration = Calibration(model, args, catalogue, processor, seconds)
+        calibration = Calibration(model, args, source, seconds)
         costs = calibration.rest(usual, collator, calibration.ranking(split, protocol))
         bar.update()
         if processor is not None:
-            rows = np.random.default_rng(args.seed).permutation(collator(usual)["item_ids"].numpy())
+            rows = np.random.default_rng(args.seed).permutation(collator(usual)["items"].item_rows.numpy())
             rows = np.sort(calibration.affordable(rows, share=0.12))
             prepare_seconds, towers = calibration.towers(rows)
             costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
         bar.update()
-        pooled = "text" in units and model.item_encoder.is_stored_pooled("text")
-        if depths and all(depths):
+        pooled = [name for name in depths if name in units and model.item_encoder.is_stored_pooled(name)]
+        if depths and all(depths.values()):
             store, store_bytes = calibration.fill(folder, rows, units, pooled)
             again = np.resize(np.arange(len(rows)), int(step.items))
             prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, store), store)
@@ -265,7 +266,7 @@ def plan_run(
 
     costs = replace(costs, base_bytes=base_bytes)
     without_store = make_forecast(args, num_steps(), step, everything, costs)
-    used, used_pooled, filling = costs, False, 0.0
+    used, used_pooled, filling = costs, list[str](), 0.0
     if stored_costs is not None:
         filling = encoding_bytes(everything, costs, args.per_device_eval_batch_size)
         stored_costs = replace(stored_costs, base_bytes=base_bytes)

@@ -27,8 +27,9 @@ from ..errors import DataError
 from ..evaluation.evaluator import LIST_LENGTH, RankingEvaluator
 from ..evaluation.protocol import EvaluationProtocol
 from ..items.encoding import encode_catalogue, standardize_projections
-from ..items.preparing import token_budget
+from ..items.preparing import ItemSource, token_budget
 from ..items.store import ActivationStore
+from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.card import CARD_NAME, write_model_card
@@ -43,7 +44,7 @@ from .sharding import check_sharding, load_whole_weights, own_class, whole_weigh
 
 def part_of(name: str) -> str:
     """Which part of a model a parameter belongs to: `"tower"`, `"projection"` or `"user_encoder"`."""
-    if "text_model." in name or "vision_model." in name:
+    if any(f"{modality.tower}." in name for modality in MODALITIES.values() if modality.tower):
         return "tower"
     # the ID baseline's table is learned from scratch like the user encoder
     return "projection" if "item_encoder." in name and "item_embedding" not in name else "user_encoder"
@@ -190,18 +191,17 @@ class TransRecTrainer(Trainer):
             check_sharding(plugin)
             plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
         processor = processing_class if config.modalities else None
-        self.store = None if args.activation_store is None else self.fill_store(args.activation_store)
+        self.source = ItemSource(catalogue, processor, token_budget(args.device))
+        if args.activation_store is not None:
+            self.source = self.fill_store(args.activation_store).source
         if processor is not None and not has_adapter(model):
             with self.autocast_smart_context_manager():
-                standardize_projections(model, catalogue, processor, seed=args.seed, store=self.store)
+                standardize_projections(model, self.source, seed=args.seed)
         self.data_collator = DataCollatorForNextItem(
-            catalogue,
-            processor,
+            self.source,
             config,
             log_popularity(self.train_counts),
             seed=args.seed if args.data_seed is None else args.data_seed,
-            store=self.store,
-            max_tokens=token_budget(args.device),
         )
         transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
         transrec.item_chunk_size = args.item_chunk_size
@@ -220,8 +220,7 @@ class TransRecTrainer(Trainer):
             store = ActivationStore(
                 folder,
                 self.model,
-                self.processing_class,
-                self.catalogue,
+                self.source,
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
             store.fill(
@@ -269,7 +268,7 @@ class TransRecTrainer(Trainer):
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
         self.reports = before.get("reports", self.reports)
         self.train_seconds, self.train_started = before.get("run", {}).get("seconds", 0.0), time.time()
-        processor = self.data_collator.processor
+        processor = self.source.processor
         if processor is not None and processor.tokenizer is None:
             self.processing_class: Any = None  # or `Trainer` would align the special tokens of its tokenizer
         try:
@@ -345,12 +344,10 @@ class TransRecTrainer(Trainer):
         with self.autocast_smart_context_manager(), whole_weights(model):
             item_embeds = encode_catalogue(
                 model,
-                self.catalogue,
-                evaluator.processor,
+                self.source,
                 batch_size=self.args.per_device_eval_batch_size,
                 num_workers=self.args.dataloader_num_workers,
                 accelerator=self.accelerator,
-                store=self.store,
             )
             report = evaluator.evaluate(model, item_embeds=item_embeds, accelerator=self.accelerator)
         self.reports[split] = report
@@ -363,9 +360,8 @@ class TransRecTrainer(Trainer):
     ) -> RankingEvaluator:
         """The evaluator of this run's protocol for the given sequences, e.g. `split.test`."""
         return RankingEvaluator(
-            self.catalogue,
+            self.source,
             sequences,
-            self.data_collator.processor,
             protocol=self.protocol,
             train=self.split.train if baselines else None,
             train_counts=self.train_counts,
