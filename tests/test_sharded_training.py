@@ -152,7 +152,7 @@ def train(folder: Path, batch_size: int, configuration: str | None = None) -> di
     found: dict[str, Any] = {}
     for name, start in (("whole", None), ("resumed", folder / "checkpoint-2")):
         trainer = trainer_of(folder, batch_size)
-        trainer.data_collator.max_tokens = 16  # so that processes have different numbers of buckets of texts
+        trainer.source.max_tokens = 16  # so that processes have different numbers of buckets of texts
         trainer.train(resume_from_checkpoint=start and str(start))
         trainer.save_model(str(folder / name))
         found[name] = {

@@ -149,6 +149,25 @@ def test_one_modality_per_item_trains_both_towers_on_mixed_sequences(tmp_path):
         assert all(not torch.equal(before[name], after[name]) for name in before if f"{part}." in name)
 
 
+@pytest.mark.parametrize("call", ["evaluate", "report", "train"])
+def test_a_new_trainer_has_changed_nothing_yet(tmp_path, call):
+    """What is computed is computed when it is asked for; and only training changes weights."""
+    model = TransRecModel(make_config())
+    before = snapshot(model)
+    options = {"trainable_blocks": 1, "activation_store": str(tmp_path / "store"), "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path / "run", model=model, tower_learning_rate=0.0, **options)
+    assert not (tmp_path / "store").exists()
+    getattr(trainer, call)()
+    assert list(tmp_path.glob("store/*/*.safetensors"))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    projections = {
+        f"item_encoder.{part}.{name}"
+        for part in ("text_projection", "visual_projection")
+        for name in ("weight", "bias")
+    }
+    assert changed == (projections if call == "train" else set())
+
+
 def test_a_text_shop_trains_a_model_of_both(tmp_path):
     trainer = make_trainer(tmp_path, catalogue=make_catalogue(kinds=("text",)))
     before = snapshot(trainer.model)

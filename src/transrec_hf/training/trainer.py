@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
@@ -180,7 +181,6 @@ class TransRecTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=None,  # made below: it reads the store, if there is to be one
             train_dataset=train_dataset,
             eval_dataset=split.validation,
             processing_class=processing_class,
@@ -192,17 +192,8 @@ class TransRecTrainer(Trainer):
             plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
         processor = processing_class if config.modalities else None
         self.source = ItemSource(catalogue, processor, token_budget(args.device))
-        if args.activation_store is not None:
-            self.source = self.fill_store(args.activation_store).source
-        if processor is not None and not has_adapter(model):
-            with self.autocast_smart_context_manager():
-                standardize_projections(model, self.source, seed=args.seed)
-        self.data_collator = DataCollatorForNextItem(
-            self.source,
-            config,
-            log_popularity(self.train_counts),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+        self.data_collator: Any = None  # made with the batches: it reads the store, if there is to be one
+        self.store: ActivationStore | None = None
         transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
         transrec.item_chunk_size = args.item_chunk_size
         if args.torch_compile:
@@ -214,11 +205,16 @@ class TransRecTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
-    def fill_store(self, folder: str) -> ActivationStore:
-        """The states of all items after the frozen blocks, computed now as far as they are missing."""
+    def fill_store(self) -> None:
+        """
+        Compute the states of all items after the frozen blocks, as far as `args.activation_store` lacks them. Training
+        and evaluation call it at their start.
+        """
+        if self.args.activation_store is None or self.store is not None:
+            return
         with self.autocast_smart_context_manager():
             store = ActivationStore(
-                folder,
+                self.args.activation_store,
                 self.model,
                 self.source,
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
@@ -228,7 +224,23 @@ class TransRecTrainer(Trainer):
                 num_workers=self.args.dataloader_num_workers,
                 accelerator=self.accelerator,
             )
-        return store
+        self.store, self.source = store, store.source
+
+    def prepare_model(self) -> None:
+        """Give new projections their data-dependent start, see [`standardize_projections`]; `train` begins with it."""
+        if self.source.processor is not None and not has_adapter(self.model):
+            with self.autocast_smart_context_manager(), whole_weights(self.model):
+                standardize_projections(self.model, self.source, seed=self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of training windows, of items as the store has them."""
+        self.data_collator = DataCollatorForNextItem(
+            self.source,
+            self.model.config,
+            log_popularity(self.train_counts),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        return super().get_train_dataloader()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         accelerator_args = super()._build_accelerator_args(**kwargs)
@@ -267,6 +279,8 @@ class TransRecTrainer(Trainer):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
         self.reports = before.get("reports", self.reports)
+        self.fill_store()
+        self.prepare_model()
         self.train_seconds, self.train_started = before.get("run", {}).get("seconds", 0.0), time.time()
         processor = self.source.processor
         if processor is not None and processor.tokenizer is None:
@@ -337,6 +351,7 @@ class TransRecTrainer(Trainer):
         Returns:
             `dict`: see [`RankingEvaluator.evaluate`].
         """
+        self.fill_store()
         evaluator = self.ranking_evaluator(self.split.test if sequences is None else sequences, baselines, max_users)
         evaluator.content_vectors = content_vectors
         model = self.accelerator.unwrap_model(self.model)
