@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
-TORCH := $(shell grep -E '^torch==' $(CONSTRAINTS))
+TORCH := $(or $(shell grep -E '^torch==' $(CONSTRAINTS)),torch)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
