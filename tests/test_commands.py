@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from transformers import AutoModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM
 
 import transrec_cli
 from transrec_cli import VERBS
@@ -212,6 +214,24 @@ def test_models_from_scratch(
         assert (model.config.objective, model.config.is_causal) == ("cpc", False)
 
 
+def test_a_model_of_vectors_that_items_come_with(tmp_path: Path) -> None:
+    vectors = torch.eye(4).tolist()
+    rows = {"item_id": list("abcd"), "text": ["gold star", "navy ring", None, "teal cross"], "features": vectors}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "data" / "items.parquet")
+    visits = {"user_id": list("uuuuvvvv"), "item_id": list("abcddcba"), "timestamp": list(range(8))}
+    pq.write_table(pa.table(visits), tmp_path / "data" / "interactions.parquet")
+    place = (tmp_path / "data", "--hidden_size", "8", "--output_dir", tmp_path / "run")
+    run("pretrain", *place, "--features_size", "4", *QUICK)
+    model, processor = load_checkpoint(str(tmp_path / "run"))
+    assert tuple(model.config.modalities) == tuple(processor.modalities) == ("features",)
+    out = ("--include_history", "--all_users", "--output_file", tmp_path / "out.csv")
+    assert run("recommend", tmp_path / "run", "--data", tmp_path / "data", *out) == 2
+    assert len(rows_of(tmp_path / "out.csv")) == 8
+    assert command("pretrain", *place[:-1], tmp_path / "other", "--features_size", "5") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_evaluate_reads_the_store_of_a_run_and_prints_json(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -286,6 +306,28 @@ def test_recommend_from_a_file_and_an_index(name: str, workplace: Path, tmp_path
 def test_histories_are_read_in_the_order_of_time(tmp_path: Path) -> None:
     (tmp_path / "h.csv").write_text("user_id,item_id,timestamp\nb,y,5\na,x,3\nb,z,1\nb,w,5\n")
     assert read_histories(tmp_path / "h.csv") == [("b", ["z", "y", "w"]), ("a", ["x"])]
+
+
+def test_towers_load_without_a_word_unless_weights_are_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoModelForMaskedLM.from_config(demo_config().text_config).save_pretrained(tmp_path)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    try:
+        TransRecModel.from_text_vision_pretrained(str(tmp_path))  # the head for masked words is left behind
+        assert not caplog.records
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["bert.embeddings.word_embeddings.weight"]
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with caplog.at_level("WARNING", "transrec_hf"):
+            TransRecModel.from_text_vision_pretrained(str(tmp_path))
+        (record,) = caplog.records
+        assert re.search(r"1 weights are not in it .*word_embeddings.weight", record.getMessage())
+    finally:
+        transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity(verbosity)
 
 
 # Preparing data
@@ -549,7 +591,7 @@ BAD_INPUT: dict[str, Case] = {
         "data run from 1 to 3",
         *("--text_model", "bert", "--split", "temporal", "--validation_from", "8", "--test_from", "9"),
     ),
-    "no model": with_data("give --text_model, --vision_model or both"),
+    "no model": with_data("give --text_model, --vision_model, --features_size"),
     "missing tower": with_data("/no/tower: no such folder", "--text_model", "/no/tower"),
     "unknown tower on the Hub": with_data("text_model nobody/nothing", "--text_model", "nobody/nothing"),
     "two origins of the model": with_data("exclude each other", "--text_model", "bert", "--id_baseline"),

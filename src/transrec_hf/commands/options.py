@@ -102,16 +102,22 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         if self.id_baseline:
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
-        if self.text_model or self.vision_model:
-            towers: dict[str, Any] = {"text_model": self.text_model, "vision_model": self.vision_model}
-            named = {name: tower for name, tower in towers.items() if tower}
+        towers: dict[str, Any] = {"text_model": self.text_model, "vision_model": self.vision_model}
+        named = {name: tower for name, tower in towers.items() if tower}
+        size = settings["features_size"]
+        if named or size is not None:
             for tower in named.values():
                 check_place(tower)
-            with bad_input(" and ".join(f"{name} {tower}" for name, tower in named.items())):
+            with bad_input(" and ".join(f"{name} {tower}" for name, tower in named.items()) or "model configuration"):
                 model = TransRecModel.from_text_vision_pretrained(**towers, **settings)
-                return model, TransRecProcessor.from_towers(**towers, max_text_length=max_text_length)
+                return model, TransRecProcessor.from_towers(
+                    **towers, max_text_length=max_text_length, features_size=size
+                )
         if not is_demo:
-            raise DataError("no model: give --text_model, --vision_model or both, --from_checkpoint, or --id_baseline")
+            raise DataError(
+                "no model: give --text_model, --vision_model, --features_size or several of them, or "
+                "--from_checkpoint, or --id_baseline"
+            )
         with bad_input("model configuration"):
             model, processor = TransRecModel(demo_config(**settings)), demo_processor()
         processor.max_text_length = max_text_length

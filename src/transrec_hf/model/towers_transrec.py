@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def without_dormant_parts(config: Any) -> dict[str, bool]:
@@ -34,7 +38,17 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     """A pre-trained tower; of a two-tower checkpoint such as CLIP its `part`: `"text_config"` or `"vision_config"`."""
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     config = getattr(config, part, None) or config
-    return AutoModel.from_pretrained(name_or_path, config=config, **without_dormant_parts(config), **kwargs)
+    kwargs |= without_dormant_parts(config)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the heads that a tower leaves behind
+    try:
+        tower, found = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
+    fresh = sorted(found["missing_keys"])
+    if fresh:
+        logger.warning(f"{name_or_path}: {len(fresh)} weights are not in it and start at random, such as {fresh[0]}.")
+    return tower
 
 
 def tower_width(tower: PreTrainedModel) -> int:
