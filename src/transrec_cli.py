@@ -231,10 +231,8 @@ def main() -> None:
 
         if not isinstance(error, (OSError, ValueError, SafetensorError)) or os.environ.get("TRANSREC_DEBUG"):
             raise
-        fail(
-            str(error) if isinstance(error, (DataError, HubError)) else one_line(error),
-            2 if isinstance(error, DataError) else 1,
-        )
+        said = str(error) if isinstance(error, (DataError, HubError)) else one_line(error)
+        fail(said, 2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

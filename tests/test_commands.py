@@ -607,6 +607,11 @@ BAD_INPUT: dict[str, Case] = {
     "a short name": with_data("--lr: did you mean --learning_rate", "--lr", "0.1"),
     "another short name": with_data("--epochs=3: did you mean --num_train_epochs", "--epochs=3"),
     "too large a share": with_data("user_fraction must be above 0", "--user_fraction", "2"),
+    "nothing to store": with_data(
+        "bad options: .*nothing to store: lower trainable_blocks",
+        *("--text_model", "bert", "--activation_store", "store"),
+        interactions={"user_id": ["u"] * 4, "item_id": list("abca"), "timestamp": [1, 2, 3, 4]},
+    ),
     "no users": with_data("max_train_users must be 1 or more", "--max_train_users", "0"),
     "checkpoint of another architecture": with_checkpoint("architecture 'bert', not 'transrec'", name="bert"),
     "folder without a model": with_checkpoint(r"no config\.json", name="target"),

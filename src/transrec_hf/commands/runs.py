@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +197,16 @@ def run_training(
     check_output_dir(args.output_dir, resumes=args.resume or args.resume_from_checkpoint is not None)
     with args.main_process_first(desc="reading the data"):  # the others find it in the cache
         catalogue, split, model, processor = prepare_run(model_args, data_args, split_args, args.seed)
-    with bad_input("bad options"):
-        trainer = TransRecTrainer(
-            model, args, catalogue=catalogue, split=split, processing_class=processor, protocol=split_args.protocol
-        )
+    try:
+        with bad_input("bad options"):
+            trainer = TransRecTrainer(
+                model, args, catalogue=catalogue, split=split, processing_class=processor, protocol=split_args.protocol
+            )
+            trainer.fill_store()
+    except DataError:
+        with suppress(OSError):
+            Path(args.output_dir).rmdir()  # which `Trainer` has made, if it is empty
+        raise
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("Training %s of %s parameters", f"{trainable:,}", f"{model.num_parameters():,}")
 

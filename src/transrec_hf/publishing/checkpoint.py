@@ -184,6 +184,12 @@ def _without_load_report() -> Iterator[None]:
 def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
     """Raises [`DataError`] if the model cannot represent every item of the catalogue."""
     catalogue.require(model.config.modalities)
+    size = getattr(catalogue.contents.get("features"), "size", 0)
+    if size and model.config.features_size not in (None, size):
+        raise DataError(
+            f"{catalogue.source}: the vectors in features have {size} numbers, but this model reads vectors of "
+            f"{model.config.features_size}. Make them as for its training, or train one with features_size {size}."
+        )
     if model.config.num_items not in (None, len(catalogue)):
         raise DataError(
             f"{catalogue.source}: {len(catalogue)} items, but this ID baseline knows {model.config.num_items} and "
