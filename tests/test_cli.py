@@ -86,6 +86,8 @@ def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], code
 
 def test_version(transrec: Run) -> None:
     assert transrec("--version")[:2] == (0, transrec_hf.__version__ + "\n")
+    citation = Path(__file__).parents[1] / "CITATION.cff"
+    assert f"\nversion: {transrec_hf.__version__}\n" in citation.read_text()
 
 
 def test_info_for_people(transrec: Run, checkpoint: Path) -> None:
