@@ -48,6 +48,11 @@ slow-test: $(VENV)/.test-installed ## run the slow tests
 coverage: $(VENV)/.test-installed ## run the tests and show which lines none of them reaches
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
+.PHONY: common-tests
+common-tests: $(VENV)/.test-installed ## fetch transformers' own common model tests and run them on ours
+	$(BIN)/python tests/common/fetch.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/common $(PYTEST_ARGS)
+
 .PHONY: cards
 cards: $(VENV)/.test-installed ## render the model cards again from the tables of results
 	$(BIN)/transrec card model_cards/*/

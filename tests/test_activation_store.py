@@ -239,7 +239,7 @@ def test_fresh_projections_are_standardised_and_trained_ones_left_alone(catalogu
     model = TransRecModel(make_config(projection_hidden_size=hidden))
     standardize_projections(model, ItemSource(catalogue, processor))
     batch = processor(text=[catalogue.text(row) for row in np.flatnonzero(catalogue.has_text)])
-    vectors = model.get_text_features(batch["input_ids"], batch["attention_mask"])
+    vectors = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
     torch.testing.assert_close(vectors.mean(dim=0), torch.zeros(vectors.shape[1]), atol=1e-5, rtol=0)
     assert vectors.var(dim=0).sum().item() == pytest.approx(1, abs=1e-4)
 

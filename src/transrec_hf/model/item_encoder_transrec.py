@@ -162,11 +162,11 @@ class ItemEncoder(nn.Module):
         return sum(rows) / has.sum(dim=1, keepdim=True) + missing  # type: ignore[operator]
 
 
-def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None) -> Any:
+def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
     """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
     if mask is not None:
-        return tower(**{tower.main_input_name: values, "attention_mask": mask})
-    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)})
+        return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
+    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)}, **kwargs)
 
 
 def placeholder(tower: PreTrainedModel, states: Tensor, mask: Tensor | None) -> Tensor:

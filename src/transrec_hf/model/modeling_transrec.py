@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import TransRecConfig
-from .item_encoder_transrec import ItemEncoder
+from .item_encoder_transrec import ItemEncoder, run_tower
 from .loss_transrec import (
     batch_slots,
     bce,
@@ -38,7 +40,7 @@ from .towers_transrec import (
     tower_blocks,
     training_batch_norms,
 )
-from .user_encoder_transrec import USER_ENCODERS, last_state
+from .user_encoder_transrec import USER_ENCODERS, HSTUAttention, UserAttention, UserLayer, last_state
 
 
 @dataclass
@@ -50,23 +52,30 @@ class TransRecOutput(ModelOutput):
         loss (`Tensor` of shape `(1,)`, *optional*): the objective, when targets were given.
         item_embeds (`Tensor` of shape `(n_items, hidden_size)`): vectors of the batch's distinct items.
         last_hidden_state (`Tensor` of shape `(n_users, length, hidden_size)`, *optional*): user states.
+        hidden_states (`tuple[Tensor]`, *optional*): With `output_hidden_states`, the input of the user encoder's first
+            layer and the output of each; the last one is `last_hidden_state`.
+        attentions (`tuple[Tensor]`, *optional*): With `output_attentions` and eager attention, the weights of each
+            layer's, `(n_users, num_attention_heads, length, length)`.
     """
 
     loss: Tensor | None = None
     item_embeds: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class TransRecPreTrainedModel(PreTrainedModel):
     config_class = TransRecConfig
     base_model_prefix = "transrec"
-    main_input_name = "input_ids"
+    main_input_name = "history_index"
     input_modalities = tuple(MODALITIES)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UserEncoderLayer", "GRULayer", "HSTULayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": UserLayer, "attentions": [UserAttention, HSTUAttention]}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -131,9 +140,24 @@ class TransRecModel(TransRecPreTrainedModel):
             evaluate_frozen(self.item_encoder)
         return self
 
-    def get_input_embeddings(self) -> None:
-        """None: tokens are read by the towers, not by the model. FSDP asks for it."""
-        return None
+    @property
+    def _first_tower(self) -> PreTrainedModel | None:
+        return next(iter(self.item_encoder.towers.values()), None)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """What reads the tokens or, without a text tower, the patches; the table of the ID baseline; or nothing."""
+        if self._first_tower is None:
+            return getattr(self.item_encoder, "item_embedding", None)
+        try:
+            return self._first_tower.get_input_embeddings()
+        except NotImplementedError:  # of a convolutional tower
+            return None
+
+    def set_input_embeddings(self, value: Any) -> None:
+        if self._first_tower is None:
+            self.item_encoder.item_embedding = value
+        else:
+            self._first_tower.set_input_embeddings(value)
 
     def freeze_towers(self, trainable_blocks: int | None) -> None:
         """
@@ -189,14 +213,43 @@ class TransRecModel(TransRecPreTrainedModel):
             ]
         )
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Tokens and their mask, both `(n_text, tokens)`, to vectors `(n_text, hidden_size)`."""
-        items = ItemBatch.from_inputs(input_ids=input_ids, attention_mask=attention_mask)
-        return self.get_content_features("text", items.parts["text"])
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """
+        What the text tower says of tokens `(n, tokens)`; `pooler_output` are their vectors `(n, hidden_size)`.
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels `(n_image, channels, height, width)` to vectors `(n_image, hidden_size)`."""
-        return self.get_content_features("image", ItemBatch.from_inputs(pixel_values=pixel_values).parts["image"])
+        Args:
+            kwargs: Of the tower, e.g. `output_hidden_states=True`.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._tower_output("text", input_ids, mask, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """
+        What the vision tower says of pixels `(n, channels, height, width)`; `pooler_output` are their vectors
+        `(n, hidden_size)`.
+
+        Args:
+            kwargs: Of the tower, e.g. `output_hidden_states=True`.
+        """
+        return self._tower_output("image", pixel_values, None, **kwargs)
+
+    def _tower_output(
+        self, name: str, values: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        encoder = self.item_encoder
+        if name not in encoder.towers:
+            raise ValueError(f"this model has no {name} tower: it reads {self.config.modalities or 'item_rows'}")
+        output = run_tower(encoder.towers[name], values, mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=encoder.projection(name)(encoder.pool(output, mask)),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
 
     def get_content_features(self, name: str, part: ItemPart) -> Tensor:
         """Vectors of the contents of one modality, in the order of `part.rows`: `(n, hidden_size)`."""
@@ -264,24 +317,27 @@ class TransRecModel(TransRecPreTrainedModel):
         item_embeds = item_embeds.to(self.dtype)  # of an index, say, which is fp32 whatever the model is
         return self.user_encoder(item_embeds[rows], history_index >= 0, combination)
 
+    @capture_outputs
     def forward(
         self,
-        items: ItemBatch | None = None,
         history_index: Tensor | None = None,
+        items: ItemBatch | None = None,
         target_index: Tensor | None = None,
         negative_index: Tensor | None = None,
         log_popularity: Tensor | None = None,
         item_embeds: Tensor | None = None,
         return_loss: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **inputs: Any,
     ) -> TransRecOutput:
         """
         Encode the batch's distinct items, read the histories and, with targets, compute the objective.
 
         Args:
-            items ([`ItemBatch`], *optional*): The batch's distinct items.
             history_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Rows of the distinct items, oldest first, `-1` for the padding on the right.
+            items ([`ItemBatch`], *optional*): The batch's distinct items.
             target_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Row of the next item at each position, `-1` for none; `(n_users, num_positives)` for `"cpc"`.
             negative_index (`Tensor`, *optional*): rows of drawn negatives, in the shape the objective asks for.
@@ -289,6 +345,7 @@ class TransRecModel(TransRecPreTrainedModel):
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): vectors known already, for the items
                 whose contents are not in `items`.
             return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
+            output_hidden_states, output_attentions (`bool`, *optional*): record those of the user encoder.
             inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
         """
         items = ItemBatch.from_inputs(**inputs) if items is None else items

@@ -156,7 +156,7 @@ class UserAttention(nn.Module):
 
 
 class UserLayer(GradientCheckpointingLayer):
-    """A layer of any user encoder: padded states in, padded states out, which `output_hidden_states` records."""
+    """A layer of any user encoder: padded states in, padded states out, as `output_hidden_states` records them."""
 
 
 class UserEncoderLayer(UserLayer):
