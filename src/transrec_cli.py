@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,25 @@ app = typer.Typer(
 )
 
 
-def existing_folder(path: Path) -> Path:
-    """Refuse what is no folder before anything slow is imported."""
-    if not path.is_dir():
-        fail(f"{path}: no such folder (now in {os.getcwd()}). Check the path.", 2)
+def checkpoint_folder(path: Any) -> Any:
+    """Refuse what cannot be the folder of a checkpoint before anything slow is imported."""
+    for folder in map(Path, path if isinstance(path, list) else [path]):
+        if not folder.is_dir():
+            fail(f"{folder}: no such folder (now in {os.getcwd()}). Check the path.", 2)
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            fail(f"{folder}: no config.json here. Give the folder of a checkpoint.", 2)
     return path
+
+
+def checkpoint_folder_or_id(place: str) -> str:
+    """As [`checkpoint_folder`], but it may be the id of a Hub repository as well."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", place) and not Path(place).is_dir()
+    return place if is_id else checkpoint_folder(place)
 
 
 CheckpointFolder = Annotated[
     Path,
-    typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False, callback=existing_folder),
+    typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False, callback=checkpoint_folder),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)]
 Token = Annotated[str | None, typer.Option(help="Hub token, instead of the one of `hf auth login`.")]
@@ -129,7 +139,9 @@ def push(
 
 @app.command()
 def card(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of checkpoints.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Folders of checkpoints.", callback=checkpoint_folder)
+    ],
     from_results: Annotated[
         Path | None, typer.Option(help="CSV with the numbers, instead of those of the run.", show_default=False)
     ] = None,
@@ -161,7 +173,12 @@ def card(
 
 @app.command()
 def info(
-    path_or_id: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="Folder or Hub id of a checkpoint.")],
+    path_or_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_ID", help="Folder or Hub id of a checkpoint.", callback=checkpoint_folder_or_id
+        ),
+    ],
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     token: Token = None,

@@ -71,7 +71,15 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(("push", "nope", "me/x"), 2), (("push", "--nope"), 2), (("info", "--nope"), 2), (("--version",), 0)],
+    [
+        (("push", "nope", "me/x"), 2),
+        (("push", "--nope"), 2),
+        (("card", "nope"), 2),
+        (("info", "/nope"), 2),
+        (("info", "."), 2),
+        (("info", "--nope"), 2),
+        (("--version",), 0),
+    ],
 )
 def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], code: int) -> None:
     lines = (
@@ -179,7 +187,7 @@ def test_errors_are_one_sentence(
     assert "models/me/new" not in hub.repos
 
 
-def test_wrong_usage(transrec: Run) -> None:
+def test_wrong_usage(transrec: Run, checkpoint: Path) -> None:
     assert transrec("fly")[0] == 2
-    code, _, err = transrec("card", "a", "b", "--id", "me/one")
+    code, _, err = transrec("card", checkpoint, checkpoint, "--id", "me/one")
     assert code == 2 and "give one PATH" in err

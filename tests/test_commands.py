@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 import transrec_cli
 from transrec_cli import VERBS
 from transrec_hf import (
+    DataError,
     Recommender,
     TransRecConfig,
     TransRecModel,
@@ -451,6 +452,15 @@ def test_a_sample_of_users_is_trained_on(workplace: Path) -> None:
     assert (len(half), len(tenth), len(users(max_train_users=4)), len(users())) == (15, 3, 4, 30)
     assert set(tenth) < set(half) and users(user_fraction=0.5) == half
     assert users(user_fraction=0.5, sample_seed=1) != half
+
+
+def test_planning_on_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for load, said in ((0.5 * (os.cpu_count() or 1), False), (10.0 * (os.cpu_count() or 1), True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        caplog.clear()
+        with pytest.raises(DataError, match="no data"):
+            run("plan")
+        assert ("This machine is busy" in caplog.text) == said
 
 
 # Help

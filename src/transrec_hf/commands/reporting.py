@@ -123,6 +123,11 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | 
         points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
+        if points and key.startswith("eval_"):  # from zero, lest noise looks like a trend
+            epoch, best = max(points, key=lambda point: point[1])
+            axes.plot(epoch, best, marker="o", markersize=9, markerfacecolor="none", color="#9e2a2b")
+            axes.annotate(f"best: {best:.4f}", (epoch, best), (0, -14), textcoords="offset points", ha="center")
+            axes.set_ylim(0, 1.1 * best or None)
         axes.set(title=title, xlabel="epoch")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")

@@ -113,6 +113,9 @@ def plan(argv: Sequence[str] | None = None) -> Plan:
     seconds, and tells encodings, operations, memory, time, and what the activation store is worth. Nothing is written.
     """
     model_args, data_args, split_args, args = _parse(PlanArguments, argv, plan, output_dir="runs/plan")
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores:
+        logger.warning("This machine is busy (load %.1f on %d cores): all times will come out too long.", load, cores)
     result = plan_options(model_args, data_args, split_args, args)
     print(json.dumps(dataclasses.asdict(result), indent=2) if args.json else format_plan(result))
     return result
