@@ -306,7 +306,24 @@ def test_recommend_from_a_file_and_an_index(name: str, workplace: Path, tmp_path
 
 def test_histories_are_read_in_the_order_of_time(tmp_path: Path) -> None:
     (tmp_path / "h.csv").write_text("user_id,item_id,timestamp\nb,y,5\na,x,3\nb,z,1\nb,w,5\n")
-    assert read_histories(tmp_path / "h.csv") == [("b", ["z", "y", "w"]), ("a", ["x"])]
+    assert read_histories(tmp_path / "h.csv") == [("b", ["z", "y", "w"], [1, 5, 5]), ("a", ["x"], [3])]
+
+
+def test_a_model_that_reads_times_is_given_them(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out.csv"
+    TransRecModel(TransRecConfig(num_items=40, hidden_size=16, user_encoder="hstu", time_buckets=8)).save_pretrained(
+        model
+    )
+    place = (model, "--data", workplace / "target", "--output_file", out)
+    assert run("recommend", *place, "--all_users") == 30
+    (tmp_path / "h.csv").write_text(HISTORIES["times.csv"])
+    assert run("recommend", *place, "--histories", tmp_path / "h.csv", "--on_unknown", "skip") == 1
+    before = out.read_bytes()
+    assert command("recommend", *place, "--history", "target-item-0003") == 2
+    assert "reads when items were chosen: give --data, or --histories with a timestamp" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_towers_load_without_a_word_unless_weights_are_missing(

@@ -295,7 +295,13 @@ class TransRecModel(TransRecPreTrainedModel):
             raise ValueError(f"the items have none of the modalities that this model reads: {self.config.modalities}")
         return self.item_encoder.fuse(vectors, items.present)
 
-    def get_user_features(self, item_embeds: Tensor, history_index: Tensor, present: Tensor | None = None) -> Tensor:
+    def get_user_features(
+        self,
+        item_embeds: Tensor,
+        history_index: Tensor,
+        present: Tensor | None = None,
+        timestamps: Tensor | None = None,
+    ) -> Tensor:
         """
         User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`].
 
@@ -304,6 +310,8 @@ class TransRecModel(TransRecPreTrainedModel):
             history_index (`Tensor` of shape `(n_users, length)`): rows of `item_embeds`, oldest first, `-1` for the
                 padding on the right. `length` is at most `max_position_embeddings`.
             present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): which modalities each item has.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): when each item was chosen, in the unit of
+                the data; read by models with `time_buckets` only.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -315,7 +323,7 @@ class TransRecModel(TransRecPreTrainedModel):
         if present is not None and len(self.config.modalities) > 1:
             combination = combinations(with_all_columns(present), self.config.modalities)[rows]
         item_embeds = item_embeds.to(self.dtype)  # of an index, say, which is fp32 whatever the model is
-        return self.user_encoder(item_embeds[rows], history_index >= 0, combination)
+        return self.user_encoder(item_embeds[rows], history_index >= 0, combination, timestamps)
 
     @capture_outputs
     def forward(
@@ -326,6 +334,7 @@ class TransRecModel(TransRecPreTrainedModel):
         negative_index: Tensor | None = None,
         log_popularity: Tensor | None = None,
         item_embeds: Tensor | None = None,
+        timestamps: Tensor | None = None,
         return_loss: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -344,6 +353,7 @@ class TransRecModel(TransRecPreTrainedModel):
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): log of each item's share of training data.
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): vectors known already, for the items
                 whose contents are not in `items`.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): see [`~TransRecModel.get_user_features`].
             return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
             output_hidden_states, output_attentions (`bool`, *optional*): record those of the user encoder.
             inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
@@ -367,7 +377,7 @@ class TransRecModel(TransRecPreTrainedModel):
             item_embeds = candidates[shared.rows]
         if history_index is None:
             return TransRecOutput(item_embeds=item_embeds)
-        states = self.get_user_features(item_embeds, history_index, items.present)
+        states = self.get_user_features(item_embeds, history_index, items.present, timestamps)
         loss = None
         if has_loss:
             loss = self.compute_loss(

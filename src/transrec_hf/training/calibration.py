@@ -349,8 +349,9 @@ class Calibration:
                 size = (len(batch["items"]), self.model.config.hidden_size)
                 vectors = torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=True)
                 present = self.source.present[batch["items"].item_rows.cpu()].to(self.device)
-                states = self.model.get_user_features(vectors, batch["history_index"], present)
                 rest = {name: value for name, value in batch.items() if name != "items"}
+                times = rest.pop("timestamps", None)
+                states = self.model.get_user_features(vectors, batch["history_index"], present, times)
                 loss = self.model.compute_loss(states, vectors, **rest)
         loss.backward()
 
