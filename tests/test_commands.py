@@ -39,7 +39,7 @@ from transrec_hf import (
     load_catalogue,
     load_domain,
 )
-from transrec_hf.commands.options import SplitArguments
+from transrec_hf.commands.options import SplitArguments, as_time
 from transrec_hf.commands.recommend import read_histories
 from transrec_hf.commands.tables import read_table
 from transrec_hf.data import demo
@@ -480,6 +480,10 @@ def test_planning_on_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch, cap
         assert ("This machine is busy" in caplog.text) == said
 
 
+def test_times_are_integers_or_dates() -> None:
+    assert [as_time(value) for value in (7, "-7", "1970-01-02", "1970-01-01T01:00:00+01:00")] == [7, -7, 86400, 0]
+
+
 # Help
 
 
@@ -617,6 +621,10 @@ BAD_INPUT: dict[str, Case] = {
     "temporal split out of range": with_data(
         "data run from 1 to 3",
         *("--text_model", "bert", "--split", "temporal", "--validation_from", "8", "--test_from", "9"),
+    ),
+    "temporal split from no date": with_data(
+        "'spring' is neither an integer nor a date such as 2024-01-31",
+        *("--text_model", "bert", "--split", "temporal", "--validation_from", "spring", "--test_from", "9"),
     ),
     "no model": with_data("give --text_model, --vision_model, --features_size"),
     "missing tower": with_data("/no/tower: no such folder", "--text_model", "/no/tower"),
