@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_hub import LocalHub
 
 from transrec_hf.data import interactions, reading
 from transrec_hf.data.catalogue import Catalogue, load_catalogue
@@ -33,6 +34,7 @@ from transrec_hf.data.interactions import (
     load_interactions,
     temporal_split,
 )
+from transrec_hf.data.places import Place
 from transrec_hf.data.statistics import data_statistics, load_statistics, log_popularity, save_statistics
 from transrec_hf.errors import DataError
 
@@ -182,19 +184,18 @@ def test_datasets_objects(tmp_path: Path) -> None:
     assert as_lists(load_interactions(events, catalogue)) == [[1, 2, 0, 2], [2, 0, 1]]
 
 
-def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def load_dataset(path: str, name: str, revision: str | None) -> datasets.DatasetDict:
-        calls.append((path, name, revision))
-        table = pq.read_table(parquet_domain(tmp_path) / f"{name}.parquet")
-        return datasets.DatasetDict(train=datasets.Dataset(table))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    catalogue, sequences = load_domain("someone/shop", revision="v1")
-    assert calls == [("someone/shop", "items", "v1"), ("someone/shop", "interactions", "v1")]
+def test_hub_data_set(tmp_path: Path, hub: LocalHub) -> None:
+    domain = parquet_domain(tmp_path)
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {table}\n  data_files: {table}.parquet\n" for table in ("items", "interactions")
+    )
+    files = {f"{table}.parquet": (domain / f"{table}.parquet").read_bytes() for table in ("items", "interactions")}
+    hub.create("someone/shop", "datasets").commit({"README.md": (card + "---\n").encode(), **files})
+    catalogue, sequences = load_domain("someone/shop", revision="main")
     assert catalogue.source == "someone/shop (items)"
     assert as_lists(sequences) == [[0, 1, 2, 1], [1, 2, 0]]
+    with pytest.raises(DataError, match="no such revision"):
+        load_domain("someone/shop", revision="v9")
 
 
 @pytest.mark.parametrize("items", ["parquet", "csv", "jsonl"])
@@ -251,14 +252,6 @@ def test_path_with_characters_of_patterns(tmp_path: Path) -> None:
     folder = tmp_path / "shop [new]*"
     folder.mkdir()
     assert len(load_catalogue(parquet_domain(folder))) == 3
-
-
-def test_symbolic_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.png").write_bytes(encoded())
-    (tmp_path / "shop").mkdir()
-    (tmp_path / "shop" / "a.png").symlink_to(tmp_path / "elsewhere.png")
-    write_jsonl(tmp_path / "shop" / "metadata.jsonl", [{"item_id": "a", "file_name": "a.png"}])
-    assert load_catalogue(tmp_path / "shop").image(0) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -328,7 +321,7 @@ def test_interactions_of_a_parquet_file_are_not_held(tmp_path: Path) -> None:
     events = pa.table([users, pa.repeat("0", size), np.arange(size)], EVENT_NAMES)
     pq.write_table(events, tmp_path / "interactions.parquet", row_group_size=10_000)
     before = pa.total_allocated_bytes()
-    found, blocks = reading.read_interactions(tmp_path / "interactions.parquet", "events")
+    found, blocks = reading.read_interactions(Place(tmp_path / "interactions.parquet", "events"))
     held = [pa.total_allocated_bytes() - before for _ in blocks]
     assert max(held) < 2_000_000  # the file weighs 10 MB
     assert (found, len(held)) == (size, 100)

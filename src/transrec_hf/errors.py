@@ -40,6 +40,18 @@ class BadContent(InputError):
     """Why the content of one item cannot be used. Who knows the item adds which it is."""
 
 
+def shortened(value: object, length: int = 80) -> str:
+    """A value for a message: on one line, in characters that print, and not longer than `length`."""
+    text = str(value)
+    text = text if len(text) <= length else f"{text[:length]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path for messages and for files: bytes that are no UTF-8 and control characters escaped."""
+    return shortened(os.fsencode(path).decode("utf-8", "backslashreplace"), 4096)
+
+
 def describe(
     what: str, rows: np.ndarray | list[int], mend: str, label: Callable[[int], str] | None = None
 ) -> list[str]:

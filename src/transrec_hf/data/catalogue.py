@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defects
+from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defects, shortened
 from ..model.modalities_transrec import MODALITIES
+from .columns import encode_ids, missing_words, warn_of_near_misses
 from .contents import READERS, Content
-from .reading import check_columns, encode_ids, open_source, plain_type, read_items
+from .images import typed_images
+from .places import bad_table, open_source
+from .reading import check_item_columns, read_items
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MODALITY_POLICIES = ("both", *MODALITIES, "one_per_item")
 ALWAYS_HASHED = ("text", "image")  # the modalities of the first version, whose hashes stay the same
-_EMPTY_ID = "Give these rows an id or delete them."
+EMPTY_ID = "Give these rows an id or delete them."
 
 
 class Catalogue:
@@ -44,7 +45,8 @@ class Catalogue:
         source (`str`, *optional*, defaults to `"catalogue"`):
             File, folder or Hub id, for messages.
         image_folder (`str`, *optional*):
-            Folder that image paths are relative to, and which they must not leave.
+            Folder that image paths are relative to, and which they must not leave, links resolved. Without one, paths
+            may name any file.
 
     Attributes:
         item_ids (`np.ndarray` of shape `(N,)`, str): The id of every item.
@@ -62,11 +64,15 @@ class Catalogue:
         *,
         image_folder: str | os.PathLike | None = None,
     ) -> None:
-        check_columns(items.column_names, source, ("item_id",), tuple(MODALITIES))
+        check_item_columns(items.column_names, source)
         if len(items) == 0:
             raise DataError(f"{source}: the catalogue is empty. Add at least one item.")
         self.source = source
+        self._is_checked = False
         self._file_rows = np.arange(len(items))
+        if "file_name" in items.column_names and "image" not in items.column_names:
+            items = items.rename_column("file_name", "image")
+        warn_of_near_misses(items.column_names, source)
         items, item_ids, defects = _with_string_ids(items.with_format(None), source)
         self._bind(_with_typed_contents(items, source), item_ids)
         self.contents: dict[str, Content] = {}
@@ -77,15 +83,15 @@ class Catalogue:
                 try:
                     self.contents[name] = READERS[name](rows_as_arrow, folder)
                 except BadContent as error:
-                    raise DataError(f"{source}: column {name!r} {error}") from None
+                    defects.append(f"column {name!r} {error}")
+        raise_defects(source, defects + self._defects())
+
+    def _defects(self) -> list[str]:
+        """What is wrong with the contents, as far as it shows without decoding them."""
         empty = np.flatnonzero(~self.has_any())
         mend = f"Give them {_or(MODALITIES)}, or delete them and their interactions."
-        raise_defects(
-            source,
-            defects
-            + self._describe("items with no content", empty, mend)
-            + [line for name in self.contents for line in self._content_defects(name, full=False)],
-        )
+        lines = self._describe("items with no content", empty, mend)
+        return lines + [line for name in self.contents for line in self._content_defects(name, full=False)]
 
     def _bind(self, items: datasets.Dataset, item_ids: np.ndarray) -> None:
         """Hold `items` and their ids."""
@@ -105,8 +111,9 @@ class Catalogue:
         rows = self._find(wanted)
         unknown = [item_id for item_id, row in zip(wanted, rows, strict=True) if row < 0]
         if unknown:
+            shown = [shortened(item_id) for item_id in unknown[:MAX_EXAMPLES]]
             raise DataError(
-                f"{self.source}: {len(unknown)} unknown item ids: {unknown[:MAX_EXAMPLES]}. "
+                f"{self.source}: {len(unknown)} unknown item ids: {shown}. "
                 "Add them to the catalogue or leave them out."
             )
         return rows
@@ -138,57 +145,56 @@ class Catalogue:
 
         Raises [`DataError`] with source, row and item id when a content cannot be decoded.
         """
-        shown = {}
-        for name in names:
-            if self.has(name)[row]:
-                with self._place(name, row):
-                    shown[name] = self.contents[name].read(row)
-        return shown
+        return {name: self._content(name, row) for name in names if self._shows(name, row)}
+
+    def _shows(self, name: str, row: int) -> bool:
+        return name in self.contents and self.contents[name].present[row]
+
+    def _content(self, name: str, row: int, encoded: bool = False) -> Any:
+        """The content that an item shows, or its bytes."""
+        content = self.contents[name]
+        try:
+            return content.encoded(row) if encoded else content.read(row)
+        except BadContent as error:
+            defects = self._describe(f"unusable {name}", [row], content.mend, {row: str(error)})
+            raise DataError(f"{self.source}: {defects[0]}") from error
 
     def text(self, row: int) -> str | None:
         """Text of an item, `None` where it has none or the policy hides it."""
-        return self.read(row, ["text"]).get("text")
+        return self._content("text", row) if self._shows("text", row) else None
 
     def image(self, row: int) -> PIL.Image.Image | None:
         """Image of an item, RGB and upright (EXIF), `None` where it has none or the policy hides it."""
-        return self.read(row, ["image"]).get("image")
+        return self._content("image", row) if self._shows("image", row) else None
 
     def encoded(self, name: str, row: int) -> bytes | None:
         """The bytes of what an item shows of a modality as they are hashed and published, `None` where nothing."""
-        if not self.has(name)[row]:
-            return None
-        with self._place(name, row):
-            return self.contents[name].encoded(row)
+        return self._content(name, row, encoded=True) if self._shows(name, row) else None
 
     def encoded_image(self, row: int) -> bytes:
         """The bytes of an item's image as they are in the file, not decoded."""
         return self.contents["image"].encoded(row)
 
     def check_images(self) -> None:
-        """Decode every image once, in threads. Raises [`DataError`] that names the first bad ones."""
-        if "image" in self.contents:
+        """
+        Decode every image once, in threads; a second call has nothing to do. Raises [`DataError`] that names the first
+        bad ones.
+        """
+        if "image" in self.contents and not self._is_checked:
             raise_defects(self.source, self._content_defects("image", full=True))
+            self._is_checked = True
 
     def _content_defects(self, name: str, full: bool) -> list[str]:
         content = self.contents[name]
         bad = content.defects(full)
         return self._describe(f"unusable {name}", sorted(bad), content.mend, bad)
 
-    @contextmanager
-    def _place(self, name: str, row: int) -> Iterator[None]:
-        """Say of a content that cannot be used which it is."""
-        try:
-            yield
-        except BadContent as error:
-            defects = self._describe(f"unusable {name}", [row], self.contents[name].mend, {row: str(error)})
-            raise DataError(f"{self.source}: {defects[0]}") from error
-
     def _describe(self, what: str, rows: Any, mend: str, reasons: Mapping[int, str] | None = None) -> list[str]:
         """Defects of catalogue rows, under the row numbers of the file they came from."""
         labels = {}
         for row in rows[:MAX_EXAMPLES]:
             reason = f": {reasons[row]}" if reasons else ""
-            labels[int(self._file_rows[row])] = f"item_id {self.item_ids[row]!r}{reason}"
+            labels[int(self._file_rows[row])] = f"item_id {shortened(self.item_ids[row])!r}{reason}"
         return describe(what, self._file_rows[rows], mend, labels.__getitem__)
 
     def require(self, modalities: Collection[str]) -> None:
@@ -276,10 +282,16 @@ def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dat
     """Items with `item_id` as strings, the ids as an array of `str`, and the defects of the ids."""
     column = items.select_columns("item_id").with_format("arrow")[:]["item_id"]
     codes, values = encode_ids(column, "item_id", source)
-    defects = describe("empty item_id", np.flatnonzero(codes < 0), _EMPTY_ID)
+    defects = describe("empty item_id", np.flatnonzero(codes < 0), EMPTY_ID)
     ids = np.append(values.to_numpy(zero_copy_only=False), "")[codes]  # the appended one is for code -1
+
+    def label(row: int) -> str:
+        return repr(shortened(ids[row]))
+
+    words = np.flatnonzero(np.append(missing_words(values), False)[codes])
+    defects += describe("item_id that is a missing value written as a word", words, EMPTY_ID, label)
     rows = np.flatnonzero((np.bincount(codes + 1)[codes + 1] > 1) & (codes >= 0))
-    defects += describe("duplicate item_id", rows, "Keep one row for every item.", lambda row: repr(ids[row]))
+    defects += describe("duplicate item_id", rows, "Keep one row for every item.", label)
     if not pa.types.is_string(column.type):
         items = items.remove_columns("item_id").add_column("item_id", pa.array(ids, pa.string()))
     return items, ids, defects
@@ -287,43 +299,48 @@ def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dat
 
 def _with_typed_contents(items: datasets.Dataset, source: str) -> datasets.Dataset:
     """Items with `image` as an undecoded `Image` feature; a content column of nothing but nulls or NaN is dropped."""
-    import datasets
-
     for name in set(MODALITIES) & set(items.column_names):
-        kind = plain_type(items.features.arrow_schema.field(name).type)
+        kind = items.features.arrow_schema.field(name).type
         column = items.select_columns(name).with_format("arrow")[:][name] if pa.types.is_floating(kind) else None
         if pa.types.is_null(kind) or (column is not None and pc.all(pc.is_null(column, nan_is_null=True)).as_py()):
             items = items.remove_columns(name)
         elif name == "image":
-            is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            is_encoded = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
-            if not (is_path or is_encoded):
-                raise DataError(f"{source}: column 'image' holds {kind}. Write image bytes or file paths.")
-            items = items.cast_column("image", datasets.Image(decode=False))
+            items = typed_images(items, source)
     return items
 
 
 def load_catalogue(
-    source: Any, *, revision: str | None = None, modality_policy: str = "both", seed: int = 0
+    source: Any,
+    *,
+    revision: str | None = None,
+    split: str | None = None,
+    image_folder: str | os.PathLike | None = None,
+    modality_policy: str = "both",
+    seed: int = 0,
 ) -> Catalogue:
     """Read and validate a catalogue.
 
     Args:
-        source (`str`, `os.PathLike` or `datasets.Dataset`):
-            A `.parquet`, `.csv` or `.jsonl` file (CSV and JSONL: `image` or `file_name` is a path relative to the
-            file), a folder with `items.*` or `metadata.jsonl`, a data set object, or the id of a Hub data set with a
-            configuration `items`.
+        source (`str`, `os.PathLike`, `datasets.Dataset` or table):
+            A `.parquet`, `.csv`, `.tsv` or `.jsonl` file (CSV may be separated by commas, semicolons, tabs or bars), a
+            folder with `items.*` or `metadata.jsonl`, a data set object, a DataFrame, an Arrow table, a dictionary of
+            columns, a list of dictionaries, or the id of a Hub data set with a configuration `items`. Column `image`
+            or `file_name` is the path of an image, relative to the file.
         revision (`str`, *optional*):
             Revision of the Hub data set.
+        split (`str`, *optional*):
+            Which split of a data set that has several; `"train+test"` joins two.
+        image_folder (`str` or `os.PathLike`, *optional*):
+            Folder that image paths are relative to, and which they must not leave; the one of the file if not given.
+            A data set of the Hub may name files of its own repository only.
         modality_policy (`str`, *optional*, defaults to `"both"`), seed (`int`, *optional*, defaults to 0):
             See [`Catalogue.with_policy`].
 
     Raises:
         [`DataError`]: for every defect.
     """
-    opened, name = open_source(source, "items", revision)
-    if isinstance(opened, Path):
-        catalogue = Catalogue(read_items(opened), name, image_folder=opened.parent)
-    else:
-        catalogue = Catalogue(opened, name)
+    place = open_source(source, "items", revision, split)
+    with bad_table(place.name):
+        items = read_items(place)
+        catalogue = Catalogue(items, place.name, image_folder=place.folder if image_folder is None else image_folder)
     return catalogue.with_policy(modality_policy, seed)

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import BadContent
+from ..errors import BadContent, shortened
+from .columns import VISIBLE, is_text, missing_words, whole_column
 from .images import Images
-from .reading import plain_type, whole_column
 
 
 if TYPE_CHECKING:
@@ -67,13 +67,12 @@ class _Column:
 class Texts(_Column):
     """Texts: strings, of which blank ones count as missing."""
 
-    mend = "Leave the cell empty (or write 'NaN' if that is the title); write text in UTF-8."
+    mend = "Leave the cell empty (if the word is the title, add a full stop); write text in UTF-8."
 
     def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
         super().__init__(rows, "text")
-        kind = plain_type(self._column.type)
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise BadContent(f"holds {kind}, not strings. Write it as text.")
+        if not is_text(self._column.type):
+            raise BadContent(f"holds {self._column.type}, not strings. Write it as text.")
         self._defects: dict[int, str] = {}
         try:
             self._column.validate(full=True)
@@ -82,10 +81,9 @@ class Texts(_Column):
             self._defects = dict.fromkeys(wrong, "not UTF-8")
             self.present = np.ones(len(rows), dtype=bool)
             return
-        texts = self._column.cast(pa.large_string())
-        self.present = pc.fill_null(pc.match_substring_regex(texts, r"\S"), False).to_numpy()
-        words = np.flatnonzero(pc.fill_null(pc.equal(texts, "nan"), False).to_numpy())
-        self._defects = dict.fromkeys(words.tolist(), "text 'nan', a missing value written as a word")
+        self.present = pc.fill_null(pc.match_substring_regex(self._column, VISIBLE), False).to_numpy()
+        for row in np.flatnonzero(missing_words(self._column)).tolist():
+            self._defects[row] = f"text {shortened(self.read(row))!r}, a missing value written as a word"
 
     def read(self, row: int) -> str:
         return self._column[int(row)].as_py()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from ..errors import BadContent
+from ..errors import BadContent, DataError, shortened
+from ..model.processing_transrec import MAX_IMAGE_PIXELS, UnusableImage, check_image_size, to_rgb
+from .columns import is_text
+from .places import lies_in
 
 
 if TYPE_CHECKING:
@@ -23,9 +27,32 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-MAX_IMAGE_PIXELS = 64_000_000
-"""Largest width x height that is decoded; a header that claims more is refused before any pixel is read."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
+"""How the bytes of an image begin in base64, and what no path looks like."""
+
+
+CHECKS: dict[str, Callable[[pa.DataType], bool]] = {
+    "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
+    "path": is_text,
+}
+"""What the fields of an image may hold."""
+
+
+def typed_images(items: datasets.Dataset, source: str) -> datasets.Dataset:
+    """Items with `image` as an undecoded `Image` feature."""
+    import datasets
+
+    kind = items.features.arrow_schema.field("image").type
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"bytes": kind, "path": kind}
+    given = {"bytes", "path"} & fields.keys()
+    sound = {name for name in given if CHECKS[name](fields[name]) or pa.types.is_null(fields[name])}
+    if not (given and given <= sound if pa.types.is_struct(kind) else sound):
+        raise DataError(
+            f"{source}: column 'image' holds {shortened(kind, 200)}. Write image bytes or file paths, or both in "
+            "fields named 'bytes' and 'path'."
+        )
+    return items.cast_column("image", datasets.Image(decode=False))
 
 
 class Images:
@@ -49,7 +76,7 @@ class Images:
         return other
 
     def read(self, row: int) -> PIL.Image.Image:
-        """The image, RGB and upright (EXIF)."""
+        """The image, RGB and upright (EXIF), on white where it is transparent."""
         image = self._decode(row)
         assert image is not None
         return image
@@ -57,7 +84,12 @@ class Images:
     def encoded(self, row: int) -> bytes:
         """The bytes of the image as they are in the file, not decoded."""
         source = self._source(row)
-        return Path(source).read_bytes() if isinstance(source, str) else source.to_pybytes()
+        if isinstance(source, pa.Buffer):
+            return source.to_pybytes()
+        try:
+            return Path(source).read_bytes()
+        except OSError as error:
+            raise BadContent(f"image file cannot be read ({error.strerror})") from error
 
     def defects(self, full: bool = False) -> dict[int, str]:
         """Reads the header of every image, or decodes it if `full`, in threads."""
@@ -85,13 +117,15 @@ class Images:
         image = self._rows[int(self._places[row])]["image"][0]
         if image["bytes"].is_valid:
             return image["bytes"].as_buffer()
-        path = os.path.join(self._folder or "", image["path"].as_py())
+        path = image["path"].as_py()
+        if (problem := _no_path(path)) is not None:
+            raise BadContent(problem)
         if self._folder is not None:
-            path = os.path.normpath(path)
-            if not Path(path).is_relative_to(self._folder):
-                raise BadContent(f"the image path leaves the folder {self._folder}: {image['path']}")
+            path = os.path.join(self._folder, path)
+            if not lies_in(path, self._folder):
+                raise BadContent(f"the image path leaves the folder of the data: {shortened(image['path'])!r}")
         if not os.path.isfile(path):
-            raise BadContent(f"image file not found: {path}")
+            raise BadContent(f"image file not found: {shortened(path, 300)!r}")
         return path
 
     def _decode(self, row: int, full: bool = True) -> PIL.Image.Image | None:
@@ -100,15 +134,29 @@ class Images:
         try:
             file = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
             with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise BadContent(f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
-                return PIL.ImageOps.exif_transpose(image).convert("RGB") if full else None
-        except BadContent:
-            raise
-        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-            raise BadContent(f"more than {MAX_IMAGE_PIXELS} pixels (decompression bomb? {error})") from error
+                check_image_size(*image.size)
+                return to_rgb(image) if full else None
+        except UnusableImage as error:
+            raise BadContent(str(error)) from error
         except PIL.UnidentifiedImageError as error:
             raise BadContent(f"not an image of a known format ({', '.join(IMAGE_FORMATS)})") from error
+        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+            raise BadContent(f"more than {MAX_IMAGE_PIXELS} pixels (decompression bomb? {error})") from error
+        except MemoryError as error:
+            raise BadContent("there is not enough memory to decode it") from error
         except Exception as error:
-            raise BadContent(f"truncated or damaged image ({type(error).__name__}: {error})") from error
+            reason = shortened(error, 200)
+            if "PngImagePlugin.MAX_TEXT" in reason or "Decompressed data too large" in reason:
+                raise BadContent("more than 1 MB of metadata; save it without (exiftool -all= FILE)") from error
+            raise BadContent(f"truncated or damaged image ({type(error).__name__}: {reason})") from error
+
+
+def _no_path(text: str) -> str | None:
+    """What a text is that is no path, if it is none."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/])|//|www\.", text):
+        return f"a URL, which is not read: download the image and write its path ({shortened(text, 60)!r})"
+    if text[:5].lower() == "data:":
+        return "a data URI, which is not read: write the image to a file, or its bytes into the column"
+    if BASE64.match(text):
+        return "base64 and no path: write the decoded bytes, or a file and its path"
+    return None

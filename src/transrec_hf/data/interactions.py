@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch.utils.data
 from transformers.utils import logging
 
-from ..errors import DataError, Defects, raise_defects
-from .catalogue import _EMPTY_ID, Catalogue, load_catalogue
-from .reading import BLOCK, encode_ids, open_source, read_interactions, read_timestamps
-
-
-if TYPE_CHECKING:
-    pass
+from ..errors import DataError, Defects, raise_defects, shortened
+from .catalogue import EMPTY_ID, Catalogue, load_catalogue
+from .columns import FLOAT_IDS, SECOND, Timestamps, encode_ids, missing_words
+from .places import Place, bad_table, open_source
+from .reading import BLOCK, read_interactions
 
 
 logger = logging.get_logger(__name__)
 
 MAX_IN_MEMORY = 2**22
 """Interactions up to which their columns are held in memory; longer ones are in temporary files."""
+GUESTS = "Give these rows an id (every visit of a guest one of its own) or delete them."
+TIMES = "Write an integer, for example seconds since 1970, or a date such as 2025-10-15 10:40:41."
+ROUNDED = "Write them as int64, from where they are not rounded yet."
+NEAR_IDS: tuple[tuple[Callable[[str], str], str], ...] = (
+    (lambda item_id: re.sub(r"\.0+$", "", item_id), FLOAT_IDS),
+    (str.strip, "take away the blanks around them."),
+    (lambda item_id: item_id.lstrip("0") or "0", "write leading zeros in both files, or in neither."),
+)
+"""What an unknown id may have become, and the mend."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,12 +62,8 @@ class Sequences(torch.utils.data.Dataset):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        view = slice(self.starts[index], self.ends[index])
-        return {
-            "user": int(index),
-            "items": self.items[view].astype(np.int64),
-            "timestamps": self.timestamps[view].astype(np.int64),
-        }
+        start, end = self.starts[index], self.ends[index]
+        return {"user": int(index), "items": self.items[start:end].astype(np.int64)}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -174,63 +178,133 @@ def _group_by_user(items: np.ndarray, timestamps: np.ndarray, users: np.ndarray,
     return Sequences(*columns[:2], starts[present], ends[present], names[present])
 
 
-def load_interactions(source: Any, catalogue: Catalogue, *, revision: str | None = None) -> Sequences:
+def load_interactions(
+    source: Any, catalogue: Catalogue, *, revision: str | None = None, split: str | None = None
+) -> Sequences:
     """Read and validate interactions as users' sequences in time order.
 
     Rows may come in any order; equal timestamps of a user keep the order of the file. A row that occurs twice is two
-    interactions: repeats are real. Timestamps are integers of any unit and sign.
+    interactions: repeats are real. Timestamps are integers of any unit and sign, or dates (columns of dates, or ISO
+    8601 such as `2025-10-15 10:40:41`), which become seconds since 1970; those without a time zone are in UTC, and
+    fractions of a second still order a user's interactions.
 
     Args:
-        source (`str`, `os.PathLike` or `datasets.Dataset`):
+        source (`str`, `os.PathLike`, `datasets.Dataset` or table):
             As in [`load_catalogue`], with `interactions` for `items`.
         catalogue ([`Catalogue`]):
             The items that interactions refer to.
         revision (`str`, *optional*):
             Revision of the Hub data set.
+        split (`str`, *optional*):
+            Which split of a data set that has several; `"train+test"` joins two.
 
     Raises:
         [`DataError`]: for every defect.
     """
-    opened, name = open_source(source, "interactions", revision)
-    size, blocks = read_interactions(opened, name)
+    place = open_source(source, "interactions", revision, split)
+    with bad_table(place.name):
+        return _read(place, catalogue)
+
+
+def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
+    """The interactions, of which those with unknown items are defects if there is a catalogue."""
+    size, blocks = read_interactions(place)
     if size == 0:
-        raise DataError(f"{name}: there are no interactions. Add rows of user_id, item_id, timestamp.")
+        raise DataError(f"{place.name}: there are no interactions. Add rows of user_id, item_id, timestamp.")
     users, items, timestamps = (flat_column(size, dtype) for dtype in (np.int32, np.int32, np.int64))
     code_of: dict[str, int] = {}
-    defects, first = Defects(), 0
-    for block in blocks:
-        place = slice(first, first + len(block))
-        codes, ids = encode_ids(block["user_id"], "user_id", name)
-        defects.add("empty user_id", codes < 0, _EMPTY_ID, first)
+    defects, first, notations = Defects(), 0, set()
+    for block in logging.tqdm(blocks, total=-(-size // BLOCK), desc="Reading interactions", delay=2):
+        rows = slice(first, first + len(block))
+        codes, ids = encode_ids(block["user_id"], "user_id", place.name)
+        defects.add("empty user_id", codes < 0, GUESTS, first)
+        words = np.append(missing_words(ids), False)[codes]
+        label = partial(_cell, block["user_id"], "user_id")
+        defects.add("user_id that is a missing value written as a word", words, GUESTS, first, label)
         known = [code_of.setdefault(user, len(code_of)) for user in ids.to_pylist()]
-        users[place] = np.array([*known, -1])[codes]
+        users[rows] = np.array([*known, -1])[codes]
 
-        codes, ids = encode_ids(block["item_id"], "item_id", name)
-        defects.add("empty item_id", codes < 0, _EMPTY_ID, first)
-        items[place] = np.append(catalogue._find(ids.to_pylist()), 0)[codes]  # 0 for code -1, which has its own defect
-        mend = f"Add these items to {catalogue.source} or delete the rows."
-        defects.add("unknown item_id", items[place] < 0, mend, first, partial(_cell, block["item_id"], "item_id {!r}"))
+        codes, ids = encode_ids(block["item_id"], "item_id", place.name)
+        defects.add("empty item_id", codes < 0, EMPTY_ID, first)
+        if catalogue is not None:
+            found = catalogue._find(ids.to_pylist())
+            items[rows] = np.append(found, 0)[codes]  # 0 for code -1, which has its own defect
+            label = partial(_cell, block["item_id"], "item_id")
+            for place_of, mend in _mends(catalogue, ids, found):
+                unknown = np.append(place_of, False)[codes]
+                defects.add("unknown item_id", unknown, mend, first, label)
 
-        timestamps[place], missing, wrong = read_timestamps(block["timestamp"])
-        mend = "Write an integer, for example seconds since 1970."
-        defects.add("missing timestamp", missing, mend, first)
-        what = f"timestamp that is not an integer (column of {block['timestamp'].type})"
-        defects.add(what, wrong, mend, first, partial(_cell, block["timestamp"], "{:.40}"))
+        times = Timestamps(block["timestamp"])
+        timestamps[rows] = times.numbers
+        if not times.missing.all():
+            notations.add(times.are_dates)
+        label = partial(_cell, block["timestamp"], "")
+        defects.add("missing timestamp", times.missing, TIMES, first)
+        what = f"timestamp that is not an integer (column of {times.kind})"
+        defects.add(what, times.wrong, TIMES, first, label)
+        what = f"timestamp that {times.kind} has rounded: it cannot tell neighbouring integers of that size apart"
+        defects.add(what, times.inexact, ROUNDED, first, label)
         first += len(block)
-    raise_defects(name, defects.describe())
-    return _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
+    lines = defects.describe()
+    if len(notations) > 1:
+        lines.append("timestamps are partly numbers and partly dates. Write all in one notation.")
+    raise_defects(place.name, lines)
+    sequences = _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
+    if notations == {True}:
+        for start in range(0, size, BLOCK):
+            sequences.timestamps[start : start + BLOCK] //= SECOND
+    return sequences
 
 
-def _cell(column: pa.ChunkedArray, form: str, row: int) -> str:
-    return form.format(str(column[row]))
+def _mends(catalogue: Catalogue, ids: pa.StringArray, found: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
+    """Which of the distinct `ids` that were not `found` need which mend: those with a near miss one of their own."""
+    left = found < 0
+    for changed, mend in NEAR_IDS:
+        if left.any():
+            near = np.zeros(len(ids), dtype=bool)
+            unknown = np.flatnonzero(left)
+            near[unknown] = catalogue._find([changed(ids[row].as_py()) for row in unknown.tolist()]) >= 0
+            yield near, f"{catalogue.source} has them in another form: {mend}"
+            left = left & ~near
+    yield left, f"Add these items to {catalogue.source} or delete the rows."
+
+
+def _cell(column: pa.ChunkedArray, name: str, row: int) -> str:
+    text = shortened(column[row])
+    return f"{name} {text!r}" if name else text
 
 
 def load_domain(
-    path: Any, *, revision: str | None = None, modality_policy: str = "both", seed: int = 0
+    path: Any,
+    *,
+    revision: str | None = None,
+    split: str | None = None,
+    image_folder: str | os.PathLike | None = None,
+    modality_policy: str = "both",
+    seed: int = 0,
 ) -> tuple[Catalogue, Sequences]:
-    """Catalogue and sequences of one folder or one Hub data set; see [`load_catalogue`], [`load_interactions`]."""
-    catalogue = load_catalogue(path, revision=revision, modality_policy=modality_policy, seed=seed)
-    return catalogue, load_interactions(path, catalogue, revision=revision)
+    """
+    Catalogue and sequences of one folder or one Hub data set; see [`load_catalogue`], [`load_interactions`]. Of items
+    and interactions all defects are told at once.
+    """
+    try:
+        catalogue = load_catalogue(
+            path,
+            revision=revision,
+            split=split,
+            image_folder=image_folder,
+            modality_policy=modality_policy,
+            seed=seed,
+        )
+    except DataError as error:
+        try:
+            place = open_source(path, "interactions", revision, split)
+            with bad_table(place.name):
+                _read(place, None)
+        except DataError as other:
+            raise DataError(f"{error}\n{other}") from error
+        raise
+    return catalogue, load_interactions(path, catalogue, revision=revision, split=split)
 
 
 def keep_items(catalogue: Catalogue, sequences: Sequences, keep: np.ndarray) -> tuple[Catalogue, Sequences]:
@@ -308,7 +382,7 @@ def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: in
     return Split(train, validation, lines, left_out)
 
 
-def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -> Split:
+def temporal_split(sequences: Sequences, validation_from: int | str, test_from: int | str) -> Split:
     """Split by time: train before `validation_from`; the target is a user's first event of a period.
 
     A target's history is everything before it. Users without an event before the period have no history and are not
@@ -317,14 +391,17 @@ def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -
     Args:
         sequences ([`Sequences`]):
             One view per user.
-        validation_from, test_from (`int`):
-            First timestamp of the validation period `[validation_from, test_from)` and of the test period.
+        validation_from, test_from (`int` or `str`):
+            First timestamp of the validation period `[validation_from, test_from)` and of the test period; or a date
+            of ISO 8601 (in UTC) if the timestamps are seconds, milliseconds, microseconds or nanoseconds since 1970,
+            which their size tells.
 
     Raises:
-        [`DataError`]: when a period has no event, or no user has a history before it.
+        [`DataError`]: when a bound is no date, a period has no event, or no user has a history before it.
     """
     starts = sequences.starts
-    validation, test = _first_from(sequences, validation_from), _first_from(sequences, test_from)
+    bounds = [_time(sequences, bound) for bound in (validation_from, test_from)]
+    validation, test = (_first_from(sequences, bound) for bound in bounds)
 
     def views(chosen: np.ndarray, ends: np.ndarray) -> Sequences:
         return sequences._with_views(starts[chosen], ends[chosen], sequences.user_ids[chosen])
@@ -343,6 +420,20 @@ def temporal_split(sequences: Sequences, validation_from: int, test_from: int) -
             )
     left_out = len(sequences) - len(parts["training"])
     return Split(parts["training"], parts["validation"], parts["test"], left_out)
+
+
+def _time(sequences: Sequences, bound: int | str) -> int:
+    """A bound in the unit of the timestamps."""
+    if not isinstance(bound, str):
+        return bound
+    time = Timestamps(pa.chunked_array([[bound]]))
+    if (time.missing | time.wrong | time.inexact)[0]:
+        raise DataError(f"temporal split: {bound!r} is no date. {TIMES}")
+    if not time.are_dates:
+        return int(time.numbers[0])
+    last = int(sequences.timestamps[sequences.expand()[1]].max(initial=0))
+    ticks = next((unit for unit in (1, 10**3, 10**6) if last < 10**11 * unit), 10**9)  # 10**11 seconds: year 5138
+    return int(time.numbers[0]) * ticks // SECOND
 
 
 def _first_from(sequences: Sequences, time: int) -> np.ndarray:

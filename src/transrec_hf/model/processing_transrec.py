@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .modalities_transrec import COLUMNS, MODALITIES
+
+
+MAX_IMAGE_PIXELS = 64_000_000
+"""Largest width x height that is decoded; a header that claims more is refused before any pixel is read."""
+MAX_ASPECT = 100
+"""Largest ratio of the sides: a processor that resizes the shorter one would make a thin image enormous."""
+LARGE = 4_000_000  # pixels; images of several times as many are shrunk, lest a batch of them fills the memory
+
+
+class UnusableImage(ValueError):
+    """Why an image cannot be used."""
+
+
+def check_image_size(width: int, height: int) -> None:
+    """Raise [`UnusableImage`] for an image that would need too much memory."""
+    if width * height > MAX_IMAGE_PIXELS:
+        raise UnusableImage(f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnusableImage(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    An image as people see it: upright (EXIF), with 8 bits a channel, on white where it is transparent, and shrunk by a
+    whole factor if it is very large. Raises [`UnusableImage`].
+    """
+    check_image_size(*image.size)
+    is_png = image.format == "PNG"
+    image = ImageOps.exif_transpose(image)  # a copy
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _with_8_bits(image, is_png or image.mode.startswith("I;"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    factor = math.isqrt(image.width * image.height // LARGE)
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
+    """
+    A gray image of integers or floats as one of bytes. White is the largest number of 1, 8 or 16 bits, as its range
+    says, or beyond that its brightest pixel.
+    """
+    image = image.convert("I") if image.mode.startswith("I;") else image
+    extremes: Any = image.getextrema()
+    low, high = extremes
+    if has_16_bits or (low >= 0 and 255 < high <= 65535):
+        low, high = 0, 65535
+    elif low >= 0 and high <= 255:
+        low, high = 0, 1 if image.mode == "F" and high <= 1 else 255
+    scale = 255 / ((high - low) or 1)
+    return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
 class TransRecProcessor(ProcessorMixin):
@@ -145,7 +199,7 @@ class TransRecProcessor(ProcessorMixin):
         if name == "text":
             return self.pad(self.tokenize(contents, **kwargs))
         if name == "image":
-            images = [image.convert("RGB") for image in contents]
+            images = [to_rgb(image) for image in contents]
             return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
         vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in contents])
         if vectors.shape[1:] != (self.features_size,):

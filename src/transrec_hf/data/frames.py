@@ -1,0 +1,81 @@
+"""Tables that are in memory already: Arrow tables, DataFrames of pandas and Polars, columns, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import DataError, one_line, shortened
+from .columns import NEEDED, plain
+
+DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
+
+
+def as_table(source: Any, name: str) -> pa.Table:
+    """An Arrow table of what is given: a table, a DataFrame, a dictionary of columns or a list of rows."""
+    columns: dict[str, Any]
+    if isinstance(source, (str, bytes)) or source is None:
+        columns = {}
+    elif isinstance(source, pa.Table):
+        return plain_table(source)
+    elif hasattr(source, "iloc") and hasattr(source, "columns"):  # pandas: column by column, for some may be mixed
+        columns = {str(column): source.iloc[:, place] for place, column in enumerate(source.columns)}
+    elif hasattr(source, "__arrow_c_stream__"):  # Polars, DuckDB, ...
+        return plain_table(pa.table(source))
+    elif isinstance(source, Mapping):
+        columns = dict(source)
+    elif isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
+        names = list(dict.fromkeys(str(key) for row in source for key in row))
+        columns = {key: [row.get(key) for row in source] for key in names}
+    else:
+        columns = {}
+    if not columns:
+        raise DataError(
+            f"{name}: cannot read a {type(source).__name__}. Pass a file, a folder, an id of the Hub, a "
+            "datasets.Dataset, a DataFrame, an Arrow table, a dictionary of columns or a list of dictionaries."
+        )
+    lengths = {key: len(column) for key, column in columns.items() if hasattr(column, "__len__")}
+    if len(set(lengths.values())) > 1 or len(lengths) < len(columns):
+        raise DataError(f"{name}: columns of different lengths: {lengths}. Give every column one cell for every row.")
+    return plain_table_of(columns, name)
+
+
+def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
+    """An Arrow table of columns of Python or NumPy values. A further column that Arrow cannot type is left out."""
+    arrays = {}
+    for column, values in columns.items():
+        try:
+            array = pa.array(values, from_pandas=True)
+            arrays[column] = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
+        except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
+            if column in NEEDED:
+                raise DataError(
+                    f"{name}: column {column!r} is not of one type ({shortened(one_line(error), 200)}). "
+                    "Give all its cells one type, for example all ids as strings."
+                ) from error
+    return plain_table(pa.table(arrays))
+
+
+def plain_table(table: pa.Table) -> pa.Table:
+    """
+    A table of columns that `datasets` can hold: dictionaries and views become plain arrays, and further columns of
+    other types, such as maps, are left out.
+    """
+    columns = ((name, plain(table.column(place))) for place, name in enumerate(table.column_names))
+    kept = [(name, column) for name, column in columns if name in NEEDED or can_be_held(column.type)]
+    return pa.Table.from_arrays([column for _, column in kept], names=[name for name, _ in kept])
+
+
+def can_be_held(kind: pa.DataType) -> bool:
+    """Whether `datasets` knows a type of Arrow."""
+    import datasets
+
+    if str(kind).count("<") > DEEPEST:
+        return False
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([("column", kind)]))
+    except ValueError:
+        return False
+    return True
