@@ -39,7 +39,7 @@ from transrec_hf import (
     load_catalogue,
     load_domain,
 )
-from transrec_hf.commands.options import SplitArguments
+from transrec_hf.commands.options import SplitArguments, as_time
 from transrec_hf.commands.recommend import read_histories
 from transrec_hf.commands.tables import read_table
 from transrec_hf.data import demo
@@ -306,7 +306,24 @@ def test_recommend_from_a_file_and_an_index(name: str, workplace: Path, tmp_path
 
 def test_histories_are_read_in_the_order_of_time(tmp_path: Path) -> None:
     (tmp_path / "h.csv").write_text("user_id,item_id,timestamp\nb,y,5\na,x,3\nb,z,1\nb,w,5\n")
-    assert read_histories(tmp_path / "h.csv") == [("b", ["z", "y", "w"]), ("a", ["x"])]
+    assert read_histories(tmp_path / "h.csv") == [("b", ["z", "y", "w"], [1, 5, 5]), ("a", ["x"], [3])]
+
+
+def test_a_model_that_reads_times_is_given_them(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out.csv"
+    TransRecModel(TransRecConfig(num_items=40, hidden_size=16, user_encoder="hstu", time_buckets=8)).save_pretrained(
+        model
+    )
+    place = (model, "--data", workplace / "target", "--output_file", out)
+    assert run("recommend", *place, "--all_users") == 30
+    (tmp_path / "h.csv").write_text(HISTORIES["times.csv"])
+    assert run("recommend", *place, "--histories", tmp_path / "h.csv", "--on_unknown", "skip") == 1
+    before = out.read_bytes()
+    assert command("recommend", *place, "--history", "target-item-0003") == 2
+    assert "reads when items were chosen: give --data, or --histories with a timestamp" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_towers_load_without_a_word_unless_weights_are_missing(
@@ -463,6 +480,10 @@ def test_planning_on_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch, cap
         assert ("This machine is busy" in caplog.text) == said
 
 
+def test_times_are_integers_or_dates() -> None:
+    assert [as_time(value) for value in (7, "-7", "1970-01-02", "1970-01-01T01:00:00+01:00")] == [7, -7, 86400, 0]
+
+
 # Help
 
 
@@ -600,6 +621,10 @@ BAD_INPUT: dict[str, Case] = {
     "temporal split out of range": with_data(
         "data run from 1 to 3",
         *("--text_model", "bert", "--split", "temporal", "--validation_from", "8", "--test_from", "9"),
+    ),
+    "temporal split from no date": with_data(
+        "'spring' is neither an integer nor a date such as 2024-01-31",
+        *("--text_model", "bert", "--split", "temporal", "--validation_from", "spring", "--test_from", "9"),
     ),
     "no model": with_data("give --text_model, --vision_model, --features_size"),
     "missing tower": with_data("/no/tower: no such folder", "--text_model", "/no/tower"),

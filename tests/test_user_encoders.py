@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,20 @@ from testing_utils import (
     logged,
     make_batch,
     make_catalogue,
+    make_collator,
     make_config,
     make_model,
+    make_sequences,
     make_trainer,
 )
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from transrec_hf import TransRecConfig
+from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfig, TransRecModel
+from transrec_hf.data.interactions import Sequences
 from transrec_hf.model import configuration_transrec
 from transrec_hf.model.user_encoder_transrec import USER_ENCODERS
+from transrec_hf.training.collator import TrainingWindows
 
 
 LONGEST, HIDDEN = 6, 16  # of the models of `make_config`
@@ -214,13 +219,13 @@ def test_onnx_takes_any_number_of_users_and_any_length(encoder, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("name", ["gru", "hstu", "mean"])
+@pytest.mark.parametrize("name", ["gru", "hstu with time", "mean"])
 @pytest.mark.parametrize("modalities", ["text", ""], ids=["text", "ids"])
 def test_a_trainer_lowers_the_loss(name, modalities, tmp_path):
     items = {} if modalities else {"num_items": 12}
     model = make_model(make_config(modalities, **items, **ENCODERS[name]))
     catalogue = make_catalogue(kinds=("text",))
-    trainer = make_trainer(tmp_path, model=model, catalogue=catalogue, num_train_epochs=6)
+    trainer = make_trainer(tmp_path, model=model, catalogue=catalogue, num_train_epochs=6, eval_strategy="epoch")
     trainer.train()
     losses = list(logged(trainer).values())
     assert losses[-1] < losses[0]
@@ -307,6 +312,58 @@ def test_timestamps_are_asked_for_where_they_are_read():
         make_model(make_config(user_encoder="hstu", time_buckets=4)).user_encoder(vectors, mask, combination)
     without = make_model(make_config(user_encoder="hstu")).user_encoder
     assert torch.equal(without(vectors, mask, combination), without(vectors, mask, combination, timestamps))
+
+
+# Timestamps, from the interactions to the model
+
+
+def timed_model() -> TransRecModel:
+    return make_model(make_config("", num_items=12, user_encoder="hstu", time_buckets=16))
+
+
+@pytest.fixture
+def timed_sequences() -> Sequences:
+    """Three users whose interactions are minutes to days apart."""
+    sequences = make_sequences([(0, 1, 2, 3, 4), (5, 3, 2), (6, 7, 8, 9, 10, 11, 0, 1)])
+    return replace(sequences, timestamps=np.arange(len(sequences.items)) ** 5 * 60)
+
+
+@pytest.mark.parametrize("objective", ["full_softmax", "cpc"])
+def test_a_collator_gives_the_time_of_each_item_read(objective, timed_sequences):
+    fields = {"objective": objective, "num_positives": 2, "user_encoder": "hstu"}
+    windows = TrainingWindows(timed_sequences, LONGEST, 2 if objective == "cpc" else 1)
+    features = list(windows)
+    assert "timestamps" not in make_collator(make_config("", num_items=12, **fields))(features)
+    batch = make_collator(make_config("", num_items=12, time_buckets=4, **fields))(features)
+    time_of = {(f["user"], i): t for f in features for i, t in enumerate(f["timestamps"].tolist())}
+    for user, (history, times) in enumerate(zip(batch["history_index"], batch["timestamps"], strict=True)):
+        real = (history >= 0).sum()
+        assert times[:real].tolist() == [time_of[user, position] for position in range(real)]
+
+
+def test_evaluator_and_recommender_read_the_same_times(timed_sequences):
+    """The rank of a target is its place in the recommendations."""
+    model, source = timed_model(), ItemSource(make_catalogue())
+    evaluator = RankingEvaluator(source, timed_sequences, protocol="full")
+    ranks = evaluator.rank_model(model).ranks.tolist()
+    recommender, ids = Recommender(model, source), source.catalogue.item_ids
+    histories = [ids[user["items"][:-1]].tolist() for user in timed_sequences]
+    times = [user["timestamps"][:-1].tolist() for user in timed_sequences]
+    targets = [ids[user["items"][-1]] for user in timed_sequences]
+
+    def places(times: list[list[int]]) -> list[int]:
+        found = [[item.item_id for item in items] for items in recommender.recommend_batch(histories, 12, True, times)]
+        return [items.index(target) + 1 for items, target in zip(found, targets, strict=True)]
+
+    assert places(times) == ranks
+    scores = [
+        recommender.recommend(histories[0], 12, timestamps=other)[0].score for other in (times[0], [0, 9, 99, 9999])
+    ]
+    assert abs(scores[0] - scores[1]) > 1e-4
+    with pytest.raises(ValueError, match="needs the timestamps"):
+        recommender.recommend(histories[0])
+    with pytest.raises(ValueError, match="one entry for each item"):
+        recommender.recommend(histories[0], timestamps=times[0][1:])
 
 
 # Contradictions

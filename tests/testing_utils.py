@@ -262,6 +262,7 @@ def make_trainer(
         "use_cpu": True,
         "report_to": "none",
         "eval_strategy": "no",
+        "eval_on_start": False,
         "save_strategy": "no",
         "load_best_model_at_end": False,
     }

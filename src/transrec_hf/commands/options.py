@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from transformers.utils import logging
 
 from ..data.catalogue import MODALITY_POLICIES, Catalogue, load_catalogue
@@ -194,8 +195,10 @@ class SplitArguments:
     split: Literal["leave_one_out", "temporal"] = option(
         "leave_one_out", "Test on each user's last item, or on the first one after test_from."
     )
-    validation_from: int | None = option(None, "First timestamp of the validation period of a temporal split.")
-    test_from: int | None = option(None, "First timestamp of the test period of a temporal split.")
+    validation_from: str | None = option(
+        None, "Beginning of the validation period of a temporal split: a timestamp, or a date for seconds since 1970."
+    )
+    test_from: str | None = option(None, "Beginning of its test period.")
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
     user_fraction: float | None = option(None, "Share of the training users to train on, drawn at random [all].")
     max_train_users: int | None = option(None, "Training users to train on at most, drawn at random [all].")
@@ -215,7 +218,7 @@ class SplitArguments:
     def apply(self, sequences: Sequences, max_history: int) -> Split:
         """Split under the protocol for a model that reads `max_history` items. Raises [`DataError`]."""
         if self.split == "temporal":
-            split = temporal_split(sequences, self.validation_from, self.test_from)  # type: ignore[arg-type]
+            split = temporal_split(sequences, as_time(self.validation_from), as_time(self.test_from))
         else:
             split = PROTOCOLS[self.protocol].split(sequences, max_history)
         users = len(split.train)
@@ -225,3 +228,16 @@ class SplitArguments:
         drawn = np.random.default_rng(self.sample_seed).permutation(users)[:kept]
         logger.info("Training on %s of %s users", f"{kept:,}", f"{users:,}")
         return dataclasses.replace(split, train=split.train.select(np.sort(drawn)))
+
+
+def as_time(value: Any) -> int:
+    """A timestamp as it is, a date in seconds since 1970 (UTC where it does not say)."""
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    try:
+        date = pd.Timestamp(value)
+    except ValueError:
+        raise DataError(f"{value!r} is neither an integer nor a date such as 2024-01-31") from None
+    return int((date.tz_localize("UTC") if date.tzinfo is None else date).timestamp())

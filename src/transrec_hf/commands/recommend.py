@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,14 @@ from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
 logger = logging.get_logger(__name__)
 
 SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
-History = tuple[str, list[str]]
-"""A user and the items they chose, oldest first."""
+
+
+class History(NamedTuple):
+    """A user, the items they chose, oldest first, and when, where that is known."""
+
+    user: str
+    items: list[str]
+    times: list[int] | None = None
 
 
 @dataclass
@@ -95,6 +101,8 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     if catalogue is None and index is None:
         raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     histories = _histories(args, catalogue, sequences)
+    if model.config.time_buckets and any(history.times is None for history in histories):
+        raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
     device = Accelerator(cpu=args.use_cpu).device
     source = None if catalogue is None else ItemSource(catalogue, processor)
     recommender = Recommender(model.to(device), source, index=index, processor=processor)
@@ -105,8 +113,8 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     histories = _known(histories, recommender.item_ids.tolist(), args)
     blocks = _recommend(recommender, histories, args)
     if not args.output_file:
-        for (user, items), found in itertools.chain.from_iterable(blocks):
-            _print(user, items, found, catalogue)
+        for history, found in itertools.chain.from_iterable(blocks):
+            _print(history, found, catalogue)
     else:
         with whole_file(args.output_file) as file, table_writer(file, SCHEMA) as write:
             for block in blocks:
@@ -120,7 +128,7 @@ def _histories(
 ) -> list[History]:
     """Whose history it is, and the ids of its items."""
     if args.history:
-        return [("history", args.history)]
+        return [History("history", args.history)]
     if args.histories:
         return read_histories(Path(args.histories))
     if catalogue is None or sequences is None:
@@ -132,7 +140,11 @@ def _histories(
         raise DataError(
             f"{len(unknown)} unknown user ids: {unknown[:MAX_EXAMPLES]}. Add their interactions or leave them out."
         )
-    return [(user, catalogue.item_ids[sequences[row_of[user]]["items"]].tolist()) for user in users]
+    views = (sequences[row_of[user]] for user in users)
+    return [
+        History(user, catalogue.item_ids[view["items"]].tolist(), view["timestamps"].tolist())
+        for user, view in zip(users, views, strict=True)
+    ]
 
 
 def read_histories(path: Path) -> list[History]:
@@ -151,31 +163,34 @@ def read_histories(path: Path) -> list[History]:
                 f"{path}: items holds {table['items'].type}, not lists of ids. Write a row for each item_id."
             )
         lists = (list(map(str, items or [])) for items in table["items"].to_pylist())
-        return list(zip(map(str, users), lists, strict=True))
+        return [History(str(user), items) for user, items in zip(users, lists, strict=True)]
     items, _ = as_ids(table["item_id"])
-    rows = np.arange(len(table))
+    rows, times = np.arange(len(table)), None
     if "timestamp" in names:
         times, missing, wrong = as_times(table["timestamp"])
         bad = np.flatnonzero(missing | wrong)
         raise_defects(str(path), describe("no timestamp that can be read", bad, "Write integers or ISO dates."))
         rows = np.argsort(times, kind="stable")
-    histories: dict[str, list[str]] = {str(user): [] for user in users}  # users in the order of the file
+    chosen: dict[str, list[int]] = {str(user): [] for user in users}  # users in the order of the file
     for row in rows.tolist():
-        histories[str(users[row])].append(str(items[row]))
-    return list(histories.items())
+        chosen[str(users[row])].append(row)
+    return [
+        History(user, [str(items[row]) for row in own], None if times is None else times[own].tolist())
+        for user, own in chosen.items()
+    ]
 
 
 def _known(histories: list[History], item_ids: Iterable[str], args: RecommendationArguments) -> list[History]:
     """The histories without unknown items, if these are to be skipped. Raises [`DataError`] if not."""
     known = set(item_ids)
-    kept = [(user, [item for item in items if item in known]) for user, items in histories]
-    lost = {item for _, items in histories for item in items if item not in known}
+    kept = [_select(history, [item in known for item in history.items]) for history in histories]
+    lost = {item for history in histories for item in history.items if item not in known}
     if lost and args.on_unknown == "error":
         raise DataError(
             f"{args.histories or 'history'}: {len(lost)} unknown item ids: {sorted(lost)[:MAX_EXAMPLES]}. "
             "Add them to the items, or --on_unknown skip."
         )
-    left = [(user, items) for user, items in kept if items]
+    left = [history for history in kept if history.items]
     if len(left) < len(kept) and args.on_unknown == "error":
         raise DataError(f"{args.histories}: {len(kept) - len(left)} empty histories. Add items, or --on_unknown skip.")
     if lost or len(left) < len(kept):
@@ -185,34 +200,41 @@ def _known(histories: list[History], item_ids: Iterable[str], args: Recommendati
     return left
 
 
+def _select(history: History, keep: list[bool]) -> History:
+    times = None if history.times is None else list(itertools.compress(history.times, keep))
+    return History(history.user, list(itertools.compress(history.items, keep)), times)
+
+
 def _recommend(
     recommender: Recommender, histories: list[History], args: RecommendationArguments
 ) -> Iterator[list[tuple[History, list[Recommendation]]]]:
     """Block by block, each history with what is recommended to it."""
+    reads_time = bool(recommender.model.config.time_buckets)
     starts = range(0, len(histories), args.batch_size)
     for start in logging.tqdm(starts, desc="Recommending", unit="batch", delay=2):
         block = histories[start : start + args.batch_size]
-        items = [items for _, items in block]
-        found = recommender.recommend_batch(items, args.top_k, exclude_history=not args.include_history)
+        items = [history.items for history in block]
+        times = [history.times or [] for history in block] if reads_time else None
+        found = recommender.recommend_batch(items, args.top_k, not args.include_history, times)
         yield list(zip(block, found, strict=True))
 
 
 def _as_table(block: list[tuple[History, list[Recommendation]]]) -> pa.Table:
     rows = [
-        {"user_id": user, "item_id": item.item_id, "rank": rank, "score": item.score}
-        for (user, _), found in block
+        {"user_id": history.user, "item_id": item.item_id, "rank": rank, "score": item.score}
+        for history, found in block
         for rank, item in enumerate(found, start=1)
     ]
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _print(user: str, history: list[str], found: list[Recommendation], catalogue: Catalogue | None) -> None:
+def _print(history: History, found: list[Recommendation], catalogue: Catalogue | None) -> None:
     """A table of one user's last items and recommendations."""
 
     def text(item_id: str) -> str:
         return "" if catalogue is None else catalogue.text(catalogue.rows([item_id])[0]) or "[image]"
 
     rows = [["", "item", "text", "score"]]
-    rows += [["chosen", item_id, text(item_id), ""] for item_id in history[-3:]]
+    rows += [["chosen", item_id, text(item_id), ""] for item_id in history.items[-3:]]
     rows += [[f"{rank}.", item.item_id, text(item.item_id), f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
-    print(f"\n{user}\n{format_table(rows, flush_left=3)}")
+    print(f"\n{history.user}\n{format_table(rows, flush_left=3)}")

@@ -62,8 +62,12 @@ class Sequences(torch.utils.data.Dataset):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = self.starts[index], self.ends[index]
-        return {"user": int(index), "items": self.items[start:end].astype(np.int64)}
+        view = slice(self.starts[index], self.ends[index])
+        return {
+            "user": int(index),
+            "items": self.items[view].astype(np.int64),
+            "timestamps": self.timestamps[view].astype(np.int64),
+        }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

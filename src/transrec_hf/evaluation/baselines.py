@@ -21,7 +21,7 @@ class Scorer(Protocol):
     """
     Anything that scores all items for histories: `(num_users, length)` rows of the catalogue, oldest first and padded
     on the right with -1, to `(num_users, num_items)`, a new tensor, which the caller changes. Its `max_history` is how
-    many last items it looks at.
+    many last items it looks at. If it has a true `reads_time`, it is called with their timestamps as well.
     """
 
     max_history: int

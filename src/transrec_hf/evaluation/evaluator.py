@@ -245,7 +245,10 @@ class RankingEvaluator:
             range(0, len(users), block), desc="Ranking", unit="block", delay=2, leave=False, disable=process > 0
         ):
             mine = users[start : start + block]
-            scores = scorer(last_items(sequences, mine, scorer.max_history))
+            inputs = [last_items(sequences, mine, scorer.max_history)]
+            if getattr(scorer, "reads_time", False):
+                inputs.append(last_items(sequences, mine, scorer.max_history, sequences.timestamps))
+            scores = scorer(*inputs)
             block_ranks = rank_scores(
                 scores,
                 torch.from_numpy(self.targets[mine]),
@@ -361,10 +364,12 @@ class _ModelScorer:
         self.history_embeds = item_embeds.to(model.dtype)
         self.present = present.to(item_embeds.device)
         self.max_history = max_history
+        self.reads_time = bool(model.config.time_buckets)
 
-    def __call__(self, history: torch.Tensor) -> torch.Tensor:
+    def __call__(self, history: torch.Tensor, timestamps: torch.Tensor | None = None) -> torch.Tensor:
         history = history.to(self.item_embeds.device)
-        states = self.model.get_user_features(self.history_embeds, history, self.present)
+        timestamps = None if timestamps is None else timestamps.to(history.device)
+        states = self.model.get_user_features(self.history_embeds, history, self.present, timestamps)
         return dot_scores(last_state(states, history), self.item_embeds)
 
 

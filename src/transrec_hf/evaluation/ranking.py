@@ -149,20 +149,24 @@ def rank_targets(
     return check_finite(torch.cat(ranks))
 
 
-def last_items(sequences: Sequences, users: np.ndarray, length: int | None) -> torch.Tensor:
+def last_items(
+    sequences: Sequences, users: np.ndarray, length: int | None, values: np.ndarray | None = None
+) -> torch.Tensor:
     """
-    The last `length` items before each user's target (all for None), oldest first.
+    The last `length` items before each user's target (all for None), oldest first; or other `values` of the
+    interactions, e.g. `sequences.timestamps`.
 
     Returns:
         `torch.Tensor` of shape `(len(users), at most length)`: rows of the catalogue, int64, padded on the right
         with -1.
     """
+    values = sequences.items if values is None else values
     ends = sequences.ends[users].astype(np.int64) - 1
     starts = sequences.starts[users].astype(np.int64)
     longest = int((ends - starts).max(initial=0))
     width = longest if length is None else min(length, longest)
     index = np.maximum(starts, ends - width)[:, None] + np.arange(width)
-    rows = sequences.items[np.minimum(index, len(sequences.items) - 1)].astype(np.int64)
+    rows = values[np.minimum(index, len(values) - 1)].astype(np.int64)
     return torch.from_numpy(np.where(index < ends[:, None], rows, -1))
 
 

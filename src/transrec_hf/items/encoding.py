@@ -24,6 +24,7 @@ from .preparing import ItemSource
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MAX_FITTED = 20_000  # items from which the statistics of a catalogue are taken
 # not of the public interface of PyTorch, whose compiler uses them
 PACKED_OPERATORS = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
 
@@ -114,7 +115,8 @@ def encode_catalogue(
     accelerator: Accelerator | None = None,
 ) -> torch.Tensor:
     """
-    Vectors of all items, in catalogue order: `(len(source), hidden_size)`, fp32, on the model's device.
+    Vectors of all items, in catalogue order: `(len(source), hidden_size)`, fp32, on the model's device; with one more
+    column for the popularity of the items if the model has a `popularity_prior`.
 
     Args:
         model ([`TransRecModel`]): in whichever mode; encoding is done in evaluation mode.
@@ -135,7 +137,9 @@ def encode_catalogue(
                 f"this ID baseline knows {model.config.num_items} items and the catalogue has {len(source)}: "
                 "it cannot leave the catalogue it was trained on"
             )
-        return model.item_encoder.item_embedding.weight.detach().float()
+    if not model.config.modalities:
+        batch = ItemBatch(source.present, item_rows=torch.arange(len(source))).to(device)
+        return model.with_popularity(model.get_item_features(batch).float(), source.log_popularity)
     if source.processor is None:
         raise ValueError("encoding items needs the model's processor: ItemSource(catalogue, processor)")
     source.catalogue.require(model.config.modalities)
@@ -153,7 +157,9 @@ def encode_catalogue(
                 embeds[batch.item_rows.to(device)] = vectors.float()
     finally:
         model.train(was_training)
-    return accelerator.reduce(embeds, "sum") if world_size > 1 else embeds  # type: ignore[union-attr]
+    if accelerator is not None and world_size > 1:
+        embeds = accelerator.reduce(embeds, "sum")
+    return model.with_popularity(embeds, source.log_popularity)
 
 
 @torch.no_grad()
@@ -165,6 +171,8 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
     What a pre-trained tower says of all items alike is large beside what tells them apart. Without this step the first
     epochs go into unlearning it, with it an untrained model already ranks by content.
 
+    A whitened item map takes the statistics of this catalogue, trained or not: see [`WhitenedProjection`].
+
     Args:
         model ([`TransRecModel`]): changed in place.
         source ([`ItemSource`]): the items to sample from.
@@ -174,6 +182,12 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
     rng, was_training = np.random.default_rng(seed), model.training
     model.eval()
     for name in model.config.modalities:
+        if model.config.item_map == "whitened":
+            states = item_states(model, source, name, seed=seed)
+            generator = torch.Generator().manual_seed(COLUMNS[name]) if name != model.config.modalities[0] else None
+            if len(states):
+                model.item_encoder.projection(name).fit(states, generator)  # type: ignore[operator]
+            continue
         last: Any = list(model.item_encoder.projection(name).modules())[-1]  # of those with a hidden layer
         rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
         if last.bias.any() or len(rows) < 2:
@@ -185,6 +199,27 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
         last.weight.mul_(scale)
         last.bias.copy_(-mean * scale)
     model.train(was_training)
+
+
+@torch.no_grad()
+def item_states(
+    model: TransRecModel, source: ItemSource, name: str, num_items: int = MAX_FITTED, seed: int = 0
+) -> torch.Tensor:
+    """
+    What the tower of a modality says of the items that have it, or of a sample of `num_items`, drawn by `seed`:
+    `(n, width)`, what its projection reads.
+    """
+    rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_items])
+    states = []
+    with packed_linears(model):
+        loader = item_loader(source, rows, 128, device=model.device)
+        for batch in tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
+            part = batch.to(model.device).parts[name]
+            masks: list[Any] = part.masks or [None] * len(part.values)
+            for values, mask in zip(part.values, masks, strict=True):
+                states.append(model.item_encoder.state(name, values, mask, part.stored).float())
+    return torch.cat(states) if states else torch.empty(0)
 
 
 def content_vectors(

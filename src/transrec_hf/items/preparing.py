@@ -127,6 +127,8 @@ class ItemSource:
     Attributes:
         present (`torch.Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities that are read of each
             item.
+        log_popularity (`torch.Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of the training
+            data, if it is known; `None` at first.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class ItemSource:
         self.modalities: tuple[str, ...] = () if processor is None else tuple(processor.modalities)
         has = [catalogue.has(name) & (name in self.modalities) for name in MODALITIES]
         self.present = torch.from_numpy(np.stack(has, axis=1))
+        self.log_popularity: torch.Tensor | None = None
         self._preparations: dict[str, Preparation] = {}
 
     def __len__(self) -> int:

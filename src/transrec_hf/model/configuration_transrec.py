@@ -13,6 +13,8 @@ from .modalities_transrec import MODALITIES
 
 TEXT_POOLINGS = ("mean", "cls", "attention")
 OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax")
+SIMILARITIES = ("dot", "cosine")
+ITEM_MAPS = ("linear", "whitened")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
 FORMAT_VERSION = 2
 """The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
@@ -35,7 +37,8 @@ class TransRecConfig(PreTrainedConfig):
         features_size (`int`, *optional*):
             Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
         num_items (`int`, *optional*):
-            Size of the catalogue of the ID baseline, whose only tower is an embedding table.
+            Size of a catalogue, of each item of which the model learns a vector by its ID: the ID baseline, if it
+            reads nothing else, or a hybrid, which adds the vector to what it reads.
         hidden_size (`int`, *optional*, defaults to 256):
             Width of item and user vectors.
         user_encoder (`str`, *optional*, defaults to `"transformer"`):
@@ -80,8 +83,20 @@ class TransRecConfig(PreTrainedConfig):
         pooling_query_size (`int`, *optional*, defaults to 200):
             Width of the additive attention in `text_pooling="attention"`.
         projection_hidden_size (`int`, *optional*):
-            Width of a hidden layer between what a tower says and the item vector. Without it the projection is linear,
-            as in the paper's code.
+            Width of a hidden layer between what a tower says and the item vector. Without it a `"linear"` item map has
+            none, as in the paper's code, and a `"whitened"` one has 256.
+        item_map (`str`, *optional*, defaults to `"linear"`):
+            How what a tower says becomes an item vector: `"linear"`, a learned projection; or `"whitened"`, whitened
+            by the statistics of the catalogue at hand, plus a learned correction that starts at zero.
+        similarity (`str`, *optional*, defaults to `"dot"`):
+            `"dot"` of user state and item vector, as in the paper's code, or their `"cosine"` times a learned scale.
+        content_prior (`bool`, *optional*, defaults to `False`):
+            The user state is the mean of the history's own item vectors, recent ones weighted more, plus what the user
+            encoder adds to it, which starts at zero. Without it, it is what the user encoder says.
+        popularity_prior (`bool`, *optional*, defaults to `False`):
+            Add a learned multiple of the log popularity of an item, a statistic of the training data, to its scores.
+        user_hidden_size (`int`, *optional*):
+            Width of the user encoder with `content_prior`; `hidden_size` if not given.
         objective (`str`, *optional*, defaults to `"in_batch"`):
             Training objective, a function of `loss_transrec`: `"in_batch"`, `"cpc"`, `"bce"`, `"bpr"`,
             `"full_softmax"` or `"sampled_softmax"`.
@@ -134,6 +149,11 @@ class TransRecConfig(PreTrainedConfig):
     pooling_head_size: int = 20
     pooling_query_size: int = 200
     projection_hidden_size: int | None = None
+    item_map: str = "linear"
+    similarity: str = "dot"
+    content_prior: bool = False
+    popularity_prior: bool = False
+    user_hidden_size: int | None = None
     objective: str = "in_batch"
     num_positives: int = 5
     num_negatives: int = 5
@@ -167,6 +187,16 @@ class TransRecConfig(PreTrainedConfig):
         return tuple(name for name, modality in MODALITIES.items() if getattr(self, modality.config) is not None)
 
     @property
+    def is_hybrid(self) -> bool:
+        """Whether items have a vector of their own besides what the model reads of them."""
+        return self.num_items is not None and bool(self.modalities)
+
+    @property
+    def user_width(self) -> int:
+        """Width of the user encoder."""
+        return self.user_hidden_size if self.user_hidden_size is not None else self.hidden_size
+
+    @property
     def num_targets(self) -> int:
         """How many next items the objective predicts from one history."""
         return self.num_positives if self.objective == "cpc" else 1
@@ -183,7 +213,14 @@ class TransRecConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        is_new = self.features_size is not None or self.user_encoder != "transformer"
+        is_new = (
+            self.features_size is not None
+            or self.user_encoder != "transformer"
+            or (self.item_map, self.similarity) != ("linear", "dot")
+            or self.content_prior
+            or self.popularity_prior
+            or self.is_hybrid
+        )
         return {**super().to_dict(), "format_version": 2 if is_new else 1}
 
     def validate_architecture(self) -> None:
@@ -195,15 +232,23 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(f"time_buckets must be 0 (do not read timestamps) or more, got {self.time_buckets}")
         if self.time_buckets and self.user_encoder != "hstu":
             raise ValueError(f"user_encoder {self.user_encoder!r} reads no timestamps: leave out time_buckets")
-        if self.hidden_size % self.num_attention_heads:
+        if self.user_width % self.num_attention_heads:
+            name = "hidden_size" if self.user_hidden_size is None else "user_hidden_size"
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
+                f"{name} ({self.user_width}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
             )
-        if self.num_items is not None and self.modalities:
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be one of {SIMILARITIES}, got {self.similarity!r}")
+        if self.item_map not in ITEM_MAPS:
+            raise ValueError(f"item_map must be one of {ITEM_MAPS}, got {self.item_map!r}")
+        if self.user_hidden_size is not None and not self.content_prior:
             raise ValueError(
-                f"num_items makes an ID baseline, which reads no {' and no '.join(self.modalities)}: leave out one or "
-                "the other"
+                "user_hidden_size needs content_prior=True, without which the state is the user encoder's"
+            )
+        if self.is_hybrid and self.objective != "in_batch":
+            raise ValueError(
+                f"a hybrid (num_items with {' and '.join(self.modalities)}) needs objective 'in_batch': "
+                f"{self.objective!r} would teach ID vectors to items that nobody chose"
             )
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")

@@ -14,6 +14,13 @@ from .modalities_transrec import COLUMNS, MODALITIES
 from .towers_transrec import build_tower, frozen_depth, is_frozen, resumed_from, tower_width
 
 
+CONTENT_RMS = 0.1
+"""
+Of a number of a whitened item vector. It decides how much the ID vector of a hybrid, which moves by the learning rate
+in a step, matters beside the content.
+"""
+
+
 class AttentionPooling(nn.Module):
     """
     The paper's pooling of token states (from NRMS): multi-head self-attention without output projection, then additive
@@ -48,17 +55,93 @@ class AttentionPooling(nn.Module):
 
 
 def build_projection(config: TransRecConfig, width: int) -> nn.Module:
-    """What turns the output of a tower into an item vector: linear, or with one hidden layer."""
+    """What turns the output of a tower into an item vector: whitened, linear, or with one hidden layer."""
     hidden = config.projection_hidden_size
+    if config.item_map == "whitened":
+        return WhitenedProjection(config, width)
     if hidden is None:
         return nn.Linear(width, config.hidden_size)
     return nn.Sequential(nn.Linear(width, hidden), ACT2FN[config.hidden_act], nn.Linear(hidden, config.hidden_size))
 
 
+class WhitenedProjection(nn.Module):
+    """
+    An anchored item map: what a tower says, whitened by the statistics of the catalogue at hand, plus a learned
+    correction that starts at zero. An untrained model then ranks by content, and what was learned on one catalogue
+    meets vectors of the same mean and covariance on the next. With `x` the state, `m` and `C` mean and covariance of
+    the catalogue's states on the axes `A`, which stay those of the first catalogue:
+
+        z = unit((x - m) A C^(-1/2)),    item vector = z + f(z)
+
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+        width (`int`): Of the tower's states.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    whitening: Tensor
+    num_fitted: Tensor
+
+    def __init__(self, config: TransRecConfig, width: int):
+        super().__init__()
+        size, hidden = config.hidden_size, config.projection_hidden_size or 256
+        self.scale = size**0.5
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("axes", torch.eye(width, size))
+        self.register_buffer("whitening", torch.eye(size))
+        self.register_buffer("num_fitted", torch.zeros((), dtype=torch.long))
+        self.input = nn.Linear(size, hidden)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.output = nn.Linear(hidden, size)
+
+    def whiten(self, states: Tensor) -> Tensor:
+        """States `(n, width)` on the whitened axes: `(n, hidden_size)`, fp32."""
+        with torch.autocast(states.device.type, enabled=False):
+            return (states.float() - self.mean.float()) @ (self.axes.float() @ self.whitening.float())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States `(n, width)` to item vectors `(n, hidden_size)`, of length 1 before the correction."""
+        anchor = nn.functional.normalize(self.whiten(states), dim=-1)
+        hidden = self.activation(self.input((anchor * self.scale).to(self.input.weight.dtype)))
+        return anchor + self.output(self.dropout(hidden)) / self.scale
+
+    @torch.no_grad()
+    def fit(self, states: Tensor, generator: torch.Generator | None = None, epsilon: float = 0.05) -> None:
+        """
+        Take mean and covariance from the states of a catalogue `(n, width)`, and the axes too if there are none yet:
+        the principal ones, or random orthogonal ones if the item vector is wider than the states.
+
+        Args:
+            states (`Tensor` of shape `(n, width)`): Of the catalogue, or of a sample of it.
+            generator (`torch.Generator`, *optional*): Of the random axes; without it the first axes are taken.
+            epsilon (`float`, *optional*, defaults to 0.05): Added to the variance of each axis, times their mean, so
+                that axes without content are not blown up.
+        """
+        states = states.double()
+        width, size = self.axes.shape
+        self.mean.copy_(states.mean(dim=0))
+        centred = states - states.mean(dim=0)
+        if not self.num_fitted:
+            axes = torch.eye(width, size, dtype=torch.float64)
+            if width > size:
+                axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :size]
+            elif generator is not None:
+                axes = torch.linalg.qr(torch.randn(size, width, generator=generator, dtype=torch.float64))[0].T
+            self.axes.copy_(axes)
+        projected = centred @ self.axes.double()
+        variances, directions = torch.linalg.eigh(projected.T @ projected / len(states))
+        variances = variances.clamp(min=0)
+        variances = variances + epsilon * variances.sum() / min(width, size)
+        self.whitening.copy_((directions * variances.rsqrt()) @ directions.T)
+        self.num_fitted.fill_(len(states))
+
+
 class ItemEncoder(nn.Module):
     """
-    Items to vectors: of each modality a tower, if it has one, and a projection, fused by a masked mean; or the table
-    of the ID baseline.
+    Items to vectors: of each modality a tower, if it has one, and a projection, fused to one vector; and a table of
+    vectors by item, which is all of the ID baseline.
 
     Args:
         config ([`TransRecConfig`]): Of the model.
@@ -82,7 +165,11 @@ class ItemEncoder(nn.Module):
                 self.text_pooling = AttentionPooling(config, width)
                 width = self.text_pooling.output_size
             setattr(self, modality.projection, build_projection(config, width))
-        if len(self.modalities) > 1:
+        self.is_whitened = config.item_map == "whitened"
+        self.length = CONTENT_RMS * config.hidden_size**0.5
+        if len(self.modalities) > 1 and self.is_whitened:
+            self.modality_scale = nn.Parameter(torch.zeros(len(self.modalities)))
+        elif len(self.modalities) > 1:
             self.missing_embeds = nn.Parameter(torch.zeros(len(self.modalities), config.hidden_size))
 
     @property
@@ -115,18 +202,21 @@ class ItemEncoder(nn.Module):
             mask (`Tensor` of shape `(n, length)`, *optional*): Which positions are real.
             stored (`bool`, *optional*, defaults to `False`): See `values`.
         """
-        projection: Any = self.projection(name)
+        return self.projection(name)(self.state(name, values, mask, stored))
+
+    def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: bool = False) -> Tensor:
+        """What the projection of a modality reads: pooled states `(n, width)`; see [`~ItemEncoder.encode`]."""
         if name not in self.towers:
-            return projection(values.to(next(projection.parameters()).dtype))
+            return values.to(next(self.projection(name).parameters()).dtype)
         tower = self.towers[name]
         if stored and values.dim() == 2:
-            return projection(values.to(tower.dtype))
+            return values.to(tower.dtype)
         if not stored:
             output = run_tower(tower, values, mask)
         else:
             with resumed_from(tower, frozen_depth(tower), values.to(tower.dtype)):
                 output = run_tower(tower, placeholder(tower, values, mask), mask)
-        return projection(self.pool(output, mask))
+        return self.pool(output, mask)
 
     def pool(self, output: Any, mask: Tensor | None) -> Tensor:
         """Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the
@@ -147,7 +237,8 @@ class ItemEncoder(nn.Module):
     def fuse(self, vectors: dict[str, tuple[Tensor, Tensor]], present: Tensor) -> Tensor:
         """
         One vector per item: the mean over its modalities, plus a learned vector for each one it misses. Those start at
-        zero, so an item with a single modality starts as the paper's item vector.
+        zero, so an item with a single modality starts as the paper's item vector. Whitened vectors are summed by a
+        learned weight for each modality, and scaled to one length.
 
         Args:
             vectors (`dict`): By modality, the vectors `(n, hidden_size)` and the item row `(n,)` of each.
@@ -155,6 +246,12 @@ class ItemEncoder(nn.Module):
         """
         n_items = present.shape[0]
         rows = [part.new_zeros(n_items, part.shape[1]).index_copy(0, index, part) for part, index in vectors.values()]
+        if self.is_whitened:
+            if len(self.modalities) > 1:
+                weights = {name: self.modality_scale[i].exp() for i, name in enumerate(self.modalities)}
+                rows = [weights[name] * part for name, part in zip(vectors, rows, strict=True)]
+            total = torch.stack(rows).sum(dim=0)
+            return (nn.functional.normalize(total.float(), dim=-1) * self.length).to(total.dtype)
         if len(self.modalities) == 1:
             return rows[0]
         has = present[:, [COLUMNS[name] for name in self.modalities]].to(rows[0].dtype)
@@ -178,4 +275,4 @@ def placeholder(tower: PreTrainedModel, states: Tensor, mask: Tensor | None) -> 
     return torch.zeros(1, config.num_channels, size, size, dtype=tower.dtype, device=states.device)
 
 
-__all__ = ["ItemEncoder", "run_tower"]
+__all__ = ["ItemEncoder", "WhitenedProjection", "run_tower"]

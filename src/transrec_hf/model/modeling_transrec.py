@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import TransRecConfig
-from .item_encoder_transrec import ItemEncoder, run_tower
+from .item_encoder_transrec import ItemEncoder, WhitenedProjection, run_tower
 from .loss_transrec import (
     batch_slots,
     bce,
@@ -40,7 +41,15 @@ from .towers_transrec import (
     tower_blocks,
     training_batch_norms,
 )
-from .user_encoder_transrec import USER_ENCODERS, HSTUAttention, UserAttention, UserLayer, last_state
+from .user_encoder_transrec import USER_ENCODERS, ContentPrior, HSTUAttention, UserAttention, UserLayer, last_state
+
+
+LOGIT_SCALE = 12.0  # of cosines at the start
+MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP
+POPULARITY_WEIGHT = 1.0  # at the start
+DECAY = 0.85  # of the content prior at the start, before the logistic function: 0.7
+ENCODER_WEIGHT = -1.2  # of what the user encoder adds to it at the start, its logarithm: 0.3
+MODALITY_SCALE = {"image": 0.4}  # of whitened vectors at the start, where it is not 1
 
 
 @dataclass
@@ -82,6 +91,21 @@ class TransRecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ItemEncoder) and hasattr(module, "missing_embeds"):
             init.zeros_(module.missing_embeds)
+        if isinstance(module, ItemEncoder) and hasattr(module, "modality_scale"):
+            scales = [math.log(MODALITY_SCALE.get(name, 1.0)) for name in module.modalities]
+            init.copy_(module.modality_scale, torch.tensor(scales))
+        if isinstance(module, ItemEncoder) and self.config.is_hybrid:
+            init.zeros_(module.item_embedding.weight)
+        if isinstance(module, (WhitenedProjection, ContentPrior)):
+            init.zeros_(module.output.weight)  # what is learned begins as nothing
+            init.zeros_(module.output.bias)
+        if isinstance(module, ContentPrior):
+            init.constant_(module.decay, DECAY)
+            init.constant_(module.weight, ENCODER_WEIGHT)
+        if isinstance(module, TransRecModel) and self.config.similarity == "cosine":
+            init.constant_(module.logit_scale, math.log(LOGIT_SCALE))
+        if isinstance(module, TransRecModel) and self.config.popularity_prior:
+            init.constant_(module.popularity_weight, POPULARITY_WEIGHT)
         if isinstance(module, nn.GRU):
             for name, parameter in module.named_parameters():
                 if "weight" in name:
@@ -109,6 +133,12 @@ class TransRecModel(TransRecPreTrainedModel):
             raise ValueError(f"the configuration reads nothing of an item: set {', '.join(fields)} or {last}")
         self.item_encoder = ItemEncoder(config, **towers)
         self.user_encoder = USER_ENCODERS[config.user_encoder](config)
+        if config.content_prior:
+            self.content_prior = ContentPrior(config)
+        if config.similarity == "cosine":
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(LOGIT_SCALE)))
+        if config.popularity_prior:
+            self.popularity_weight = nn.Parameter(torch.tensor(POPULARITY_WEIGHT))
         self.item_chunk_size: int | None = None
         self.images_per_pass: int | None = None
         self.post_init()
@@ -282,10 +312,10 @@ class TransRecModel(TransRecPreTrainedModel):
             `ValueError`: If the items have none of the modalities that the model reads.
         """
         items = ItemBatch.from_inputs(**inputs) if items is None else items
-        if self.config.num_items is not None:
-            if items.item_rows is None:
-                raise ValueError("the ID baseline reads item_rows, the rows of the items in their catalogue")
-            return self.item_encoder.item_embedding(items.item_rows)
+        if self.config.num_items is not None and items.item_rows is None:
+            raise ValueError("a model of item IDs reads item_rows, the rows of the items in their catalogue")
+        if not self.config.modalities:
+            return self._finished(self.item_encoder.item_embedding(items.item_rows))
         vectors = {
             name: (self.get_content_features(name, items.parts[name]), items.parts[name].rows)
             for name in self.config.modalities
@@ -293,9 +323,39 @@ class TransRecModel(TransRecPreTrainedModel):
         }
         if not vectors:
             raise ValueError(f"the items have none of the modalities that this model reads: {self.config.modalities}")
-        return self.item_encoder.fuse(vectors, items.present)
+        embeds = self.item_encoder.fuse(vectors, items.present)
+        if self.config.num_items is not None:
+            embeds = embeds + self.item_encoder.item_embedding(items.item_rows).to(embeds.dtype)
+        return self._finished(embeds)
 
-    def get_user_features(self, item_embeds: Tensor, history_index: Tensor, present: Tensor | None = None) -> Tensor:
+    def _finished(self, item_embeds: Tensor) -> Tensor:
+        """Item vectors, of length 1 if scores are cosines."""
+        if self.config.similarity == "dot":
+            return item_embeds
+        return nn.functional.normalize(item_embeds.float(), dim=-1)
+
+    def with_popularity(self, item_embeds: Tensor, log_popularity: Tensor | None) -> Tensor:
+        """
+        Item vectors with what scores add for the popularity of the items, as one more column, if the model has a
+        `popularity_prior`: a dot product of states and vectors is then the score.
+
+        Args:
+            item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Item vectors.
+            log_popularity (`Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of the training data;
+                `None` if nothing is known of it.
+        """
+        if not self.config.popularity_prior:
+            return item_embeds
+        known = item_embeds.new_zeros(len(item_embeds)) if log_popularity is None else log_popularity
+        return torch.cat([item_embeds, known.to(item_embeds).unsqueeze(-1)], dim=-1)
+
+    def get_user_features(
+        self,
+        item_embeds: Tensor,
+        history_index: Tensor,
+        present: Tensor | None = None,
+        timestamps: Tensor | None = None,
+    ) -> Tensor:
         """
         User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`].
 
@@ -304,6 +364,8 @@ class TransRecModel(TransRecPreTrainedModel):
             history_index (`Tensor` of shape `(n_users, length)`): rows of `item_embeds`, oldest first, `-1` for the
                 padding on the right. `length` is at most `max_position_embeddings`.
             present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): which modalities each item has.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): when each item was chosen, in the unit of
+                the data; read by models with `time_buckets` only.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -314,8 +376,19 @@ class TransRecModel(TransRecPreTrainedModel):
         combination = None
         if present is not None and len(self.config.modalities) > 1:
             combination = combinations(with_all_columns(present), self.config.modalities)[rows]
-        item_embeds = item_embeds.to(self.dtype)  # of an index, say, which is fp32 whatever the model is
-        return self.user_encoder(item_embeds[rows], history_index >= 0, combination)
+        # those of an index, say, are fp32 whatever the model is, and may end with the popularity of the items
+        inputs = item_embeds[:, : self.config.hidden_size].to(self.dtype)[rows]
+        mask = history_index >= 0
+        encode = partial(self.user_encoder, sequence_mask=mask, combination=combination, timestamps=timestamps)
+        states = self.content_prior(inputs, mask, encode) if self.config.content_prior else encode(inputs)
+        if self.config.similarity == "cosine":
+            states = (
+                nn.functional.normalize(states.float(), dim=-1) * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+            )
+        if self.config.popularity_prior:
+            weight = self.popularity_weight * mask.to(states.dtype)
+            states = torch.cat([states, weight.unsqueeze(-1)], dim=-1)
+        return states
 
     @capture_outputs
     def forward(
@@ -326,6 +399,7 @@ class TransRecModel(TransRecPreTrainedModel):
         negative_index: Tensor | None = None,
         log_popularity: Tensor | None = None,
         item_embeds: Tensor | None = None,
+        timestamps: Tensor | None = None,
         return_loss: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -344,6 +418,7 @@ class TransRecModel(TransRecPreTrainedModel):
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): log of each item's share of training data.
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): vectors known already, for the items
                 whose contents are not in `items`.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): see [`~TransRecModel.get_user_features`].
             return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
             output_hidden_states, output_attentions (`bool`, *optional*): record those of the user encoder.
             inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
@@ -361,12 +436,14 @@ class TransRecModel(TransRecPreTrainedModel):
             rows = torch.cat([part.rows for part in items.parts.values()]).unique()
             encoded = self.get_item_features(items)[rows].to(item_embeds.dtype)
             item_embeds = item_embeds.index_copy(0, rows, encoded)
+        item_embeds = self.with_popularity(item_embeds, log_popularity)
         candidates = item_embeds
         if shared is not None:
             candidates = gather_items(item_embeds, shared)
             item_embeds = candidates[shared.rows]
+        vectors = item_embeds[:, : self.config.hidden_size]
         if history_index is None:
-            return TransRecOutput(item_embeds=item_embeds)
+            return TransRecOutput(item_embeds=vectors)
         states = self.get_user_features(item_embeds, history_index, items.present)
         loss = None
         if has_loss:
@@ -382,7 +459,7 @@ class TransRecModel(TransRecPreTrainedModel):
             )
             if self.training:
                 loss = loss + self.zero_of_unused_towers(items)
-        return TransRecOutput(loss=loss, item_embeds=item_embeds, last_hidden_state=states)
+        return TransRecOutput(loss=loss, item_embeds=vectors, last_hidden_state=states)
 
     def _across_ranks(self) -> bool:
         """Whether several processes train on one batch."""

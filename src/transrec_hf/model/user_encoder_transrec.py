@@ -77,11 +77,11 @@ class UserEncoder(nn.Module):
         super().__init__()
         self.config = config
         if self.has_positions:
-            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.user_width)
         if config.use_modality_embedding and len(config.modalities) > 1:
-            self.modality_embedding = nn.Embedding(2 ** len(config.modalities) - 1, config.hidden_size)
+            self.modality_embedding = nn.Embedding(2 ** len(config.modalities) - 1, config.user_width)
         if config.input_layer_norm:
-            self.input_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.input_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -131,14 +131,14 @@ class UserAttention(nn.Module):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.config = config
-        self.head_size = config.hidden_size // config.num_attention_heads
+        self.head_size = config.user_width // config.num_attention_heads
         self.scaling = self.head_size**-0.5
         self.is_causal = config.is_causal
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.user_width, config.user_width)
         # a key bias adds the same number to all of a query's scores: the softmax cancels it, it would never learn
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.user_width, config.user_width, bias=False)
+        self.v_proj = nn.Linear(config.user_width, config.user_width)
+        self.o_proj = nn.Linear(config.user_width, config.user_width)
 
     def forward(
         self, hidden_states: Tensor, packing: Packing, attention_mask: Tensor | None
@@ -164,11 +164,11 @@ class UserEncoderLayer(UserLayer):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention = UserAttention(config)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = nn.Linear(config.user_width, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output = nn.Linear(config.intermediate_size, config.user_width)
+        self.attention_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
+        self.output_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class TransformerUserEncoder(UserEncoder):
         super().__init__(config)
         self.layers = nn.ModuleList(UserEncoderLayer(config) for _ in range(config.num_hidden_layers))
         if config.norm_first:
-            self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.final_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         # by position: the next major versions of transformers rename the keywords
@@ -212,7 +212,7 @@ class TransformerUserEncoder(UserEncoder):
 class GRULayer(UserLayer):
     def __init__(self, config: TransRecConfig):
         super().__init__()
-        self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
+        self.gru = nn.GRU(config.user_width, config.user_width, batch_first=True)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -228,7 +228,7 @@ class GRUUserEncoder(UserEncoder):
     def __init__(self, config: TransRecConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(GRULayer(config) for _ in range(config.num_hidden_layers))
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)  # the states of a GRU lie between -1 and 1
+        self.output = nn.Linear(config.user_width, config.user_width)  # the states of a GRU lie between -1 and 1
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         length = hidden_states.shape[1]
@@ -249,12 +249,12 @@ class HSTUAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.longest = config.max_position_embeddings
-        self.projection = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.projection = nn.Linear(config.user_width, 4 * config.user_width)
         self.position_bias = nn.Embedding(config.max_position_embeddings, config.num_attention_heads)
         if config.time_buckets:
             self.time_bias = nn.Embedding(config.time_buckets, config.num_attention_heads)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
+        self.output = nn.Linear(config.user_width, config.user_width)
         self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(
@@ -277,7 +277,7 @@ class HSTULayer(UserLayer):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.attention = HSTUAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -297,7 +297,7 @@ class HSTUUserEncoder(UserEncoder):
     def __init__(self, config: TransRecConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_hidden_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
@@ -343,4 +343,44 @@ USER_ENCODERS: dict[str, type[UserEncoder | MeanUserEncoder]] = {
 }
 
 
-__all__ = ["USER_ENCODERS", "last_state"]
+class ContentPrior(nn.Module):
+    """
+    User states that begin as content: the mean of the history's own item vectors, recent ones weighted more, plus what
+    a user encoder of its own width adds to it, which starts at zero. With `g_s` the unit item vectors:
+
+        state_t = unit(sum over s <= t of d^(t - s) g_s) + w f(g_1, ..., g_t)
+
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+    """
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.scale = config.hidden_size**0.5
+        self.decay = nn.Parameter(torch.tensor(0.0))  # before the logistic function
+        self.weight = nn.Parameter(torch.tensor(0.0))  # of what is added, its logarithm
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.input = nn.Linear(config.hidden_size, config.user_width)
+        self.output = nn.Linear(config.user_width, config.hidden_size)
+
+    def forward(self, inputs_embeds: Tensor, sequence_mask: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """
+        Args:
+            inputs_embeds (`Tensor` of shape `(n_users, length, hidden_size)`): Item vectors, oldest first.
+            sequence_mask (`Tensor` of shape `(n_users, length)`): True for items, false for the padding on the right.
+            encode (`Callable`): The user encoder, `(n_users, length, user_width)` to states of the same shape.
+
+        Returns:
+            `Tensor` of shape `(n_users, length, hidden_size)`: The states.
+        """
+        items = nn.functional.normalize(inputs_embeds.float(), dim=-1)
+        steps = torch.arange(items.shape[1], device=items.device)
+        ages = steps[:, None] - steps
+        votes = (ages * nn.functional.logsigmoid(self.decay.float())).exp().masked_fill(ages < 0, 0.0)
+        prior = nn.functional.normalize(votes @ items, dim=-1)
+        added = encode(self.input((self.dropout(items) * self.scale).to(self.input.weight.dtype)))
+        states = prior + self.weight.float().exp() / self.scale * self.output(added).float()
+        return states * sequence_mask.unsqueeze(-1)
+
+
+__all__ = ["USER_ENCODERS", "ContentPrior", "last_state"]

@@ -261,6 +261,7 @@ def describe_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
         "adapter": _read_json(folder / "adapter_config.json").get("peft_type"),
         "modalities": list(config.modalities),
         "towers": evaluation.get("towers") or describe_towers(config),
+        "user_encoder": config.user_encoder,
         "objective": config.objective,
         "sizes": {name: getattr(config, name) for name in sizes if getattr(config, name) is not None},
         "parameters": {**parameters, "total": sum(parameters.values())},

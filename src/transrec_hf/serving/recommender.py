@@ -149,7 +149,13 @@ class Recommender(PushToHubMixin):
             self.processor.save_pretrained(save_directory)
         self.index.save(save_directory)
 
-    def recommend(self, history: Sequence[str], top_k: int = 10, exclude_history: bool = True) -> list[Recommendation]:
+    def recommend(
+        self,
+        history: Sequence[str],
+        top_k: int = 10,
+        exclude_history: bool = True,
+        timestamps: Sequence[int] | None = None,
+    ) -> list[Recommendation]:
         """
         The best items for one user, best first.
 
@@ -157,16 +163,23 @@ class Recommender(PushToHubMixin):
             history (`Sequence[str]`): item ids, oldest first; the last `max_position_embeddings` of them are read.
             top_k (`int`, *optional*, defaults to 10): how many; fewer if the catalogue has no more.
             exclude_history (`bool`, *optional*, defaults to `True`): leave out what the user had.
+            timestamps (`Sequence[int]`, *optional*): when each item was chosen, in the unit of the training data; for
+                models with `time_buckets`.
 
         Raises:
             `DataError`: if an id is not in the catalogue.
-            `ValueError`: if the history is empty.
+            `ValueError`: if the history is empty, or the model needs the timestamps of all its items.
         """
-        return self.recommend_batch([history], top_k, exclude_history)[0]
+        times = None if timestamps is None else [timestamps]
+        return self.recommend_batch([history], top_k, exclude_history, times)[0]
 
     @torch.no_grad()
     def recommend_batch(
-        self, histories: Sequence[Sequence[str]], top_k: int = 10, exclude_history: bool = True
+        self,
+        histories: Sequence[Sequence[str]],
+        top_k: int = 10,
+        exclude_history: bool = True,
+        timestamps: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Recommendation]]:
         """The best items for several users; see [`~Recommender.recommend`]."""
         rows = [self._rows(history) for history in histories]
@@ -176,7 +189,13 @@ class Recommender(PushToHubMixin):
             raise ValueError("a history is empty: the model recommends from at least one item")
         length = self.model.config.max_position_embeddings
         index = torch.from_numpy(pad_right([history[-length:] for history in rows])).to(self.item_embeds.device)
-        states = self.model.get_user_features(self.item_embeds, index, self.present)
+        times = None
+        if timestamps is not None:
+            if [len(user) for user in timestamps] != [len(history) for history in rows]:
+                raise ValueError("timestamps must have one entry for each item of each history")
+            padded = pad_right([np.asarray(user[-length:], dtype=np.int64) for user in timestamps])
+            times = torch.from_numpy(padded).to(index.device)
+        states = self.model.get_user_features(self.item_embeds, index, self.present, times)
         scores = last_state(states, index).float() @ self.item_embeds.T
         if exclude_history:
             users = np.repeat(np.arange(len(rows)), [len(history) for history in rows])

@@ -17,7 +17,8 @@ class TransRecTrainingArguments(TrainingArguments):
     > [!NOTE]
     > Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `per_device_train_batch_size=128`,
     > `num_train_epochs=10`, `eval_strategy="epoch"`, `save_strategy="epoch"`, `save_total_limit=2`,
-    > `load_best_model_at_end=True`, `metric_for_best_model="ndcg@10"`, `remove_unused_columns=False`,
+    > `load_best_model_at_end=True`, `metric_for_best_model="ndcg@10"`, `eval_on_start=True`,
+    > `remove_unused_columns=False`,
     > `restore_callback_states_from_checkpoint=True`. With `torch_compile=True` each block is compiled, see
     > [`~TransRecModel.compile_blocks`], and not the whole model.
 
@@ -53,6 +54,7 @@ class TransRecTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one besides."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What 'best' means."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Rank before training: the start may be the best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads ids."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Go on counting evaluations without gain where the checkpoint was."}
@@ -93,6 +95,8 @@ class TransRecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # said aloud, or bf16 would be refused
+        if self.eval_strategy == "no":
+            self.eval_on_start = False
         super().__post_init__()
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")

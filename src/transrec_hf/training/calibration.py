@@ -349,9 +349,11 @@ class Calibration:
                 size = (len(batch["items"]), self.model.config.hidden_size)
                 vectors = torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=True)
                 present = self.source.present[batch["items"].item_rows.cpu()].to(self.device)
-                states = self.model.get_user_features(vectors, batch["history_index"], present)
                 rest = {name: value for name, value in batch.items() if name != "items"}
-                loss = self.model.compute_loss(states, vectors, **rest)
+                times = rest.pop("timestamps", None)
+                states = self.model.get_user_features(vectors, batch["history_index"], present, times)
+                scored = self.model.with_popularity(vectors, batch["log_popularity"])
+                loss = self.model.compute_loss(states, scored, **rest)
         loss.backward()
 
     def update(self) -> None:
@@ -370,6 +372,7 @@ class Calibration:
         counts, num_users = split.train.item_counts(len(self.source)), len(split.validation)
         num_users = min(num_users, self.args.max_eval_users or num_users)
         vectors = torch.randn(len(self.source), self.model.config.hidden_size, device=self.device)
+        vectors = self.model.with_popularity(vectors, None)
 
         def seconds_for(size: int) -> float:
             evaluator = RankingEvaluator(

@@ -86,11 +86,12 @@ class DataCollatorForNextItem:
         log_popularity (`np.ndarray` of shape `(len(source),)`): log of each item's share of the training data.
         seed (`int`, *optional*, defaults to 0): of the negatives.
 
-    Call it with a list of `{"items": catalogue rows, "user": int, "epoch": int}`, as [`TrainingWindows`] yields them,
-    each of at least two items. It returns `items`, an [`ItemBatch`], and `log_popularity` `(n_items,)`,
-    `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)` for `"cpc"`) and, where the
-    objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)` for `"bce"` and `"bpr"`,
-    `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch.
+    Call it with a list of `{"items": catalogue rows, "timestamps": of each, "user": int, "epoch": int}`, as
+    [`TrainingWindows`] yields them, each of at least two items. It returns `items`, an [`ItemBatch`], and
+    `log_popularity` `(n_items,)`, `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)`
+    for `"cpc"`) and, where the objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)`
+    for `"bce"` and `"bpr"`, `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch; and
+    `timestamps` `(n_users, L)` for a model with `time_buckets`.
     """
 
     source: ItemSource
@@ -103,7 +104,7 @@ class DataCollatorForNextItem:
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         windows = [self.split(np.asarray(feature["items"])) for feature in features]
-        histories, targets = [history for history, _ in windows], [target for _, target in windows]
+        histories, targets = zip(*windows, strict=True)
         history, target = pad_right(histories), pad_right(targets)
         slots = np.concatenate([history, target], axis=1)
         negative = self.negatives(features, slots, target)
@@ -121,6 +122,9 @@ class DataCollatorForNextItem:
         for name, values in indices.items():
             index = np.where(values == PADDING, PADDING, np.searchsorted(rows, values))
             batch[name] = torch.from_numpy(index)
+        if self.config.time_buckets:
+            times = [self.split(np.asarray(feature["timestamps"]))[0] for feature in features]
+            batch["timestamps"] = torch.from_numpy(pad_right(times))
         return batch
 
     def split(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

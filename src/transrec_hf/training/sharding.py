@@ -60,3 +60,8 @@ def own_class(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = sharded
+
+
+def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights on the host, which no training changes."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}

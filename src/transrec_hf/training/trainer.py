@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints, speed_metrics
-from transformers.utils import PushInProgress
+from transformers.utils import PushInProgress, logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
@@ -40,7 +40,10 @@ from ..publishing.results import describe_device, versions
 from .arguments import TransRecTrainingArguments
 from .collator import DataCollatorForNextItem, TrainingWindows
 from .item_cache import ItemCache
-from .sharding import check_sharding, load_whole_weights, own_class, whole_weights
+from .sharding import check_sharding, copy_of, load_whole_weights, own_class, whole_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 def part_of(name: str) -> str:
@@ -192,6 +195,7 @@ class TransRecTrainer(Trainer):
             plugin.mixed_precision_policy = None  # autocast instead: the loss and its inputs stay in fp32
         processor = processing_class if config.modalities else None
         self.source = ItemSource(catalogue, processor, token_budget(args.device))
+        self.source.log_popularity = torch.from_numpy(log_popularity(self.train_counts))
         self.data_collator: Any = None  # made with the batches: it reads the store, if there is to be one
         self.store: ActivationStore | None = None
         transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -272,7 +276,11 @@ class TransRecTrainer(Trainer):
         return 0  # the stock estimate multiplies tokens by all parameters, images and users included
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest checkpoint that was saved completely."""
+        """
+        As in `Trainer`; `resume_from_checkpoint=True` takes the newest checkpoint that was saved completely. With
+        `load_best_model_at_end` and `eval_on_start`, our defaults, the start counts as an evaluation too: if nothing
+        is better, the model ends as it began.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -285,11 +293,25 @@ class TransRecTrainer(Trainer):
         processor = self.source.processor
         if processor is not None and processor.tokenizer is None:
             self.processing_class: Any = None  # or `Trainer` would align the special tokens of its tokenizer
+        self.start: tuple[float, dict[str, torch.Tensor]] | None = None
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
+            self._return_to_start()
+            return result
         finally:
             self.processing_class = self.callback_handler.processing_class
             self.train_seconds, self.train_started = self._seconds(), 0.0
+
+    def _return_to_start(self) -> None:
+        """Take the weights of the start again if no evaluation since was better."""
+        if self.start is None or (self.state.best_metric is not None and self.state.best_metric > self.start[0]):
+            return
+        logger.warning(
+            f"No evaluation was better than the start ({self.args.metric_for_best_model} {self.start[0]:.4f}): the "
+            "model is what it was before training."
+        )
+        load_whole_weights(self.accelerator.unwrap_model(self.model), self.start[1])
+        self.state.best_metric, self.state.best_model_checkpoint, self.state.best_global_step = self.start[0], None, 0
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.processing_class = self.callback_handler.processing_class  # to be saved with the checkpoints
@@ -322,6 +344,10 @@ class TransRecTrainer(Trainer):
         ranked = {**report["metrics"], coverage: report["recommendations"][coverage]}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in ranked.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=report["protocol"]["num_users"])
+        keeps_best = self.args.load_best_model_at_end and not self.is_fsdp_enabled
+        if self.is_in_train and self.state.global_step == 0 and keeps_best:
+            value = metrics[f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"]
+            self.start = (value, copy_of(self.accelerator.unwrap_model(self.model).state_dict()))
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,0 +1,135 @@
+"""What a run starts from: the parts of a checkpoint that are kept, and which start the validation targets prefer."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from ..model.modalities_transrec import MODALITIES
+from ..model.modeling_transrec import TransRecModel
+
+
+if TYPE_CHECKING:
+    from .trainer import TransRecTrainer
+
+logger = logging.get_logger(__name__)
+
+INITS = ("all", "half", "item_encoder", "user_encoder", *MODALITIES, "none")
+"""
+What of a checkpoint a run starts from: all of it; half way between it and a new model; its item encoder or its user
+encoder; what it learned of one modality; or nothing but its towers.
+"""
+AUTO_INITS = ("none", "half", "user_encoder", "item_encoder", "all")
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    What a model starts from.
+
+    Args:
+        init (`str`): One of `INITS`.
+        loaded, new (`list[str]`): The parts of the model that are the checkpoint's, and those that are new.
+    """
+
+    init: str
+    loaded: list[str]
+    new: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.init}: from the checkpoint {', '.join(self.loaded)}; new {', '.join(self.new) or 'nothing'}"
+
+
+def is_kept(name: str, init: str) -> bool:
+    """Whether a parameter keeps what the checkpoint has. Towers always do: what they learned is not undone."""
+    towers = [f"item_encoder.{modality.tower}." for modality in MODALITIES.values() if modality.tower]
+    if init in ("all", "half") or name.startswith(tuple(towers)):
+        return True
+    of_items = name.startswith("item_encoder.") and "item_embedding" not in name
+    if init == "item_encoder":
+        return of_items
+    if init == "user_encoder":
+        return not name.startswith("item_encoder.")
+    return init in MODALITIES and name.startswith(f"item_encoder.{MODALITIES[init].projection}.")
+
+
+@torch.no_grad()
+def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
+    """
+    Keep a part of what a model has learned, and make the rest new.
+
+    Args:
+        model ([`TransRecModel`]): Loaded from a checkpoint; changed in place.
+        init (`str`): One of `INITS`.
+        seed (`int`, *optional*, defaults to 0): Of the new weights.
+
+    Raises:
+        `ValueError`: If `init` is none of `INITS`, or a modality that the model does not read.
+    """
+    if init not in INITS or (init in MODALITIES and init not in model.config.modalities):
+        known = [name for name in INITS if name not in MODALITIES or name in model.config.modalities]
+        raise ValueError(f"init is {init!r}, but must be one of {', '.join(map(repr, known))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+    loaded, new = set(), set()
+    for name, parameter in model.named_parameters():
+        part = ".".join(name.split(".")[:2]) if name.startswith("item_encoder.") else name.split(".")[0]
+        if is_kept(name, init):
+            loaded.add(part)
+        else:
+            new.add(part)
+            parameter.copy_(fresh[name])
+        if init == "half" and not is_kept(name, "none"):
+            parameter.lerp_(fresh[name].to(parameter), 0.5)
+    return Start(init, sorted(loaded), sorted(new - loaded))
+
+
+def choose_start(
+    model: TransRecModel,
+    make_trainer: Callable[[str], TransRecTrainer],
+    inits: Sequence[str] = AUTO_INITS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    A guard against negative transfer: train from each start for a short while, and leave the model at the start that
+    the validation targets prefer. What a start is worth before any training counts too.
+
+    Args:
+        model ([`TransRecModel`]): Loaded from a checkpoint; it ends at the best start.
+        make_trainer (`Callable`): Makes a trainer of this model, for a short run in the folder that it is given.
+        inits (`Sequence[str]`, *optional*): Of `INITS`. The first of equal ones wins.
+        seed (`int`, *optional*, defaults to 0): Of new weights.
+
+    Returns:
+        `dict[str, float]`: By start, the best validation metric of its short run; the best start comes first.
+    """
+    checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
+    values: dict[str, float] = {}
+    for init in inits:
+        model.load_state_dict(checkpoint)
+        start = start_from(model, init, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(folder)
+            trainer.train()
+            values[init] = best_value(trainer)
+        logger.info("Starting from %s: %.4f", start, values[init])
+    model.load_state_dict(checkpoint)
+    best = max(values, key=values.__getitem__)
+    start_from(model, best, seed)
+    return {best: values.pop(best), **values}
+
+
+def best_value(trainer: TransRecTrainer) -> float:
+    """The best validation metric of a run, its start included."""
+    metric = f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
+    return max(entry[metric] for entry in trainer.state.log_history if metric in entry)
+
+
+__all__ = ["AUTO_INITS", "INITS", "Start", "choose_start", "start_from"]

@@ -1,0 +1,267 @@
+"""What transfers: whitened item maps, content priors, ID vectors of a hybrid, starts, and the guard against harm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from testing_utils import (
+    assert_same_weights,
+    make_catalogue,
+    make_collator,
+    make_config,
+    make_model,
+    make_processor,
+    make_split,
+    make_trainer,
+)
+
+from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfig, TransRecModel, encode_catalogue
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.model.item_encoder_transrec import WhitenedProjection
+from transrec_hf.training.transfer import AUTO_INITS, INITS, choose_start, start_from
+
+
+DESIGN = {
+    "item_map": "whitened",
+    "similarity": "cosine",
+    "content_prior": True,
+    "popularity_prior": True,
+    "user_hidden_size": 8,
+}
+ITEMS = 12
+
+
+def fresh(modalities: str = "text image", **fields) -> TransRecModel:
+    torch.manual_seed(0)
+    return TransRecModel(make_config(modalities, **{**DESIGN, **fields})).eval()
+
+
+def source_of(num_items: int = ITEMS, modalities: str = "text image", kinds=("text image",)) -> ItemSource:
+    return ItemSource(make_catalogue(num_items, kinds=kinds), make_processor(modalities))
+
+
+def fitted(modalities: str = "text image", **fields) -> tuple[TransRecModel, ItemSource]:
+    model, source = fresh(modalities, **fields), source_of(modalities=modalities)
+    standardize_projections(model, source)
+    return model, source
+
+
+# Whitening
+
+
+@pytest.mark.parametrize("width", [8, 16, 40], ids=["narrower", "as wide", "wider"])
+def test_whitened_states_have_no_mean_and_like_variances(width):
+    torch.manual_seed(0)
+    projection = WhitenedProjection(make_config("text"), width)
+    states = torch.randn(500, width) @ torch.randn(width, width) + 3
+    projection.fit(states, torch.Generator().manual_seed(0))
+    white = projection.whiten(states)
+    torch.testing.assert_close(white.mean(dim=0), torch.zeros(16), atol=1e-3, rtol=0)
+    variances = torch.linalg.eigvalsh(white.T @ white / 500)
+    assert variances.max() <= 1 + 1e-4 and (variances > 0.01).sum() == min(width, 16)
+
+
+def test_another_catalogue_has_statistics_of_its_own_on_the_same_axes():
+    torch.manual_seed(0)
+    projection = WhitenedProjection(make_config("text"), 40)
+    projection.fit(torch.randn(300, 40) @ torch.randn(40, 40))
+    axes, before = projection.axes.clone(), projection.whitening.clone()
+    states = torch.randn(300, 40) @ torch.randn(40, 40) - 5
+    projection.fit(states)
+    assert torch.equal(projection.axes, axes) and not torch.equal(projection.whitening, before)
+    assert projection.whiten(states).mean(dim=0).abs().max() < 1e-3
+
+
+def test_an_untrained_model_ranks_by_content():
+    """States are recency-weighted means of the history's own vectors, whatever the user encoder's weights are."""
+    model, source = fitted(popularity_prior=False)
+    items = encode_catalogue(model, source)
+    torch.testing.assert_close(items.norm(dim=1), torch.ones(ITEMS))
+    history = torch.tensor([[3, 1, 5], [2, -1, -1]])
+    states = model.get_user_features(items, history, source.present)
+    decay = torch.sigmoid(model.content_prior.decay)
+    mean = items[5] + decay * items[1] + decay**2 * items[3]
+    expected = torch.nn.functional.normalize(mean, dim=0) * model.logit_scale.exp()
+    torch.testing.assert_close(states[0, -1], expected)
+    torch.testing.assert_close(states[1, 0], items[2] * model.logit_scale.exp())
+    assert states[1, 1:].eq(0).all()
+    for parameter in model.user_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.testing.assert_close(model.get_user_features(items, history, source.present), states)
+
+
+def test_scores_are_cosines_and_a_multiple_of_log_popularity():
+    model, source = fitted()
+    source.log_popularity = torch.linspace(-5, -1, ITEMS)
+    items = encode_catalogue(model, source)
+    assert items.shape == (ITEMS, 17)
+    states = model.get_user_features(items, torch.tensor([[4]]), source.present)[:, 0]
+    cosines = items[:, :16] @ items[4, :16]
+    expected = cosines * model.logit_scale.exp() + model.popularity_weight * source.log_popularity
+    torch.testing.assert_close(states @ items.T, expected[None])
+    source.log_popularity = None
+    assert encode_catalogue(model, source)[:, -1].eq(0).all()
+
+
+@pytest.mark.parametrize("user_encoder", ["transformer", "gru", "hstu", "mean"])
+@pytest.mark.parametrize("modalities", ["text", "image", "text image"])
+def test_every_parameter_gets_a_gradient(modalities, user_encoder):
+    model, source = fitted(modalities, user_encoder=user_encoder, num_items=ITEMS)
+    for projection in (module for module in model.modules() if isinstance(module, WhitenedProjection)):
+        torch.nn.init.normal_(projection.output.weight, std=0.1)  # at zero nothing reaches what is below
+    torch.nn.init.normal_(model.content_prior.output.weight, std=0.1)
+    batch = make_collator(model.config, source=source, counts=np.arange(ITEMS) + 1)(
+        [{"items": line, "user": user} for user, line in enumerate(([1, 2, 3, 4], [5, 6, 7], [8, 0]))]
+    )
+    model.train()(**batch).loss.backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert [name for name in idle if "_model." not in name] == []
+
+
+def test_it_is_saved_and_loaded_whole(tmp_path):
+    model, source = fitted(num_items=ITEMS)
+    source.log_popularity = torch.linspace(-5, -1, ITEMS)
+    model.save_pretrained(tmp_path)
+    loaded = TransRecModel.from_pretrained(tmp_path)
+    assert_same_weights(model, loaded)
+    assert loaded.config.to_dict()["format_version"] == 2
+    assert torch.equal(encode_catalogue(model, source), encode_catalogue(loaded, source))
+
+
+def test_a_recommender_and_an_evaluator_take_it():
+    model, source = fitted()
+    source.log_popularity = torch.linspace(-5, -1, ITEMS)
+    assert len(Recommender(model, source).recommend(["item-3", "item-4"], top_k=3)) == 3
+    report = RankingEvaluator(source, make_split().test).evaluate(model)
+    assert 0 <= report["metrics"]["ndcg@10"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"similarity": "euclidean"}, "similarity must be one of"),
+        ({"item_map": "tree"}, "item_map must be one of"),
+        ({"content_prior": False}, "user_hidden_size needs content_prior"),
+        ({"num_items": 3, "objective": "full_softmax"}, "needs objective 'in_batch'"),
+        ({"user_hidden_size": 9}, "user_hidden_size .* multiple"),
+    ],
+)
+def test_contradictions_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        make_config("text", **{**DESIGN, **fields})
+
+
+# The hybrid
+
+
+def test_a_hybrid_begins_as_its_content_and_leaves_cold_items_alone(tmp_path):
+    plain, source = fitted()
+    hybrid = fresh(num_items=ITEMS)
+    hybrid.load_state_dict(plain.state_dict(), strict=False)  # but for the ID vectors
+    torch.testing.assert_close(encode_catalogue(hybrid, source), encode_catalogue(plain, source))
+    split = make_split(num_users=2, lengths=(4, 5))
+    trainer = make_trainer(tmp_path, model=hybrid, catalogue=source.catalogue, split=split)
+    trainer.train()
+    cold = split.train.item_counts(ITEMS) == 0
+    vectors = hybrid.item_encoder.item_embedding.weight.detach()
+    assert cold.any() and vectors[torch.from_numpy(cold)].eq(0).all()
+    assert vectors[torch.from_numpy(~cold)].abs().sum(dim=1).gt(0).all()
+
+
+# Starts
+
+
+def trained(tmp_path) -> TransRecModel:
+    model = fresh()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("init", [init for init in INITS if init != "features"])
+def test_a_start_keeps_the_part_that_it_names(tmp_path, init):
+    model = trained(tmp_path)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    start = start_from(model, init)
+    kept = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    groups = {
+        "text": "item_encoder.text_projection.",
+        "image": "item_encoder.visual_projection.",
+        "user": "user_encoder.",
+    }
+    has = {group: any(name.startswith(prefix) for name in kept) for group, prefix in groups.items()}
+    wanted = {
+        "all": {"text", "image", "user"},
+        "item_encoder": {"text", "image"},
+        "user_encoder": {"user"},
+        "text": {"text"},
+        "image": {"image"},
+    }.get(init, set())
+    assert {group for group, there in has.items() if there} == wanted
+    assert all(name in kept for name in before if "_model." in name), "towers keep what they learned"
+    assert ("user_encoder" in start.loaded) == (init in ("all", "half", "user_encoder"))
+
+
+def test_half_is_half_way_to_a_new_model(tmp_path):
+    model, other = trained(tmp_path), trained(tmp_path)
+    other.load_state_dict(model.state_dict())
+    name = "content_prior.output.weight"
+    full = model.get_parameter(name).clone()
+    start_from(model, "half"), start_from(other, "none")
+    torch.testing.assert_close(model.get_parameter(name), (full + other.get_parameter(name)) / 2)
+
+
+@pytest.mark.parametrize("init", ["some", "features"])
+def test_an_unknown_start_is_refused(init):
+    with pytest.raises(ValueError, match="must be one of 'all', 'half'"):
+        start_from(fresh(), init)
+
+
+def test_the_start_that_validation_prefers_wins(tmp_path):
+    model = trained(tmp_path)
+    with torch.no_grad():
+        model.content_prior.output.weight.mul_(100)  # a source that does harm
+    options = {"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1, "learning_rate": 1e-6}
+    values = choose_start(model, lambda folder: make_trainer(folder, model=model, **options))
+    assert set(values) == set(AUTO_INITS)
+    best = next(iter(values))
+    assert values[best] == max(values.values()) and best != "all"
+    expected = trained(tmp_path)
+    start_from(expected, best)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "is_start"), [([0.5, 0.4, 0.3], True), ([0.5, 0.5, 0.3], True), ([0.5, 0.6], False)]
+)
+def test_a_run_cannot_end_below_its_start(tmp_path, monkeypatch, values, is_start):
+    model, source = fitted()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "eval_on_start": True,
+        "num_train_epochs": len(values) - 1,
+    }
+    trainer = make_trainer(tmp_path, model=model, catalogue=source.catalogue, **options)
+    said, report = iter(values), trainer.report
+
+    def reported(*args, **kwargs):
+        result = report(*args, **kwargs)
+        result["metrics"]["ndcg@10"] = next(said)
+        return result
+
+    monkeypatch.setattr(trainer, "report", reported)
+    trainer.train()
+    assert trainer.state.best_metric == max(values)
+    same = all(torch.equal(value.cpu(), start[name]) for name, value in model.state_dict().items())
+    assert same == is_start
+
+
+def test_the_paper_and_older_checkpoints_keep_their_design():
+    for config in (TransRecConfig.paper(), TransRecConfig.from_dict({"format_version": 1, "hidden_size": 32})):
+        assert (config.item_map, config.similarity, config.content_prior) == ("linear", "dot", False)
+    assert make_model().config.similarity == "dot"
