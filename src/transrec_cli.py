@@ -7,6 +7,7 @@ answers at once. Each verb imports what it needs; those of `VERBS` are functions
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -126,7 +127,7 @@ def push(
 
     read_config(path)
     card = path / CARD_NAME
-    if not card.exists() or card.read_text(encoding="utf-8") == str(model_card(path)):
+    if not os.path.lexists(card) or (card.is_file() and card.read_bytes() == str(model_card(path)).encode()):
         update_model_card(path, model_id=repo_id)
     with hub_errors(repo_id):
         api = HfApi(token=token)
@@ -189,7 +190,7 @@ def info(
     """
     from transrec_hf.publishing.card import describe_checkpoint
 
-    facts = describe_checkpoint(find_folder(path_or_id, revision, token))
+    facts = describe_checkpoint(find_folder(path_or_id, revision, token), local=Path(path_or_id).is_dir())
     if as_json:
         typer.echo(json.dumps({"checkpoint": path_or_id, **facts}, indent=2))
     else:
@@ -239,6 +240,9 @@ def fail(sentence: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Runs a verb. What goes wrong ends in one sentence: exit code 2 for bad input, 1 for the Hub and the disk."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows `?` for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Exception as error:

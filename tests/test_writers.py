@@ -212,11 +212,11 @@ def test_two_writers_of_other_files_do_not_disturb_each_other(tmp_path: Path) ->
 
 def test_a_writer_is_refused_while_another_one_moves_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.05)
-    with locked(folder), pytest.raises(OSError, match="is being written by another process"):
+    with locked(folder), pytest.raises(OSError, match="another process is writing there"):
         write_new(folder)
     assert names(folder) == set(OLD)
     (folder / files.JOURNAL).write_text("{}")
-    with locked(folder), pytest.raises(OSError, match="is being written by another process"):
+    with locked(folder), pytest.raises(OSError, match="another process is writing there"):
         recover(folder)
 
 

@@ -174,6 +174,11 @@ def explain(error: BaseException) -> str | None:
         for cause in chain:
             if isinstance(cause, kind):
                 return sentence(cause)
+    if any(isinstance(cause, OSError) and "`use_safetensors=True`" in str(cause) for cause in chain):
+        return (
+            "it has no weights in safetensors (model.safetensors), and pickled ones are not read, since they can run "
+            "code: have it converted"
+        )
     if any(isinstance(cause, ValueError) and "trust_remote_code=True" in str(cause) for cause in chain):
         return "it brings its own code, which is not run untrusted: read it, then pass trust_remote_code=True"
     return None
@@ -201,11 +206,14 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def bad_input(what: str) -> Iterator[None]:
-    """Turn what libraries raise on bad input into a [`DataError`] that begins with `what`, a file or an option."""
+def bad_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """
+    Turn what libraries raise on bad input, and errors of these `kinds`, into a [`DataError`] that begins with `what`,
+    a file or an option.
+    """
     try:
         yield
-    except DataError:
+    except (DataError, HubError):
         raise
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, *kinds) as error:  # type: ignore
         raise DataError(f"{what}: {explain(error) or one_line(error)}") from error

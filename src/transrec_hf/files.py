@@ -46,6 +46,16 @@ PATIENCE = 30.0  # seconds for which a reader or a writer waits for another writ
 _locks: set[int] = set()  # descriptors of this process
 
 
+class NotWritten(OSError):
+    """Something could not be written, and nothing of it was kept."""
+
+    def __init__(self, folder: str | os.PathLike, reason: str):
+        super().__init__(
+            f"{folder}: could not be written, nothing of it was kept ({reason}). Make room, or choose another folder."
+        )
+        self.reason = reason
+
+
 def _forget_locks() -> None:
     while _locks:
         os.close(_locks.pop())
@@ -86,7 +96,7 @@ def _release(descriptor: int) -> None:
 
 @contextmanager
 def locked(
-    folder: str | os.PathLike, name: str = LOCK, wait: float | None = None, used: str = "is being written"
+    folder: str | os.PathLike, name: str = LOCK, wait: float | None = None, why: str = "another process is writing there"
 ) -> Iterator[None]:
     """
     Inside, no other process is in a block with the same folder and name.
@@ -95,7 +105,7 @@ def locked(
         folder (`str` or `os.PathLike`): Where the lock file is, for as long as it is held.
         name (`str`, *optional*): The name of the lock file.
         wait (`float`, *optional*): Seconds to wait for another process, `PATIENCE` if not given.
-        used (`str`, *optional*, defaults to `"is being written"`): What that process does to the folder.
+        why (`str`, *optional*): What is said of that process.
 
     Raises:
         `OSError`: If another process still holds it.
@@ -103,7 +113,7 @@ def locked(
     path, end = Path(folder) / name, time.monotonic() + (PATIENCE if wait is None else wait)
     while (descriptor := _take(path, os.O_RDWR | os.O_CREAT)) is None:
         if time.monotonic() > end:
-            raise OSError(f"{folder}: {used} by another process. Wait for its end, or choose another folder.")
+            raise OSError(f"{folder}: {why}. Wait for its end, or choose another folder.")
         time.sleep(0.01)
     try:
         yield
@@ -129,37 +139,42 @@ def written_whole(folder: str | os.PathLike, writes: bool = True, replaces_all: 
         `OSError`: If something cannot be written, and then nothing of it is kept; or if another process writes there.
     """
     place = Path(folder).resolve()
-    partial = place / f"{PARTIAL}{os.urandom(6).hex()}"
     if not writes:
-        yield partial
+        yield place / f"{PARTIAL}elsewhere"
         return
     new_folders = [path for path in (place, *place.parents) if not path.exists()]
-    descriptor = None
+    try:
+        with partial_folder(place) as partial:
+            yield partial
+            _settle(partial)
+            with locked(place):
+                _complete(place)
+                _commit(partial, place, replaces_all)
+    except (OSError, SafetensorError) as error:
+        if os.path.lexists(place / JOURNAL):
+            raise OSError(
+                f"{folder}: could not be written to the end, which is done when it is next opened"
+            ) from error
+        raise NotWritten(folder, error.reason if isinstance(error, NotWritten) else one_line(error)) from error
+    finally:
+        for path in new_folders:
+            with suppress(OSError):
+                path.rmdir()  # only if it is empty
+
+
+@contextmanager
+def partial_folder(place: Path) -> Iterator[Path]:
+    """A hidden folder in `place`, for what is not there for readers; it goes away at the end, or with the process."""
+    partial, descriptor = place / f"{PARTIAL}{os.urandom(6).hex()}", None
     try:
         partial.mkdir(parents=True)
         descriptor = _take(partial, os.O_RDONLY) if os.name == "posix" else None
         yield partial
-        _settle(partial)
-        with locked(place):
-            _complete(place)
-            _commit(partial, place, replaces_all)
-    except (OSError, SafetensorError) as error:
-        if _journal_of(place) == partial.name:
-            raise OSError(
-                f"{folder}: could not be written to the end, which will be done when it is opened"
-            ) from error
-        raise OSError(
-            f"{folder}: could not be written, nothing of it was kept ({one_line(error)}). "
-            "Make room, or choose another folder."
-        ) from error
     finally:
-        if _journal_of(place) != partial.name:
+        if _journal_of(place) != partial.name:  # else whoever opens the folder next completes it
             shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             _release(descriptor)
-        for path in new_folders:
-            with suppress(OSError):
-                path.rmdir()  # only if it is empty
 
 
 @contextmanager

@@ -218,8 +218,7 @@ def run_training(
         checkpoint = last_complete_checkpoint(args.output_dir)
         logger.info("Resuming from %s", checkpoint or "nothing: there is no complete checkpoint yet")
     trainer.train(resume_from_checkpoint=checkpoint)
-    with written_whole(args.output_dir, writes=args.should_save) as folder:
-        trainer.save_model(str(folder))
+    trainer.save_model()
 
     vectors = None
     if model_args.text_model or model_args.vision_model:
@@ -232,6 +231,7 @@ def run_training(
             accelerator=trainer.accelerator,
         )
     report = trainer.report(content_vectors=vectors)
+    trainer.create_model_card()
     if args.should_save:
         with written_whole(args.output_dir) as folder:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))

@@ -12,6 +12,7 @@ import numpy as np
 from transformers.utils import cached_file
 
 from ..errors import DataError, hub_errors, pinned
+from ..files import write_json
 from ..model.modalities_transrec import MODALITIES
 from .catalogue import Catalogue
 from .interactions import Sequences, Split
@@ -97,15 +98,7 @@ def popularity_statistics(counts: np.ndarray) -> dict[str, Any]:
 
 def save_statistics(statistics: Mapping[str, Any], path: str | os.PathLike) -> Path:
     """Write statistics as `data_statistics.json` in the folder `path` (or to the file, if it ends in `.json`)."""
-    file = _statistics_file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    return file
+    return write_json(_statistics_file(path), statistics)
 
 
 def load_statistics(path: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:

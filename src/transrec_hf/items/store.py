@@ -26,6 +26,7 @@ from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
 from ..model.towers_transrec import frozen_depth, lower_states, tower_blocks
 from .encoding import item_loader, packed_linears, sort_by_length
+from .fingerprints import adapter_settings, tower_settings
 from .preparing import ItemSource, bucket_by_tokens
 
 
@@ -40,13 +41,15 @@ FILE_SECONDS = 30  # after which what there is is written all the same
 
 def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preprocessing: str, dtype: torch.dtype) -> str:
     """
-    A name made of all that stored states depend on besides the item: the weights and the number of the frozen blocks,
-    the pooling after them if it is frozen too, the preprocessing, the dtypes of computation and of storage. If any of
-    them changes, so does the name: states are never stale.
+    A name made of all that stored states depend on besides the item: the settings of the tower and the adapters in it,
+    the weights and the number of the frozen blocks, the pooling after them if it is frozen too, the preprocessing, the
+    dtypes of computation and of storage. If any of them changes, so does the name: states are never stale.
     """
     device = tower.device.type
     computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tower.dtype
-    digest = hashlib.sha256(json.dumps([depth, pooling, str(computed), str(dtype), preprocessing]).encode())
+    settings: list[Any] = [depth, pooling, str(computed), str(dtype), preprocessing]
+    settings += [tower_settings(tower), adapter_settings(tower)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     upper = {} if pooling else tower_blocks(tower)[depth:].state_dict(keep_vars=True)
     first = next(iter(upper.values()), None)
     for name, tensor in tower.state_dict(keep_vars=True).items():

@@ -2,10 +2,15 @@
 
 # ruff: noqa: I002  (no postponed annotations: `strict` checks values against the annotations, and cannot read strings)
 
+import difflib
+import math
+import re
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
 from .modalities_transrec import MODALITIES
@@ -18,6 +23,63 @@ ITEM_MAPS = ("linear", "whitened")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
 FORMAT_VERSION = 2
 """The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
+WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
+MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 256, 2**16, 2**24
+RANGES: dict[str, tuple[float, float]] = {
+    "num_items": (1, 2**31 - 1),
+    "features_size": (1, MAX_WIDTH),
+    "hidden_size": (1, MAX_WIDTH),
+    "time_buckets": (0, MAX_WIDTH),
+    "num_hidden_layers": (0, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_WIDTH),
+    "intermediate_size": (1, MAX_SIZE),
+    "hidden_dropout_prob": (0, 1),
+    "attention_probs_dropout_prob": (0, 1),
+    "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 1000),
+    "max_position_embeddings": (1, MAX_SIZE),
+    "pooling_head_size": (1, MAX_WIDTH),
+    "pooling_query_size": (1, MAX_WIDTH),
+    "projection_hidden_size": (1, MAX_SIZE),
+    "num_positives": (1, MAX_WIDTH),
+    "num_negatives": (0, MAX_SIZE),
+}
+"""What a number may be, both ends included: checked before anything is made of that size."""
+STOCK = (
+    *("attn_implementation", "auto_map", "experts_implementation", "format_version", "model_type", "num_labels"),
+    *("output_attentions", "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache"),
+)
+"""Names that transformers gives to configurations, besides their fields."""
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """
+    Refuse a configuration of a tower whose sizes are absurd, before anything is made of them.
+
+    Args:
+        config (`dict` or `PreTrainedConfig`, *optional*): Of the tower.
+        name (`str`): What to call it.
+
+    Raises:
+        `ValueError`: If a size is negative or out of all proportion.
+    """
+    if isinstance(config, PreTrainedConfig):
+        config = config.to_dict()
+    for key, value in (config or {}).items():
+        high = MAX_LAYERS if re.search(r"layers$|depths?$", key) else MAX_SIZE
+        if re.fullmatch(r"hidden_sizes?|d_model|dim|embed_dim|.*_channels", key):
+            high = MAX_WIDTH
+        if re.search(r"sizes?$|layers$|depths?$|dims?$|d_model|width|channels|heads|positions|embeddings", key):
+            for size in value if isinstance(value, list) else [value]:
+                if isinstance(size, int | float) and not (-1 <= size <= high):
+                    raise ValueError(f"{name}.{key} must be between 0 and {high:,}, got {size:,}")
+
+
+def check_foreign(config: Any) -> None:
+    """Refuse a configuration in a file that wants code of a repository to be run, as an attention kernel."""
+    for key in ("attn_implementation", "experts_implementation") if isinstance(config, dict) else ():
+        if "/" in str(config.get(key)):
+            raise ValueError(f"{key} {config[key]!r} is code of a repository, which is not run: remove it")
 
 
 @strict
@@ -201,16 +263,43 @@ class TransRecConfig(PreTrainedConfig):
         """How many next items the objective predicts from one history."""
         return self.num_positives if self.objective == "cpc" else 1
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if not self._is_known(name):
+                nearest = self._nearest(name)
+                raise ValueError(
+                    f"no setting {name!r}: " + (f"did you mean {nearest!r}?" if nearest else "leave it out")
+                )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        return name in STOCK or name.endswith("name_or_path") or name.startswith("_") or name in cls._fields()
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def _nearest(cls, name: str) -> str | None:
+        return next(iter(difflib.get_close_matches(name, cls._fields(), n=1, cutoff=0.8)), None)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # before anything else: what a later format holds may be nothing that this code could make sense of
         version = config_dict.get("format_version", 1)
+        if not isinstance(version, int):
+            raise ValueError(f"format_version must be a whole number, got {version!r}")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has format {version} and this version of transrec-hf reads up to {FORMAT_VERSION}: "
                 "run `pip install --upgrade transrec-hf`"
             )
-        return super().from_dict(config_dict, **kwargs)
+        for part in (config_dict, config_dict.get("text_config"), config_dict.get("vision_config")):
+            check_foreign(part)
+        # a later version of transformers may write more; what looks like a mistake is told from it
+        more = {name for name in config_dict if not cls._is_known(name) and cls._nearest(name) is None}
+        return super().from_dict({name: config_dict[name] for name in config_dict if name not in more}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         is_new = (
@@ -224,12 +313,27 @@ class TransRecConfig(PreTrainedConfig):
         return {**super().to_dict(), "format_version": 2 if is_new else 1}
 
     def validate_architecture(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high):
+                raise ValueError(f"{name} must be between {low:,} and {high:,}, got {value:,}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value == (0 if name == "layer_norm_eps" else 1):
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.hidden_act not in ACT2FN:
+            nearest = difflib.get_close_matches(self.hidden_act, list(ACT2FN), n=1)
+            raise ValueError(
+                f"no activation {self.hidden_act!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
+            )
+        if self.objective in WITH_NEGATIVES and not self.num_negatives:
+            raise ValueError(f"objective {self.objective!r} needs num_negatives of 1 or more, got 0")
+        for name in ("text_config", "vision_config"):
+            check_sizes(getattr(self, name), name)
         if self.user_encoder not in USER_ENCODERS:
             raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
         if self.user_encoder != "transformer" and not self.is_causal:
             raise ValueError(f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True")
-        if self.time_buckets < 0:
-            raise ValueError(f"time_buckets must be 0 (do not read timestamps) or more, got {self.time_buckets}")
         if self.time_buckets and self.user_encoder != "hstu":
             raise ValueError(f"user_encoder {self.user_encoder!r} reads no timestamps: leave out time_buckets")
         if self.user_width % self.num_attention_heads:

@@ -118,8 +118,8 @@ class TransRecProcessor(ProcessorMixin):
     ) -> TransRecProcessor:
         """The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers."""
         return cls(
-            AutoTokenizer.from_pretrained(text_model) if text_model else None,
-            AutoImageProcessor.from_pretrained(vision_model) if vision_model else None,
+            AutoTokenizer.from_pretrained(text_model, trust_remote_code=False) if text_model else None,
+            AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False) if vision_model else None,
             max_text_length,
             features_size,
         )
@@ -130,6 +130,7 @@ class TransRecProcessor(ProcessorMixin):
     ) -> list[Any]:
         modalities = (processor_dict or {}).get("modalities", ["text", "image"])
         loaders = {"text": AutoTokenizer, "image": AutoImageProcessor}
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # or the user would be asked
         return [
             loader.from_pretrained(pretrained_model_name_or_path, **kwargs) if modality in modalities else None
             for modality, loader in loaders.items()

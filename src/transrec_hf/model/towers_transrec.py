@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from .configuration_transrec import check_sizes
+
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +38,12 @@ def build_tower(config: Any) -> PreTrainedModel:
 
 def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     """A pre-trained tower; of a two-tower checkpoint such as CLIP its `part`: `"text_config"` or `"vision_config"`."""
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}  # neither code nor pickles of others
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     config = getattr(config, part, None) or config
+    check_sizes(config, part)
+    if "/" in str(config._attn_implementation):
+        raise ValueError(f"{name_or_path} names the code of {config._attn_implementation}, which is not run")
     kwargs |= without_dormant_parts(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the heads that a tower leaves behind

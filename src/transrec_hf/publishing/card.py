@@ -6,6 +6,7 @@ is a function of these four, so it can be rendered again at any time and without
 - `reports`: the last report of each evaluated split, see [`RankingEvaluator.report`];
 - `towers`: names and licences of the pre-trained towers, read when the model was trained;
 - `run`: device, time, steps and versions;
+- `arguments`: those of the training that shaped the result;
 - `metadata`: what only a person can tell, such as the licence;
 - `results`: the file and the row names, where the numbers were taken from a table of results by [`read_results`].
 """
@@ -13,35 +14,38 @@ is a function of these four, so it can be rendered again at any time and without
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import TrainingArguments
 
 from ..data.statistics import STATISTICS_NAME
+from ..errors import bad_input
 from ..evaluation.metrics import metric_names
 from ..evaluation.protocol import PROTOCOLS, EvaluationProtocol
+from ..files import read_whole, write_json, write_text, written_whole
 from ..model.configuration_transrec import TransRecConfig
-from ..training.arguments import TransRecTrainingArguments
 from .checkpoint import (
     CARD_NAME,
+    EVALUATION_NAME,
     TRAINING_ARGS_NAME,
-    _read_json,
+    UNREADABLE,
     describe_towers,
     load_evaluation,
     named_source,
     parameter_counts,
     read_config,
-    save_evaluation,
+    read_json,
 )
+from .markdown import Markdown, code, plain, render
 from .results import BOOTSTRAP, read_results
 
 
-TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ("transrec", "recommendation", "sequential-recommendation")
 TASK = "sequential-recommendation"
 BASELINE_NAMES = {
@@ -61,24 +65,32 @@ SLICE_NAMES = {
 NOT_SHOWN = re.compile(
     r"output_dir|run_name|project|hub_|push_to_hub|report_to|trackio|log|disable_tqdm|save_|eval_|.*_eval_|do_|debug|"
     r"resume_|ignore_data_skip|local_rank|dataloader_|ddp_|skip_memory|activation_store|use_cpu|load_best|metric_for|"
-    r"greater_is|remove_unused"
+    r"greater_is|remove_unused|restore_callback"
 )
 ALWAYS_SHOWN = ("learning_rate", "tower_learning_rate", "per_device_train_batch_size", "num_train_epochs", "seed")
 
 
-def non_default_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Of saved [`TransRecTrainingArguments`] those that shaped the result: not the default ones, and a few always."""
-    shown = {}
-    for field in dataclasses.fields(TransRecTrainingArguments):
+def non_default_arguments(args: Mapping[str, Any], of: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:
+    """Of saved arguments those that shaped the result: not the defaults of their class, and a few always."""
+    defaults = {}
+    for field in dataclasses.fields(of):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = getattr(default, "value", default)
-        if field.name not in args or NOT_SHOWN.match(field.name):
-            continue
-        value = args[field.name]
-        changed = value != default and (value or default)  # not from one way of saying nothing to another
-        if field.name in ALWAYS_SHOWN or (changed and not isinstance(value, dict)):
-            shown[field.name] = value
+        defaults[field.name] = getattr(default, "value", default)
+    shown = {}
+    for name, value in args.items():
+        default = defaults.get(name)
+        # not from one way of saying nothing to another; but no trainable block is not nothing
+        changed = value != default and bool(value or default or type(value) is int)
+        if not NOT_SHOWN.match(name) and (name in ALWAYS_SHOWN or (changed and not isinstance(value, dict))):
+            shown[name] = value
     return shown
+
+
+def _arguments(evaluation: Mapping[str, Any], args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments to show; all that a run of version 0.1 kept are compared with the stock defaults."""
+    if "arguments" in evaluation:
+        return evaluation["arguments"]
+    return non_default_arguments(args) if "output_dir" in args else args
 
 
 def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[str, bool]:
@@ -97,7 +109,11 @@ def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> t
     return ("unnamed data" if name in ("", "items", "catalogue") else name), False
 
 
-def model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) -> ModelCard:
+def model_card(
+    folder: str | os.PathLike,
+    config: TransRecConfig | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ModelCard:
     """
     Renders the card of a checkpoint.
 
@@ -105,6 +121,7 @@ def model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) 
         folder (`str`): The checkpoint: a folder with `config.json` or `adapter_config.json`, and as far as there are
             `data_statistics.json`, `training_args.json` and `evaluation.json`.
         config ([`TransRecConfig`], *optional*): Of the model, if `folder` does not hold it.
+        changes (`dict[str, dict]`, *optional*): By the names of these files, what they will hold.
 
     Returns:
         [`~huggingface_hub.ModelCard`], with the metrics as `model-index` in its metadata.
@@ -112,14 +129,23 @@ def model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) 
     Raises:
         [`DataError`]: If `folder` holds no configuration, or one of the files is damaged.
     """
-    folder = Path(folder)
-    adapter = _read_json(folder / "adapter_config.json")
-    if config is None:
-        config = read_config(folder)
-    statistics, evaluation = _read_json(folder / STATISTICS_NAME), load_evaluation(folder)
+    place = Path(folder)
+
+    def read() -> ModelCard:
+        small = ("adapter_config.json", STATISTICS_NAME, TRAINING_ARGS_NAME)
+        files = {EVALUATION_NAME: load_evaluation(place), **{name: read_json(place / name) for name in small}}
+        return _render(place, read_config(place) if config is None else config, {**files, **(changes or {})})
+
+    names = f"{EVALUATION_NAME}, {STATISTICS_NAME} or {TRAINING_ARGS_NAME}"
+    with bad_input(f"{folder}: {names} is not what a run writes", *UNREADABLE, jinja2.TemplateError):
+        return read_whole(place, read)
+
+
+def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[str, Any]]) -> ModelCard:
+    adapter, statistics, evaluation = files["adapter_config.json"], files[STATISTICS_NAME], files[EVALUATION_NAME]
     towers = evaluation.get("towers") or describe_towers(config)
     metadata = evaluation.get("metadata", {})
-    model_id = metadata.get("model_id") or folder.resolve().name
+    model_id = str(metadata.get("model_id") or folder.resolve().name)
     name, on_hub = data_name(evaluation, statistics)
     split, report = headline_report(evaluation)
 
@@ -141,45 +167,50 @@ def model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) 
         model_name=model_id.split("/")[-1],
         tags=[*TAGS, *(["multimodal"] if len(towers) > 1 else []), *metadata.get("tags", [])],
     )
-    card = ModelCard.from_template(
-        card_data,
-        template_str=(TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
-        model_id=model_id,
-        title=model_id.split("/")[-1],
-        adapter=adapter,
-        card_license=metadata.get("license"),
-        parent=parent,
-        config=config,
-        parameters=parameter_counts(config),
-        towers=towers,
-        data=name,
-        statistics=statistics,
-        split=split,
-        report=report,
-        interval=(report or {}).get("interval", BOOTSTRAP),
-        protocol=describe_protocol(report["protocol"]) if report else [],
-        metrics=_headline(report),
-        table=comparison(report) if report else [],
-        verdict=verdict(report),
-        lengths=_by_length(report),
-        slices=_slice_rows(report),
-        arguments=non_default_arguments(_read_json(folder / TRAINING_ARGS_NAME)),
-        run=evaluation.get("run", {}),
-        results=evaluation.get("results"),
-        number="{:,}".format,
-        percent="{:.1%}".format,
-        score="{:.4f}".format,
-        duration=duration,
-        cell=lambda text: str(text).replace("|", "\\|"),
-    )
-    return card
+    values = {
+        "model_id": model_id,
+        "title": model_id.split("/")[-1],
+        "adapter": adapter,
+        "card_license": metadata.get("license"),
+        "parent": parent,
+        "config": config,
+        "parameters": parameter_counts(config),
+        "towers": towers,
+        "data": name,
+        "statistics": statistics,
+        "split": split,
+        "report": report,
+        "interval": (report or {}).get("interval", BOOTSTRAP),
+        "protocol": [Markdown(line) for line in describe_protocol(report["protocol"])] if report else [],
+        "metrics": _headline(report),
+        "table": comparison(report) if report else [],
+        "verdict": Markdown(verdict(report)),
+        "lengths": _by_length(report),
+        "slices": _slice_rows(report),
+        "arguments": _arguments(evaluation, files[TRAINING_ARGS_NAME]),
+        "run": evaluation.get("run", {}),
+        "results": evaluation.get("results"),
+        "number": "{:,}".format,
+        "percent": "{:.1%}".format,
+        "score": "{:.4f}".format,
+        "duration": duration,
+    }
+    return render(ModelCard, "model_card.md", card_data, values)
 
 
-def write_model_card(folder: str | os.PathLike, config: TransRecConfig | None = None) -> Path:
-    """Renders the card of a checkpoint, see [`model_card`], and writes it as its `README.md`."""
-    file = Path(folder) / CARD_NAME
-    model_card(folder, config).save(file)
-    return file
+def write_model_card(
+    folder: str | os.PathLike,
+    config: TransRecConfig | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """
+    Renders the card of a checkpoint, see [`model_card`], and writes it as `README.md`, with the files in `changes`.
+    """
+    with written_whole(folder) as partial:
+        for name, values in (changes or {}).items():
+            write_json(partial / name, values)
+        write_text(partial / CARD_NAME, str(model_card(folder, config, changes)))
+    return Path(folder) / CARD_NAME
 
 
 def update_model_card(
@@ -208,17 +239,21 @@ def update_model_card(
     folder = Path(folder)
     config, evaluation = read_config(folder), load_evaluation(folder)
     table = evaluation.get("results")
-    if results is None and table and Path(table["file"]).is_file():
+    if results is None and table and _is_below(table["file"]) and Path(table["file"]).is_file():
         results = read_results(table["file"], table["run"], table["model"], table["split"])
     if results is not None:
         results = {**results, "reports": _with_slices(results["reports"], evaluation.get("reports", {}))}
     evaluation = {"towers": describe_towers(config), **evaluation, **(results or {})}
     evaluation["metadata"] = {**evaluation.get("metadata", {}), **metadata}
-    if output is not None:
-        _copy_small_files(folder, Path(output))
-        folder = Path(output)
-    save_evaluation(evaluation, folder)
-    return write_model_card(folder, config)
+    if output is None:
+        return write_model_card(folder, config, {EVALUATION_NAME: evaluation})
+    small = _small_files(folder, evaluation)
+    return write_model_card(output, config, {**small, EVALUATION_NAME: evaluation})
+
+
+def _is_below(file: str) -> bool:
+    """Whether a path in a file that may be a stranger's stays in the working directory."""
+    return not os.path.isabs(file) and Path(file).resolve().is_relative_to(Path.cwd())
 
 
 def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,34 +266,44 @@ def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[
     return merged
 
 
-def _copy_small_files(folder: Path, output: Path) -> None:
-    """Copies configuration, arguments and statistics, for eyes that need not know where things lay."""
-    output.mkdir(parents=True, exist_ok=True)
-    files = {name: _read_json(folder / name) for name in ("config.json", TRAINING_ARGS_NAME, STATISTICS_NAME)}
+def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration, arguments and statistics by file, for eyes that need not know where things lay."""
+    files = {name: read_json(folder / name) for name in ("config.json", TRAINING_ARGS_NAME, STATISTICS_NAME)}
     for tower in ("text_config", "vision_config"):
         if name := (files["config.json"].get(tower) or {}).get("_name_or_path"):
             files["config.json"][tower]["_name_or_path"] = named_source(name)["name"]
-    files[TRAINING_ARGS_NAME] = non_default_arguments(files[TRAINING_ARGS_NAME])
+    files[TRAINING_ARGS_NAME] = dict(_arguments(evaluation, files[TRAINING_ARGS_NAME]))
     if files[STATISTICS_NAME]:
         files[STATISTICS_NAME]["source"] = data_name({}, files[STATISTICS_NAME])[0]
-    for name, values in files.items():
-        if values:
-            (output / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return {name: values for name, values in files.items() if values}
 
 
-def describe_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[str, Any]:
     """
     What a checkpoint is and what it is worth, from its small files: `modalities`, `towers`, `sizes`, `parameters`,
     `data`, `metrics` with `intervals`, and the `split` and `protocol` they were measured on. Fit for JSON.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+        local (`bool`, *optional*, defaults to `True`): Whether the Hub is not asked for the base of an adapter.
+
+    Raises:
+        [`DataError`]: If it is none, or one of its files is damaged.
     """
-    folder = Path(folder)
-    config, evaluation, statistics = read_config(folder), load_evaluation(folder), _read_json(folder / STATISTICS_NAME)
+    place = Path(folder)
+    with bad_input(f"{folder}: not what a run writes", *UNREADABLE):
+        return read_whole(place, lambda: _facts(place, local))
+
+
+def _facts(folder: Path, local: bool) -> dict[str, Any]:
+    config, evaluation = read_config(folder, local), load_evaluation(folder)
+    statistics = read_json(folder / STATISTICS_NAME)
     split, report = headline_report(evaluation)
     parameters = parameter_counts(config)
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
     counts = ("num_items", "num_users", "num_interactions", "items_with")
     return {
-        "adapter": _read_json(folder / "adapter_config.json").get("peft_type"),
+        "adapter": read_json(folder / "adapter_config.json").get("peft_type"),
         "modalities": list(config.modalities),
         "towers": evaluation.get("towers") or describe_towers(config),
         "user_encoder": config.user_encoder,
@@ -330,7 +375,7 @@ def verdict(report: Mapping[str, Any]) -> str:
             high = scores.get("intervals", {}).get(metric, (scores["metrics"][metric],))[-1]
             higher = report["metrics"][metric] > scores["metrics"][metric]
             group = (above if low > high else barely) if higher else below
-            group.append(BASELINE_NAMES.get(name, name))
+            group.append(plain(BASELINE_NAMES.get(name, name)))
     parts = [f"{word} {_listed(names)}" for word, names in groups.items() if names]
     return f"In `{metric}` it is {'; it is '.join(parts)}." if parts else ""
 
@@ -344,7 +389,10 @@ def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
     """What was ranked, what was left out and how ties count, in words."""
     fields = {field.name: field.default for field in dataclasses.fields(EvaluationProtocol)}
     if not fields.keys() & protocol.keys():  # not one of ours: there is only its name
-        return [f"Protocol `{protocol['name']}`."] if protocol.get("name") else []
+        return [f"Protocol {code(protocol['name'])}."] if protocol.get("name") else []
+    protocol = {
+        name: value if isinstance(value, (int, type(None))) else plain(value) for name, value in protocol.items()
+    }
     chosen = {name: protocol.get(name, default) for name, default in fields.items()}
     presets = {name: dataclasses.asdict(preset) for name, preset in PROTOCOLS.items()}
     same = (name for name, preset in presets.items() if {**preset, "max_history": chosen["max_history"]} == chosen)
@@ -365,7 +413,7 @@ def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
     ties = "half" if chosen["ties"] == "expected" else "all"
     count = f", {protocol['num_items']:,} in number" if protocol.get("num_items") else ""
     lines = [
-        f"Preset: `{preset}`." if preset else "",
+        f"Preset: {code(preset)}." if preset else "",
         f"Targets: the last item of {users} with at least {chosen['min_interactions']} interactions.",
         f"Ranked: {ranked}{count}, none sampled, by the raw dot product.",
         f"Masking (`{chosen['mask_history']}`): {masked}.",

@@ -1,4 +1,4 @@
-"""Checkpoint folders: reading and writing them whole, and the small JSON files in them."""
+"""Checkpoint folders: reading and writing them, and the small JSON files in them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
-from ..errors import DataError, bad_input, one_line
+from ..errors import DataError, bad_input
+from ..files import PARTIAL, read_whole, recover, write_json, written_whole
 from ..model.configuration_transrec import TransRecConfig
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
@@ -32,58 +32,121 @@ from ..model.processing_transrec import TransRecProcessor
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 TRAINING_ARGS_NAME = "training_args.json"
+ADAPTER_NAME = "adapter_config.json"
 UNKNOWN_LICENCE = "unknown: check"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+MAX_SMALL_FILE = 2**26  # bytes of a JSON file
+MAX_CARD = 2**20
+MAX_IMAGE_SIDE = 4096  # pixels
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
+"""What libraries raise, besides [`ValueError`], on a checkpoint that is damaged or made up."""
 
 
 def load_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
     """What `evaluation.json` of a checkpoint folder holds; empty if there is none."""
-    return _read_json(Path(folder) / EVALUATION_NAME)
+    file = Path(folder) / EVALUATION_NAME
+    evaluation = read_json(file)
+    towers, parent = evaluation.get("towers") or [], evaluation.get("finetuned_from") or {"name": "", "on_hub": False}
+    groups = [evaluation.get(name) or {} for name in ("reports", "run", "arguments", "metadata", "results")]
+    valid = all(isinstance(group, dict) for group in groups) and isinstance(towers, list)
+    valid = valid and all(isinstance(report, dict) for report in groups[0].values())
+    for tower in [*towers, parent] if valid else ():
+        valid = valid and isinstance(tower, dict) and {"name", "on_hub"} <= tower.keys()
+        valid = valid and isinstance(tower["name"], str | None)
+    if not valid:
+        raise DataError(f"{file}: not what a run writes. Remove it, or have it written again.")
+    return evaluation
 
 
 def save_evaluation(evaluation: Mapping[str, Any], folder: str | os.PathLike) -> Path:
     """Writes `evaluation.json`."""
-    file = Path(folder) / EVALUATION_NAME
-    file.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
-    return file
+    return write_json(Path(folder) / EVALUATION_NAME, evaluation)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What a small JSON file holds; empty if there is none. Raises [`DataError`]."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > MAX_SMALL_FILE:
+            raise ValueError(f"larger than {MAX_SMALL_FILE >> 20} MB")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no names and values")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: not readable as JSON ({error}). Write it again.") from error
+    return values
 
 
 def named_source(name_or_path: str) -> dict[str, Any]:
     """How a card names where something came from: a Hub id as it is, a folder without the way to it."""
+    name_or_path = str(name_or_path)
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) is not None and not os.path.exists(name_or_path)
     return {"name": name_or_path if on_hub else Path(name_or_path).name, "on_hub": on_hub}
 
 
-def describe_towers(config: TransRecConfig) -> list[dict[str, Any]]:
-    """Modality, architecture, name and licence of each tower; a tower without a name had no pre-trained weights."""
+def describe_towers(
+    config: TransRecConfig, licence_of: Callable[[str], str] = lambda name: UNKNOWN_LICENCE
+) -> list[dict[str, Any]]:
+    """
+    Modality, architecture, name and licence of each tower; a tower without a name had no pre-trained weights.
+
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+        licence_of (`Callable`, *optional*): [`read_licence`], if the names in `config` are those that the user gave,
+            and not a stranger's. Nobody is asked without it.
+    """
     towers: list[dict[str, Any]] = []
     for modality in (MODALITIES[name] for name in config.modalities):
         if modality.tower is not None:
             tower = getattr(config, modality.config)
             name = tower._name_or_path
             source = named_source(name) if name else {"name": None, "on_hub": False}
-            licence = read_licence(name) if name else None
+            licence = licence_of(name) if name else None
             towers.append({"modality": modality.name, "architecture": tower.model_type, **source, "licence": licence})
     return towers
+
+
+def towers_of_run(config: TransRecConfig) -> list[dict[str, Any]]:
+    """As [`describe_towers`], for a model in training: of a fine-tuned one, what the parent's own files say."""
+    parent = config._name_or_path
+    if not parent:
+        return describe_towers(config, read_licence)
+    if not os.path.isdir(parent):
+        parent = _folder_of_cached(parent)
+    return (load_evaluation(parent).get("towers") if parent else None) or describe_towers(config)
+
+
+def _folder_of_cached(repo_id: str) -> str | None:
+    try:
+        return os.path.dirname(hf_hub_download(repo_id, EVALUATION_NAME))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Reads no YAML that refers to itself: a few lines of that can be gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 @functools.cache
 def read_licence(name_or_path: str) -> str:
     """The licence that a model's own card states, from a folder, the cache or the Hub; else `"unknown: check"`."""
-    card = Path(name_or_path) / CARD_NAME
     try:
-        data = ModelCard.load(card if card.is_file() else name_or_path, ignore_metadata_errors=True).data
-    except (OSError, ValueError, HfHubHTTPError):
+        card = Path(name_or_path) / CARD_NAME
+        if not os.path.isdir(name_or_path):
+            card = Path(hf_hub_download(name_or_path, CARD_NAME))
+        with open(card, encoding="utf-8") as file:
+            found = re.match(r"---\s*\n(.*?)\n---", file.read(MAX_CARD), flags=re.DOTALL)
+        data = yaml.load(found[1], _NoAliases) if found else {}
+        licence = data.get("license_name") or data.get("license") or UNKNOWN_LICENCE
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError, HfHubHTTPError):
         return UNKNOWN_LICENCE
-    return data.get("license_name") or data.get("license") or UNKNOWN_LICENCE
+    return ", ".join(map(str, licence))[:100] if isinstance(licence, list) else str(licence)[:100]
 
 
 def parameter_counts(config: TransRecConfig) -> dict[str, int]:
@@ -102,23 +165,31 @@ def parameter_counts(config: TransRecConfig) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
-def read_config(folder: str | os.PathLike) -> TransRecConfig:
-    """The configuration of a checkpoint, for an adapter that of its base. Raises [`DataError`] if there is none."""
-    folder = Path(folder)
-    source: Any = folder
-    if not folder.is_dir():
+def read_config(folder: str | os.PathLike, local: bool = True) -> TransRecConfig:
+    """
+    The configuration of a checkpoint, for an adapter that of its base.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+        local (`bool`, *optional*, defaults to `True`): Whether the base of an adapter is looked for on this machine
+            only.
+
+    Raises:
+        [`DataError`]: If there is none, or it is damaged.
+    """
+    place = Path(folder)
+    source: Any = place
+    if not place.is_dir():
         raise DataError(f"{folder}: no such folder (now in {os.getcwd()}). Check the path.")
-    if not (folder / "config.json").is_file():
-        source = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    recover(place)
+    if not (place / "config.json").is_file():
+        source = read_json(place / ADAPTER_NAME).get("base_model_name_or_path")
         if not source:
             raise DataError(f"{folder}: no config.json here. Give the folder of a checkpoint.")
-    elif (kind := _read_json(folder / "config.json").get("model_type")) != TransRecConfig.model_type:
+    elif (kind := read_json(place / "config.json").get("model_type")) != TransRecConfig.model_type:
         raise DataError(f"{folder}: a checkpoint of {kind!r}, not of {TransRecConfig.model_type!r}.")
-    return TransRecConfig.from_pretrained(source)
-
-
-PARTIAL_NAME = ".partial"
-"""Folder inside of the destination that holds what is not yet written whole."""
+    with bad_input(f"{folder}: not a checkpoint that can be read", *UNREADABLE):
+        return TransRecConfig.from_pretrained(source, local_files_only=local)
 
 
 def check_place(name_or_path: str) -> None:
@@ -129,34 +200,61 @@ def check_place(name_or_path: str) -> None:
 
 def load_checkpoint(checkpoint: str, **overrides: Any) -> tuple[TransRecModel, TransRecProcessor | None]:
     """
-    A model and its processor, which the ID baseline lacks.
+    A model and its processor, which the ID baseline lacks. Weights are read from safetensors only, and code that a
+    checkpoint brings is not run.
 
     Args:
-        checkpoint (`str`): folder or Hub id.
-        overrides: fields of [`TransRecConfig`] to set otherwise, as long as the weights still fit, e.g. `objective`.
+        checkpoint (`str`): Folder or Hub id.
+        overrides: Fields of [`TransRecConfig`] to set otherwise, as long as the weights still fit, e.g. `objective`.
 
     Raises:
-        [`DataError`]: if there is no checkpoint, it is none of a TransRec model, a file of it is damaged, or its
+        [`DataError`]: If there is no checkpoint, it is none of a TransRec model, a file of it is damaged, or its
             weights and its configuration do not fit.
     """
     check_place(checkpoint)
-    if os.path.isdir(checkpoint) and not os.path.isfile(os.path.join(checkpoint, "config.json")):
-        newest = get_last_checkpoint(checkpoint)
-        mend = f"Take {newest}, or let the run finish with --resume." if newest else "Check the path."
-        raise DataError(f"{checkpoint}: there is no model in this folder (no config.json). {mend}")
-    with bad_input(f"{checkpoint}: not a checkpoint that can be read"):
-        fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    with bad_input(f"{checkpoint}: not a checkpoint that can be read", *UNREADABLE):
+        return read_whole(checkpoint, lambda: load_model_and_processor(checkpoint, {}, **overrides))
+
+
+def load_model_and_processor(
+    checkpoint: str | os.PathLike, place: Mapping[str, Any], **overrides: Any
+) -> tuple[TransRecModel, TransRecProcessor | None]:
+    """
+    As [`load_checkpoint`], with what libraries raise; also of an adapter, which is put on its base.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Folder or Hub id.
+        place (`dict`): `revision`, `token` and what else says where it is; and `trust_remote_code`, if its tokenizer
+            may bring code of its own.
+        overrides: Fields of [`TransRecConfig`].
+    """
+    place = dict(place)
+    trusted = place.pop("trust_remote_code", False)
+    folder = Path(checkpoint, place.get("subfolder", "")) if os.path.isdir(checkpoint) else None
+    if folder is not None:
+        check_weights(folder)
+    adapter = cached_file(checkpoint, ADAPTER_NAME, _raise_exceptions_for_missing_entries=False, **place)
+    base = read_json(Path(adapter)).get("base_model_name_or_path") if adapter else None
+    if base and os.path.isdir(base):
+        check_weights(Path(base))
+    fields, _ = PreTrainedConfig.get_config_dict(base or checkpoint, **({} if base else place))
     if fields.get("model_type") != TransRecConfig.model_type:
         raise DataError(
             f"{checkpoint}: a checkpoint of architecture {fields.get('model_type')!r}, not 'transrec'. A text or "
             "vision encoder goes to --text_model or --vision_model; a recommender is what pretrain.py writes."
         )
-    with bad_input(f"{checkpoint}: not a checkpoint that can be read"), _without_load_report():
-        config = TransRecConfig.from_dict({**fields, **overrides})
+    config = TransRecConfig.from_dict({**fields, **overrides})
+    if folder is not None and not base:
+        check_room(config, folder)
+    with _without_load_report():
         model, found = TransRecModel.from_pretrained(
-            checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            checkpoint,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            **place,
         )
-        processor = TransRecProcessor.from_pretrained(checkpoint) if config.modalities else None
     problems = {"missing": "missing_keys", "unknown": "unexpected_keys", "of another shape": "mismatched_keys"}
     wrong = {
         problem: sorted(key if isinstance(key, str) else key[0] for key in found[keys])
@@ -167,7 +265,69 @@ def load_checkpoint(checkpoint: str, **overrides: Any) -> tuple[TransRecModel, T
         parts = "; ".join(f"{problem}: {keys[0]} ({len(keys)} in all)" for problem, keys in wrong.items())
         changed = f" as changed by {', '.join(overrides)}" if overrides else ""
         raise DataError(f"{checkpoint}: the weights do not fit config.json{changed}. {parts}. Undo what differs.")
+    if not config.modalities:
+        return model, None
+    processor = TransRecProcessor.from_pretrained(checkpoint, trust_remote_code=trusted, **place)
+    check_processor(processor)
     return model, processor
+
+
+def check_room(config: TransRecConfig, folder: Path) -> None:
+    """
+    Refuse a configuration for which the files of weights are too small whatever their dtype, before memory is taken
+    for it. Raises [`DataError`].
+    """
+    widths = {"config.json": config, "text_config": config.text_config, "vision_config": config.vision_config}
+    room = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    for name, part in widths.items():
+        width = getattr(part, "hidden_size", 0)
+        layers = (config.num_hidden_layers if config.user_encoder != "mean" else 0) if part is config else 1
+        rows = sum(getattr(part, of, 0) or 0 for of in ("num_items", "vocab_size"))
+        weights = width * (layers * width + rows) if isinstance(width, int) else 0
+        if weights > 2 * room:  # 4 bits each
+            raise DataError(
+                f"{folder}: the weights do not fit {name}, which asks for {weights:,} of them or more; their files "
+                f"have {room:,} bytes. Undo what differs."
+            )
+
+
+def check_processor(processor: TransRecProcessor) -> None:
+    """Refuse a processor that makes of every image one that fills the memory. Raises [`DataError`]."""
+    settings = processor.image_processor.to_dict() if processor.image_processor is not None else {}
+    for name in ("size", "crop_size", "pad_size"):
+        size = settings.get(name)
+        for side in size.values() if isinstance(size, dict) else [size]:
+            if isinstance(side, int | float) and not (0 < side <= MAX_IMAGE_SIDE):
+                raise DataError(
+                    f"image processor: {name} asks for images of {side:,} pixels, and {MAX_IMAGE_SIDE:,} a side are "
+                    "the most. Mend preprocessor_config.json or processor_config.json."
+                )
+
+
+def check_weights(folder: Path) -> None:
+    """
+    Refuse weights that are pickled, not there, or in files outside of their folder. Raises [`DataError`].
+    """
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_NAME).is_file():
+        newest = next(reversed(checkpoints_of(folder)), None)
+        mend = f"Take {newest}, or let the run finish with --resume." if newest else "Check the path."
+        raise DataError(f"{folder}: there is no model in this folder (no config.json). {mend}")
+    names = {path.name for path in folder.iterdir()}
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
+        if pickled:
+            raise DataError(
+                f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run code. If you trust "
+                "it, read it with torch.load and write it with safetensors.torch.save_file, as model.safetensors."
+            )
+        raise DataError(f"{folder}: there are no weights in this folder (no model.safetensors). Get it again.")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or any(
+            not isinstance(shard, str) or shard != os.path.basename(shard) or shard not in names
+            for shard in shards.values()
+        ):
+            raise DataError(f"{index}: names files that are not in its folder. Get the checkpoint again.")
 
 
 @contextmanager
@@ -197,53 +357,6 @@ def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
         )
 
 
-@contextmanager
-def written_whole(folder: str | os.PathLike, writes: bool = True) -> Iterator[Path]:
-    """
-    A temporary folder whose files appear in `folder` together at the end of the block, or not at all if it fails.
-
-    Args:
-        folder (`str` or `os.PathLike`): where the files go; what is there already stays, if it has another name.
-        writes (`bool`, *optional*, defaults to `True`): false on the processes that do not write.
-
-    Raises:
-        `OSError`: if something cannot be written; then nothing is left of it.
-    """
-    folder = Path(folder)
-    partial = folder / PARTIAL_NAME
-    if not writes:
-        yield partial
-        return
-    is_new = not folder.exists()
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        _move(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{folder}: could not be written, nothing of it was kept ({one_line(error)}). "
-            "Make room, or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()  # only if it is empty
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move the files, `config.json` last: without it, a folder is no checkpoint."""
-    files = sorted(source.iterdir(), key=lambda file: file.name == "config.json")
-    names = {file.name for file in files}
-    if any(name.startswith("model") for name in names):
-        for old in target.glob("model*.safetensors*"):  # shards of another number, say
-            if old.name not in names:
-                old.unlink()
-    for file in files:
-        file.replace(target / file.name)
-
-
 def save_checkpoint(
     folder: str | os.PathLike,
     model: TransRecModel,
@@ -268,3 +381,41 @@ def save_checkpoint(
             processor.save_pretrained(partial)
         if statistics is not None:
             save_statistics(statistics, partial)
+
+
+def steps_of(checkpoint: str | os.PathLike) -> int:
+    """The step of a training that a folder `checkpoint-STEP` is of."""
+    return int(str(checkpoint).rpartition("-")[2])
+
+
+def checkpoints_of(run_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run by their steps, whatever the clock said when they were written."""
+    folders = (path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted((path for path in folders if path.is_dir()), key=steps_of)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The checkpoint of a run with the most steps from which training can go on; `None` if there is none."""
+    for checkpoint in reversed(checkpoints_of(output_dir)):
+        recover(checkpoint)
+        names = {path.name for path in checkpoint.iterdir()}
+        whole = any(name.endswith(".safetensors") for name in names) and bool(names & {"config.json", ADAPTER_NAME})
+        with suppress(DataError):
+            if whole and read_json(checkpoint / "trainer_state.json"):
+                return str(checkpoint)
+    return None
+
+
+def remove_old_checkpoints(run_dir: str | os.PathLike, limit: int | None, current: int, best: str | None) -> None:
+    """
+    Delete the checkpoints of a run with the fewest steps until `limit` are left, the newest and the best one among
+    them; those of more than the `current` steps are of another run, and stay.
+    """
+    found = [path for path in checkpoints_of(run_dir) if steps_of(path) <= current]
+    kept = [path for path in found if best is not None and path.resolve() == Path(best).resolve()]
+    kept += [path for path in reversed(found) if path not in kept]
+    kept = sorted(kept, key=lambda path: path != found[-1])  # the newest one first of all
+    for path in kept[max(limit, 2 if best else 1) :] if limit else ():
+        trash = path.with_name(f"{PARTIAL}{path.name}-{os.urandom(6).hex()}")
+        path.rename(trash)  # a process that is killed here leaves no half of it
+        shutil.rmtree(trash, ignore_errors=True)

@@ -18,7 +18,8 @@ from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
 from ..data.statistics import length_statistics, popularity_statistics
 from ..errors import DataError, hub_errors
-from .card import CARD_NAME, TEMPLATES
+from .checkpoint import CARD_NAME
+from .markdown import render
 
 
 ITEMS_NAME, INTERACTIONS_NAME = "items.parquet", "interactions.parquet"
@@ -140,23 +141,22 @@ def dataset_card(catalogue: Catalogue, sequences: Sequences, repo_id: str, **met
             {"config_name": "interactions", "data_files": INTERACTIONS_NAME},
         ],
     )
-    return DatasetCard.from_template(
-        card_data,
-        template_str=(TEMPLATES / "dataset_card.md").read_text(encoding="utf-8"),
-        repo_id=repo_id,
-        title=repo_id.split("/")[-1],
-        modalities=modalities,
-        columns=[name for name in catalogue.items.column_names if name not in ("item_id", "text", "image")],
-        num_items=len(catalogue),
-        num_users=len(sequences),
-        num_interactions=total,
-        text_only=float((catalogue.has_text & ~catalogue.has_image).mean()),
-        image_only=float((catalogue.has_image & ~catalogue.has_text).mean()),
-        both=float((catalogue.has_text & catalogue.has_image).mean()),
-        lengths=length_statistics(sequences.lengths),
-        popularity=popularity_statistics(counts),
-        unused=float((counts == 0).mean()),
-        licence=metadata.get("license"),
-        number="{:,}".format,
-        percent="{:.1%}".format,
-    )
+    values = {
+        "repo_id": repo_id,
+        "title": repo_id.split("/")[-1],
+        "modalities": modalities,
+        "columns": [name for name in catalogue.items.column_names if name not in ("item_id", "text", "image")],
+        "num_items": len(catalogue),
+        "num_users": len(sequences),
+        "num_interactions": total,
+        "text_only": float((catalogue.has_text & ~catalogue.has_image).mean()),
+        "image_only": float((catalogue.has_image & ~catalogue.has_text).mean()),
+        "both": float((catalogue.has_text & catalogue.has_image).mean()),
+        "lengths": length_statistics(sequences.lengths),
+        "popularity": popularity_statistics(counts),
+        "unused": float((counts == 0).mean()),
+        "licence": metadata.get("license"),
+        "number": "{:,}".format,
+        "percent": "{:.1%}".format,
+    }
+    return render(DatasetCard, "dataset_card.md", card_data, values)

@@ -2,27 +2,146 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
+import pickletools
+import shutil
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
+from ..errors import DataError
+from ..files import HEADS, partial_folder, read_whole
+
+
+logger = logging.get_logger(__name__)
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 """Formats that run code when they are read: none of them is ever pushed."""
 NOT_PUSHED = (*PICKLES, "_*", ".*", "checkpoint-*")
+"""What belongs to a run rather than to its result, and stays behind without a word."""
+TEXTS = ("", ".csv", ".jinja", ".md", ".py", ".tiktoken", ".toml", ".txt", ".yaml", ".yml")
+BINARIES = {
+    ".png": (b"\x89PNG\r\n\x1a\n",),
+    ".jpg": (b"\xff\xd8\xff",),
+    ".jpeg": (b"\xff\xd8\xff",),
+    ".webp": (b"RIFF",),
+    ".model": (b"\n",),  # the vocabulary of a sentencepiece tokenizer: a protocol buffer
+}
+"""How files of these kinds begin."""
+MAX_TEXT = 2**28  # bytes
+OF_CODE = {"BUILD", "GLOBAL", "INST", "NEWOBJ", "OBJ", "REDUCE", "STACK_GLOBAL"}
 
 
 def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
     """
-    Push a folder with a checkpoint (model, processor, statistics, card, index) in one commit.
+    Push a folder with a checkpoint (model, processor, statistics, card, index) in one commit, in one state, whoever
+    writes to the folder meanwhile.
 
-    Hidden files, the checkpoints of a training run, and pickles such as the state of an optimizer stay behind.
+    Only files of known kinds are pushed, told by what is in them: safetensors, JSON, text, images and vocabularies.
+    Hidden files, the checkpoints of a training run, pickles whatever their names, and links out of the folder stay
+    behind.
 
     Args:
-        folder (`str` or `os.PathLike`): the folder.
-        repo_id (`str`): an existing repository.
-        kwargs: further arguments of [`~huggingface_hub.HfApi.upload_folder`]: `token`, `revision`, `commit_message`,
+        folder (`str` or `os.PathLike`): The folder.
+        repo_id (`str`): An existing repository.
+        kwargs: Further arguments of [`~huggingface_hub.HfApi.upload_folder`]: `token`, `revision`, `commit_message`,
             `create_pr`, `path_in_repo`, `run_as_future`.
+
+    Raises:
+        [`DataError`]: If the configuration of the checkpoint is among what stays behind.
     """
-    return HfApi().upload_folder(folder_path=str(folder), repo_id=repo_id, ignore_patterns=list(NOT_PUSHED), **kwargs)
+    place = Path(folder).resolve()
+    with ExitStack() as stack:
+        if os.access(place, os.W_OK):  # files are linked there rather than copied
+            snapshot = stack.enter_context(partial_folder(place))
+        else:
+            snapshot = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
+        left = read_whole(place, lambda: _collect(place, snapshot))
+        for name in HEADS:
+            if name in left:
+                raise DataError(
+                    f"{folder}: {name} is not pushed: {left[name]}. Replace it by a file, then push again."
+                )
+        if left:
+            logger.warning("Not pushed: %s", "; ".join(f"{name} ({reason})" for name, reason in sorted(left.items())))
+        result: Any = HfApi().upload_folder(folder_path=str(snapshot), repo_id=repo_id, **kwargs)
+        if kwargs.get("run_as_future"):
+            held = stack.pop_all()
+            result.add_done_callback(lambda _: held.close())
+        return result
+
+
+def _collect(folder: Path, snapshot: Path) -> dict[str, str]:
+    """Put the files to push in a folder of their own; by the names of the others, why they are not pushed."""
+    shutil.rmtree(snapshot)
+    snapshot.mkdir()
+    left = {}
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _stays_behind(name)]
+        linked = [name for name in folders if Path(root, name).is_symlink()]
+        for name in [*linked, *(name for name in files if not _stays_behind(name))]:
+            path = Path(root, name)
+            relative = path.relative_to(folder)
+            if reason := _why_not(path, folder):
+                left[relative.as_posix()] = reason
+                continue
+            target = snapshot / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path.resolve(), target)
+            except OSError:  # another file system
+                shutil.copyfile(path, target)
+    return left
+
+
+def _stays_behind(name: str) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in NOT_PUSHED)
+
+
+def _why_not(path: Path, folder: Path) -> str | None:
+    """Why a file is not pushed."""
+    if path.is_symlink() and not path.resolve().is_relative_to(folder):
+        return "a link out of the folder"
+    if not path.is_file():
+        return "not a file"
+    suffix, name = path.suffix.lower(), path.name
+    if suffix == ".safetensors":
+        with suppress(SafetensorError, OSError):
+            with safe_open(path, framework="np"):
+                return None
+        return "not what its name says"
+    with open(path, "rb") as file:
+        start = file.read(16)
+        if suffix in BINARIES or name.startswith("events.out.tfevents."):
+            known = start.startswith(BINARIES.get(suffix, b""))
+            return None if known and not _is_pickle(path) else "not what its name says"
+        if suffix not in (".json", *TEXTS):
+            return "of no kind that a checkpoint has"
+        if path.stat().st_size > MAX_TEXT:
+            return "too large for a text"
+        try:
+            text = path.read_text(encoding="utf-8")
+            if suffix == ".json":
+                json.loads(text)
+        except (ValueError, RecursionError):
+            return "not what its name says"
+    return "a pickle" if "\0" in text or _is_pickle(path) else None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether reading the file as a pickle, from its beginning, would call something."""
+    calls = False
+    with open(path, "rb") as file:
+        try:
+            for operation, _, _ in pickletools.genops(file):
+                calls |= operation.name in OF_CODE
+        except Exception:  # no pickle
+            return False
+    return calls

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,7 @@ from transformers import __version__ as transformers_version
 
 from ..errors import DataError
 from ..evaluation.protocol import PROTOCOLS
+from ..files import locked, write_text
 
 
 BOOTSTRAP = "95 % bootstrap interval over users"
@@ -25,6 +29,28 @@ RESULT_COLUMNS = (
 )
 
 
+SECRET = re.compile(r"token$|secret|passw|api_?key|credential", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def without_secrets(command: str) -> str:
+    """A command line whose options that hold a token, a password or a key have their values hidden."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    shown, hide = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if hide and not word.startswith("--"):
+            word = HIDDEN
+        hide = name.startswith("-") and not equals and SECRET.search(name) is not None
+        if equals and SECRET.search(name):
+            word = f"{name}={HIDDEN}"
+        shown.append(re.sub(r"hf_\w{4,}|(?<=://)[^/@\s]+(?=@)", HIDDEN, word))
+    return command if shown == words else shlex.join(shown).replace(f"'{HIDDEN}'", HIDDEN)
+
+
 def append_results(path: str | os.PathLike, reports: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
     """
     Adds the metrics of reports to a table of results, see [`read_results`].
@@ -32,19 +58,24 @@ def append_results(path: str | os.PathLike, reports: Mapping[str, Mapping[str, A
     Args:
         path (`str`): The file, made if there is none.
         reports (`dict[str, dict]`): For the name of each model its report, see [`RankingEvaluator.report`].
-        facts: The columns that are the same for all: `run`, `command`, `seed`, `data`, `machine`, `protocol`, `split`,
-            and as far as known `seconds`, `peak_memory_gb`, `date` and `commit`.
+        facts: The columns that are the same for all: `run`, `command` (less the secrets in it), `seed`, `data`,
+            `machine`, `protocol`, `split`, and as far as known `seconds`, `peak_memory_gb`, `date` and `commit`.
     """
-    is_new = not Path(path).exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for model, report in reports.items():
-            for metric, value in report["metrics"].items():
-                low, high = report["intervals"].get(metric, ("", ""))
-                row = {"model": model, "metric": metric, "value": value, "low": low, "high": high}
-                writer.writerow({**facts, **row, "num_users": report["protocol"]["num_users"]})
+    rows = io.StringIO(newline="")
+    writer = csv.DictWriter(rows, RESULT_COLUMNS, lineterminator="\n")
+    if "command" in facts:
+        facts["command"] = without_secrets(str(facts["command"]))
+    for model, report in reports.items():
+        for metric, value in report["metrics"].items():
+            low, high = report["intervals"].get(metric, ("", ""))
+            row = {"model": model, "metric": metric, "value": value, "low": low, "high": high}
+            writer.writerow({**facts, **row, "num_users": report["protocol"]["num_users"]})
+    file = Path(path).resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.parent, f".{file.name}.lock"):  # two runs may end at once: neither loses the rows of the other
+        before = file.read_bytes().decode("utf-8") if file.exists() else ",".join(RESULT_COLUMNS)
+        separator = "" if before.endswith("\n") else "\n"
+        write_text(file, before + separator + rows.getvalue())
 
 
 def read_results(
@@ -104,6 +135,7 @@ def read_results(
         "baselines": {label: _scores(path, group) for label, group in others.items()},
     }
     shown = {name: first.get(name) or None for name in ("command", "date", "commit")}
+    shown["command"] = shown["command"] and without_secrets(shown["command"])
     return {
         "reports": {split: report},
         "run": {

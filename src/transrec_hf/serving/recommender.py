@@ -12,18 +12,20 @@ import torch
 from transformers.utils import PushToHubMixin, logging
 
 from ..data.catalogue import Catalogue, load_catalogue
-from ..errors import DataError, hub_errors, pinned
+from ..errors import DataError, bad_input, hub_errors, pinned
+from ..files import read_whole, written_whole
 from ..items.encoding import encode_catalogue
 from ..items.preparing import ItemSource, pad_right
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.user_encoder_transrec import last_state
+from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, check_processor, load_model_and_processor
 from .index import ItemIndex, encoder_hash
 
 
 logger = logging.get_logger(__name__)
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+SCORES = 2**26  # computed at a time
 
 
 @dataclass
@@ -79,10 +81,18 @@ class Recommender(PushToHubMixin):
         self.model, self.source = model.eval(), source
         self.processor = processor = processor if source is None else source.processor
         self.catalogue = catalogue = None if source is None else source.catalogue
-        if index is not None and index.encoder_hash != encoder_hash(model, processor):
+        if processor is not None:
+            check_processor(processor)
+        if index is not None and not index.belongs_to(model, processor):
             logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
             index = None
-        if index is not None and catalogue is not None and index.catalogue_hash != catalogue.content_hash():
+        if (
+            index is not None
+            and catalogue is not None
+            and not (
+                index.catalogue_hash == catalogue.content_hash() and np.array_equal(index.item_ids, catalogue.item_ids)
+            )
+        ):
             logger.warning("The item index was made from another catalogue: it is not used.")
             index = None
         if index is None and catalogue is None:
@@ -117,20 +127,21 @@ class Recommender(PushToHubMixin):
             items (*optional*): a [`Catalogue`], or whatever [`load_catalogue`] reads; may be left out if the
                 checkpoint holds an item index.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` and `subfolder` as in
-                `PreTrainedModel.from_pretrained`, and further arguments of [`encode_catalogue`].
+                `PreTrainedModel.from_pretrained`, `trust_remote_code` if its tokenizer may run code of its own, and
+                further arguments of [`encode_catalogue`].
 
         Raises:
             [`HubError`]: if the checkpoint cannot be had, or a file of it is damaged.
             [`DataError`]: if the items are not given and not in the checkpoint, or have defects.
         """
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        with hub_errors(pretrained_model_name_or_path):
-            place = pinned(pretrained_model_name_or_path, place)
-            model = TransRecModel.from_pretrained(pretrained_model_name_or_path, **place)
-            processor = None
-            if model.config.modalities:
-                processor = TransRecProcessor.from_pretrained(pretrained_model_name_or_path, **place)
-            index = ItemIndex.from_pretrained(pretrained_model_name_or_path, **place)
+        name = os.fspath(pretrained_model_name_or_path)
+        with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
+            place = pinned(name, place)
+            trusted = {**place, "trust_remote_code": kwargs.pop("trust_remote_code", False)}
+            (model, processor), index = read_whole(
+                name, lambda: (load_model_and_processor(name, trusted), ItemIndex.from_pretrained(name, **place))
+            )
         if items is not None and not isinstance(items, Catalogue):
             items = load_catalogue(items)
         source = None if items is None else ItemSource(items, processor)
@@ -144,10 +155,11 @@ class Recommender(PushToHubMixin):
             save_directory (`str`): the folder.
             kwargs: further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
         """
-        self.model.save_pretrained(save_directory, **kwargs)
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
-        self.index.save(save_directory)
+        with written_whole(save_directory) as partial:
+            self.model.save_pretrained(partial, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(partial)
+            self.index.save(partial)
 
     def recommend(
         self,
@@ -167,8 +179,9 @@ class Recommender(PushToHubMixin):
                 models with `time_buckets`.
 
         Raises:
-            `DataError`: if an id is not in the catalogue.
-            `ValueError`: if the history is empty, or the model needs the timestamps of all its items.
+            `DataError`: if an id is not in the catalogue, the history is no list of ids or is empty, `top_k` is not
+                positive, or scores are not finite.
+            `ValueError`: if the model needs the timestamps of all its items.
         """
         times = None if timestamps is None else [timestamps]
         return self.recommend_batch([history], top_k, exclude_history, times)[0]
@@ -182,17 +195,28 @@ class Recommender(PushToHubMixin):
         timestamps: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Recommendation]]:
         """The best items for several users; see [`~Recommender.recommend`]."""
+        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
+            raise DataError(f"top_k must be a whole number of 1 or more, got {top_k!r}")
         rows = [self._rows(history) for history in histories]
-        if not rows:
-            return []
         if not all(len(history) for history in rows):
-            raise ValueError("a history is empty: the model recommends from at least one item")
+            raise DataError("a history is empty: the model recommends from at least one item")
+        if timestamps is not None and [len(user) for user in timestamps] != [len(history) for history in rows]:
+            raise ValueError("timestamps must have one entry for each item of each history")
+        found: list[list[Recommendation]] = []
+        size = max(1, min(1024, SCORES // len(self.item_ids)))  # users whose scores are there at a time
+        for start in range(0, len(rows), size):
+            block = slice(start, start + size)
+            times = None if timestamps is None else timestamps[block]
+            found += self._recommend(rows[block], times, top_k, exclude_history)
+        return found
+
+    def _recommend(
+        self, rows: list[np.ndarray], timestamps: Sequence[Sequence[int]] | None, top_k: int, exclude_history: bool
+    ) -> list[list[Recommendation]]:
         length = self.model.config.max_position_embeddings
         index = torch.from_numpy(pad_right([history[-length:] for history in rows])).to(self.item_embeds.device)
         times = None
         if timestamps is not None:
-            if [len(user) for user in timestamps] != [len(history) for history in rows]:
-                raise ValueError("timestamps must have one entry for each item of each history")
             padded = pad_right([np.asarray(user[-length:], dtype=np.int64) for user in timestamps])
             times = torch.from_numpy(padded).to(index.device)
         states = self.model.get_user_features(self.item_embeds, index, self.present, times)
@@ -201,6 +225,8 @@ class Recommender(PushToHubMixin):
             users = np.repeat(np.arange(len(rows)), [len(history) for history in rows])
             scores[users, np.concatenate(rows)] = -torch.inf
         best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+        if best.values.isnan().any() or best.values.isposinf().any():  # they count as the highest
+            raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
         return [
             [
                 Recommendation(str(self.item_ids[row]), score, self.catalogue.text(row) if self.catalogue else None)
@@ -211,6 +237,11 @@ class Recommender(PushToHubMixin):
         ]
 
     def _rows(self, history: Sequence[str]) -> np.ndarray:
+        if isinstance(history, str):
+            raise DataError(f"a history is a list of item ids, got the text {history[:40]!r}: put it in brackets")
+        history = [str(item_id) if isinstance(item_id, int | np.integer) else item_id for item_id in history]
+        if wrong := [item_id for item_id in history if not isinstance(item_id, str)]:
+            raise DataError(f"an item id is a string, got {type(wrong[0]).__name__}: give a list of ids for each user")
         if self.catalogue is not None:
             return self.catalogue.rows(history)
         unknown = [item_id for item_id in history if item_id not in self._row_of]

@@ -15,31 +15,40 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints, speed_metrics
+from transformers.trainer_utils import HubStrategy, speed_metrics
 from transformers.utils import PushInProgress, logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
-from ..data.statistics import data_statistics, log_popularity, save_statistics
+from ..data.statistics import STATISTICS_NAME, data_statistics, log_popularity
 from ..errors import DataError
 from ..evaluation.evaluator import LIST_LENGTH, RankingEvaluator
 from ..evaluation.protocol import EvaluationProtocol
+from ..files import written_whole
 from ..items.encoding import encode_catalogue, standardize_projections
 from ..items.preparing import ItemSource, token_budget
 from ..items.store import ActivationStore
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
-from ..publishing.card import CARD_NAME, write_model_card
-from ..publishing.checkpoint import TRAINING_ARGS_NAME, describe_towers, load_evaluation, named_source, save_evaluation
+from ..publishing.card import non_default_arguments, write_model_card
+from ..publishing.checkpoint import (
+    EVALUATION_NAME,
+    TRAINING_ARGS_NAME,
+    last_complete_checkpoint,
+    load_evaluation,
+    named_source,
+    towers_of_run,
+)
 from ..publishing.hub import PICKLES, upload_checkpoint
 from ..publishing.results import describe_device, versions
 from .arguments import TransRecTrainingArguments
 from .collator import DataCollatorForNextItem, TrainingWindows
 from .item_cache import ItemCache
+from .saving import WholeCheckpoints
 from .sharding import check_sharding, copy_of, load_whole_weights, own_class, whole_weights
 
 
@@ -102,17 +111,6 @@ def load_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run whose saving was not cut off: its trainer state, written last, can be read."""
-    for checkpoint in reversed(sort_checkpoints(str(output_dir)) if os.path.isdir(output_dir) else []):
-        try:
-            json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None
-
-
 class EpochCallback(TrainerCallback):
     """Tells the training windows their epoch, hence new negatives; over several processes, nothing else does."""
 
@@ -120,7 +118,7 @@ class EpochCallback(TrainerCallback):
         train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
-class TransRecTrainer(Trainer):
+class TransRecTrainer(WholeCheckpoints):
     r"""
     Trains a [`TransRecModel`] on users' sequences and ranks the validation targets at each evaluation.
 
@@ -295,7 +293,8 @@ class TransRecTrainer(Trainer):
             self.processing_class: Any = None  # or `Trainer` would align the special tokens of its tokenizer
         self.start: tuple[float, dict[str, torch.Tensor]] | None = None
         try:
-            result = super().train(resume_from_checkpoint, **kwargs)
+            with self.alone():
+                result = super().train(resume_from_checkpoint, **kwargs)
             self._return_to_start()
             return result
         finally:
@@ -392,8 +391,6 @@ class TransRecTrainer(Trainer):
             )
             report = evaluator.evaluate(model, item_embeds=item_embeds, accelerator=self.accelerator)
         self.reports[split] = report
-        if (Path(self.args.output_dir) / CARD_NAME).exists():
-            self.create_model_card()
         return report
 
     def ranking_evaluator(
@@ -453,6 +450,7 @@ class TransRecTrainer(Trainer):
         """Write what a reader of the checkpoint has to know: arguments, statistics, reports, and the card of them."""
         model = self.accelerator.unwrap_model(self.model)
         parent = self.metadata.get("finetuned_from") or model.config._name_or_path
+        arguments = json.loads(self.args.to_json_string())  # which hides the tokens
         run = {
             **describe_device(self.args.device),
             "num_processes": self.args.world_size,
@@ -463,15 +461,14 @@ class TransRecTrainer(Trainer):
         }
         evaluation = {
             "reports": self.reports,
-            "towers": describe_towers(model.config),
+            "towers": towers_of_run(model.config),
             "finetuned_from": named_source(parent) if parent else None,
             "run": run,
+            "arguments": non_default_arguments(arguments, TransRecTrainingArguments),
             "metadata": {"model_id": self.hub_model_id or Path(self.args.output_dir).resolve().name, **self.metadata},
         }
-        (folder / TRAINING_ARGS_NAME).write_text(self.args.to_json_string(), encoding="utf-8")
-        save_statistics(self.statistics, folder)
-        save_evaluation(evaluation, folder)
-        write_model_card(folder, model.config)
+        files = {TRAINING_ARGS_NAME: arguments, STATISTICS_NAME: self.statistics, EVALUATION_NAME: evaluation}
+        write_model_card(folder, model.config, files)
 
     @functools.cached_property
     def statistics(self) -> dict[str, Any]:
@@ -493,7 +490,8 @@ class TransRecTrainer(Trainer):
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output_dir = self.args.output_dir  # the checkpoint itself may be deleted before it is pushed
         left_out = shutil.ignore_patterns(*PICKLES, TRAINER_STATE_NAME)
-        shutil.copytree(checkpoint_folder, output_dir, ignore=left_out, dirs_exist_ok=True)
+        with written_whole(output_dir) as partial:
+            shutil.copytree(checkpoint_folder, partial, ignore=left_out, dirs_exist_ok=True)
         job = upload_checkpoint(
             output_dir,
             self.hub_model_id,
@@ -523,21 +521,10 @@ class TransRecTrainer(Trainer):
         if self.is_fsdp_enabled and self.args.should_save:
             (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # the weights once more, as a pickle
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"{folder} could not be written and was removed ({error}): make room and resume from the last one"
-            ) from error
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with own_class(self.model):
-            super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / PICKLED_ARGS_NAME).unlink()  # a pickle; the same is written as JSON
-        self._describe(folder)
+        with written_whole(output_dir or self.args.output_dir, writes=self.args.should_save) as folder:
+            with own_class(self.model):
+                super()._save(str(folder), state_dict)
+            if self.args.should_save:
+                (folder / PICKLED_ARGS_NAME).unlink()  # a pickle; the same is written as JSON
+                self._describe(folder)

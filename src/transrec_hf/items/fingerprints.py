@@ -1,0 +1,35 @@
+"""What item vectors and stored states depend on besides weights, in a form that can be hashed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+ELSEWHERE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
+"""Of a configuration what changes nothing, or is hashed with the weights."""
+OF_TRAINING = ("dropout", "drop_path", "initializer", "gradient_checkpointing", "label")
+
+
+def tower_settings(tower: PreTrainedModel) -> dict[str, Any]:
+    """The settings of a tower that say what it computes, as its layer norms' epsilon; not those of training alone."""
+    settings = json.loads(tower.config.to_json_string(use_diff=True))
+    return {
+        name: settings[name]
+        for name in sorted(settings)
+        if name not in ELSEWHERE and not any(part in name for part in OF_TRAINING)
+    }
+
+
+def adapter_settings(model: nn.Module) -> list[Any]:
+    """Which adapters of a model or a part of one are in use, and how strongly."""
+    found = []
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
+            active = [adapter for adapter in module.active_adapters if adapter in module.scaling]
+            used = {adapter: module.scaling[adapter] for adapter in active}
+            found.append([name, module.disable_adapters, module.merged, used])
+    return found

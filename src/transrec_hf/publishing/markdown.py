@@ -1,0 +1,54 @@
+"""Cards from templates: what a run, a data set or a stranger's checkpoint says of itself is text, and stays text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import CardData, RepoCard
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_TEXT = 1000  # characters of one value
+_INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
+_MARKS = re.compile(r"[\\`*\[\]|$~]|(?<!\w)_|_(?!\w)|^[-+#=>]|^\d+(?=[.)]\s)")
+_LINKS = re.compile(r":(?=//)|(?<=www)\.|(?<=mailto):|(?<=xmpp):|(?<=\w)@(?=[\w-]+\.\w)", re.IGNORECASE)
+
+
+class Markdown(str):
+    """Markdown of our own: what is in it from elsewhere was made [`plain`] or [`code`] before."""
+
+
+def _line(value: Any) -> str:
+    text = _INVISIBLE.sub(" ", str(value))
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " ..."
+
+
+def plain(value: Any) -> Markdown:
+    """A value as text on one line: no headings, tables, links, HTML or formulas come of it."""
+    text = _line(value).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = _MARKS.sub(lambda found: f"\\{found[0]}" if not found[0][0].isdigit() else f"{found[0]}\\", text)
+    return Markdown(_LINKS.sub(lambda found: f"&#{ord(found[0])};", text))
+
+
+def code(value: Any) -> Markdown:
+    """A value between backticks, also in a table."""
+    return Markdown(f"`{_line(value).replace('`', chr(39)).replace('|', chr(92) + '|') or ' '}`")
+
+
+def quoted(value: Any) -> Markdown:
+    """A value as a Python string in a block of code."""
+    return Markdown('"' + re.sub(r'["\\`]', "", _line(value)) + '"')
+
+
+def render(card_class: type[RepoCard], template: str, data: CardData, values: Mapping[str, Any]) -> Any:
+    """A card from one of our templates, in which every value that is not [`Markdown`] is made [`plain`]."""
+    environment = jinja2.Environment(
+        finalize=lambda value: value if isinstance(value, Markdown) else plain(value),
+    )
+    environment.filters |= {"code": code, "quoted": quoted, "plain": plain}
+    text = (TEMPLATES / template).read_text(encoding="utf-8")
+    return card_class(environment.from_string(text).render(card_data=Markdown(data.to_yaml()), **values))

@@ -1,0 +1,70 @@
+"""A `transformers.Trainer` whose checkpoints are whole, and whose output folder is its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..files import TRAINING_LOCK, locked, written_whole
+from ..publishing.checkpoint import remove_old_checkpoints
+
+
+class WholeCheckpoints(Trainer):
+    """Writes checkpoints whole, in each state of a kill, and keeps those with the most steps."""
+
+    _partial: str | None = None  # where a checkpoint is written, before it is put in its place
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other training writes its checkpoints to the output folder. Raises `OSError`."""
+        folder = Path(self.args.output_dir)
+        if not self.args.should_save:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, TRAINING_LOCK, wait=0, why="another training writes its checkpoints there"):
+            yield
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._partial or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, in all processes, and then put it there."""
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = run_dir / f".{name}.writing"  # the same in all processes
+        try:
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._partial = str(partial)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(run_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                with written_whole(run_dir / name, replaces_all=True) as folder:
+                    for path in (partial / name).iterdir():
+                        path.rename(folder / path.name)
+        except Exception as error:
+            raise OSError(
+                f"{run_dir / name} could not be written and was removed ({error}): make room and resume from the last "
+                "one"
+            ) from error
+        finally:
+            self._partial = None
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            remove_old_checkpoints(run_dir, self.args.save_total_limit, self.state.global_step, best)
+        self.accelerator.wait_for_everyone()
