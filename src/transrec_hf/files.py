@@ -96,7 +96,10 @@ def _release(descriptor: int) -> None:
 
 @contextmanager
 def locked(
-    folder: str | os.PathLike, name: str = LOCK, wait: float | None = None, why: str = "another process is writing there"
+    folder: str | os.PathLike,
+    name: str = LOCK,
+    wait: float | None = None,
+    why: str = "another process is writing there",
 ) -> Iterator[None]:
     """
     Inside, no other process is in a block with the same folder and name.

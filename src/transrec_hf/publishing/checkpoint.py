@@ -284,7 +284,7 @@ def check_room(config: TransRecConfig, folder: Path) -> None:
         layers = (config.num_hidden_layers if config.user_encoder != "mean" else 0) if part is config else 1
         rows = sum(getattr(part, of, 0) or 0 for of in ("num_items", "vocab_size"))
         weights = width * (layers * width + rows) if isinstance(width, int) else 0
-        if weights > 2 * room:  # 4 bits each
+        if weights > max(2 * room, 2**24):  # of 4 bits each; what is small does no harm, and is compared later
             raise DataError(
                 f"{folder}: the weights do not fit {name}, which asks for {weights:,} of them or more; their files "
                 f"have {room:,} bytes. Undo what differs."

@@ -96,7 +96,7 @@ class ItemIndex:
         elif modalities is not None and (modalities.dtype != torch.bool or modalities.ndim != 2):
             wrong = "what was read of each item is not told by true and false"
         if wrong:
-            raise DataError(f"item index: {wrong}. Make it again: Recommender(model, catalogue, processor).")
+            raise DataError(f"item index: {wrong}. Make it again: `Recommender(model, source)`.")
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_index.safetensors`: vectors, ids and hashes in one file, which is old or new as a whole."""
