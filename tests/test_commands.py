@@ -296,7 +296,7 @@ def test_recommend_from_a_file_and_an_index(name: str, workplace: Path, tmp_path
     assert run("recommend", workplace / "source", "--data", workplace / "target", *place, "--output_file", out) == 1
     first = rows_of(out)
     assert {row["user_id"] for row in first} == {"u"} and len(first) == 10
-    assert {path.name for path in (tmp_path / "index").iterdir()} == {"item_index.safetensors", "item_index.json"}
+    assert {path.name for path in (tmp_path / "index").iterdir()} == {"item_index.safetensors"}
     again = tmp_path / "again.csv"
     with pytest.MonkeyPatch.context() as patch:  # nothing is encoded, and no items are read
         patch.setattr(Recommender, "_encode", None)
@@ -772,14 +772,14 @@ def test_a_full_disk_leaves_no_half_checkpoint(
 def test_a_full_disk_at_the_last_save_keeps_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    save = TransRecTrainer.save_model
+    describe = TransRecTrainer._describe
 
-    def full(self: TransRecTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save(self, output_dir, _internal_call)
-        if not _internal_call:
+    def full(self: TransRecTrainer, folder: Path) -> None:
+        describe(self, folder)
+        if "checkpoint" not in str(folder.relative_to(tmp_path)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(TransRecTrainer, "save_model", full)
+    monkeypatch.setattr(TransRecTrainer, "_describe", full)
     assert command("pretrain", "demo:target", "--output_dir", tmp_path, *QUICK) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
