@@ -29,6 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_items": (1, 2**31 - 1),
     "features_size": (1, MAX_WIDTH),
     "hidden_size": (1, MAX_WIDTH),
+    "user_hidden_size": (1, MAX_WIDTH),
     "time_buckets": (0, MAX_WIDTH),
     "num_hidden_layers": (0, MAX_LAYERS),
     "num_attention_heads": (1, MAX_WIDTH),

@@ -45,6 +45,7 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
         settings += [tower_settings(tower) for tower in encoder.towers.values()] + adapter_settings(encoder)
         settings.append(config.num_attention_heads if config.text_pooling == "attention" else None)
         settings.append(config.hidden_act if config.projection_hidden_size is not None else None)
+        settings += [config.item_map, config.similarity, config.content_prior]
     settings += [processor.fingerprint(modality) for modality in processor.modalities] if processor else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for value in encoder.state_dict().values():  # without the names, which change between libraries' versions

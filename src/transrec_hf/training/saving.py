@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` whose checkpoints are whole, and whose output folder is its own."""
+"""A `transformers.Trainer` whose checkpoints are whole, in a folder of its own, and pushed without pickles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from ..files import TRAINING_LOCK, locked, written_whole
 from ..publishing.checkpoint import remove_old_checkpoints
+from ..publishing.hub import PICKLES, upload_checkpoint
 
 
 class WholeCheckpoints(Trainer):
@@ -68,3 +70,31 @@ class WholeCheckpoints(Trainer):
             best = self.state.best_model_checkpoint
             remove_old_checkpoints(run_dir, self.args.save_total_limit, self.state.global_step, best)
         self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # the weights once more, as a pickle
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer` would push its arguments as a pickle
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        pending = self.push_in_progress
+        jobs = [] if pending is None or pending.is_done() else pending.jobs
+        if jobs and not self.args.hub_always_push:
+            return
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        output_dir = self.args.output_dir  # the checkpoint itself may be deleted before it is pushed
+        left_out = shutil.ignore_patterns(*PICKLES, TRAINER_STATE_NAME)
+        with written_whole(output_dir) as partial:
+            shutil.copytree(checkpoint_folder, partial, ignore=left_out, dirs_exist_ok=True)
+        job = upload_checkpoint(
+            output_dir,
+            self.hub_model_id,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+        )
+        self.push_in_progress: Any = PushInProgress([*jobs, job])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,10 +15,9 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME as PICKLED_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, speed_metrics
-from transformers.utils import PushInProgress, logging
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
@@ -43,7 +41,6 @@ from ..publishing.checkpoint import (
     named_source,
     towers_of_run,
 )
-from ..publishing.hub import PICKLES, upload_checkpoint
 from ..publishing.results import describe_device, versions
 from .arguments import TransRecTrainingArguments
 from .collator import DataCollatorForNextItem, TrainingWindows
@@ -479,29 +476,6 @@ class TransRecTrainer(WholeCheckpoints):
         """Time spent in training, that of a resumed checkpoint included."""
         return self.train_seconds + (time.time() - self.train_started if self.train_started else 0.0)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` would push its arguments as a pickle
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        pending = self.push_in_progress
-        jobs = [] if pending is None or pending.is_done() else pending.jobs
-        if jobs and not self.args.hub_always_push:
-            return
-        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        output_dir = self.args.output_dir  # the checkpoint itself may be deleted before it is pushed
-        left_out = shutil.ignore_patterns(*PICKLES, TRAINER_STATE_NAME)
-        with written_whole(output_dir) as partial:
-            shutil.copytree(checkpoint_folder, partial, ignore=left_out, dirs_exist_ok=True)
-        job = upload_checkpoint(
-            output_dir,
-            self.hub_model_id,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            run_as_future=True,
-        )
-        self.push_in_progress: Any = PushInProgress([*jobs, job])
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint)
 
@@ -515,11 +489,6 @@ class TransRecTrainer(WholeCheckpoints):
             return
         # `Trainer` loads the file's keys as they are, but those of some towers (ViT) are not the names of the modules
         load_whole_weights(self.model, TransRecModel.from_pretrained(checkpoint).state_dict())
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_fsdp_enabled and self.args.should_save:
-            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # the weights once more, as a pickle
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with written_whole(output_dir or self.args.output_dir, writes=self.args.should_save) as folder:
