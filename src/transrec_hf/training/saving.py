@@ -84,7 +84,7 @@ class WholeCheckpoints(Trainer):
         jobs = [] if pending is None or pending.is_done() else pending.jobs
         if jobs and not self.args.hub_always_push:
             return
-        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.control: Any = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output_dir = self.args.output_dir  # the checkpoint itself may be deleted before it is pushed
         left_out = shutil.ignore_patterns(*PICKLES, TRAINER_STATE_NAME)
         with written_whole(output_dir) as partial:
