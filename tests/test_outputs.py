@@ -116,6 +116,51 @@ def test_features_of_what_a_model_does_not_read_are_refused():
         id_model().get_image_features(torch.zeros(1, 3, 32, 32))
 
 
+# Export
+
+
+class Method(nn.Module):
+    """A method of a model as what `torch.export` takes."""
+
+    def __init__(self, model: TransRecModel, name: str):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        output = getattr(self.model, self.name)(*inputs)
+        return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def inputs_of(name: str, count: int, length: int) -> tuple[torch.Tensor, ...]:
+    if name == "get_image_features":
+        return (torch.randn(count, 3, 32, 32),)
+    ends = torch.randint(1, length + 1, (count, 1))
+    real = torch.arange(length) < ends
+    if name == "get_text_features":
+        return torch.randint(5, 13, (count, length)), real.long()
+    history = torch.randint(9, (count, length)).where(real, -1)
+    return (
+        torch.randn(9, 16),
+        history,
+        torch.tensor([[True, False, False], [True, True, False], [False, True, False]] * 3),
+    )
+
+
+@pytest.mark.parametrize("name", ["get_text_features", "get_image_features", "get_user_features"])
+def test_torch_export_takes_any_number_and_any_length(name):
+    method = Method(make_model(), name)
+    count, length = torch.export.Dim("count", min=2, max=4096), torch.export.Dim("length", min=2, max=6)
+    dims = {
+        "get_text_features": ({0: count, 1: length}, {0: count, 1: length}),
+        "get_image_features": ({0: count},),
+        "get_user_features": (None, {0: count, 1: length}, None),
+    }
+    exported = torch.export.export(method, inputs_of(name, 3, 5), dynamic_shapes={"inputs": dims[name]}).module()
+    for size in ((50, 4), (2, 6)):
+        inputs = inputs_of(name, *size)
+        torch.testing.assert_close(exported(*inputs), method(*inputs), rtol=1e-4, atol=1e-5)
+
+
 # Embeddings
 
 

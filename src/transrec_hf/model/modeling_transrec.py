@@ -444,7 +444,7 @@ class TransRecModel(TransRecPreTrainedModel):
         vectors = item_embeds[:, : self.config.hidden_size]
         if history_index is None:
             return TransRecOutput(item_embeds=vectors)
-        states = self.get_user_features(item_embeds, history_index, items.present)
+        states = self.get_user_features(item_embeds, history_index, items.present, timestamps)
         loss = None
         if has_loss:
             loss = self.compute_loss(

@@ -66,7 +66,24 @@ class Packing:
 class UserEncoder(nn.Module):
     """
     What the user encoders with parameters share: the sum of item vectors, positions and modalities at their input. A
-    subclass reads it in `read`.
+    subclass reads it in `read`; a model takes one of its own by replacing `user_encoder`.
+
+    Example:
+
+    ```python
+    >>> class Fading(UserEncoder):
+    ...     def __init__(self, config):
+    ...         super().__init__(config)
+    ...         self.rate = nn.Linear(config.hidden_size, config.hidden_size)
+    ...
+    ...     def read(self, hidden_states, packing, timestamps):
+    ...         return torch.logcumsumexp(self.rate(hidden_states), dim=1)
+
+    >>> class FadingModel(TransRecModel):
+    ...     def __init__(self, config, **towers):
+    ...         super().__init__(config, **towers)
+    ...         self.user_encoder = Fading(config)
+    ```
     """
 
     has_positions = False
@@ -76,6 +93,7 @@ class UserEncoder(nn.Module):
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.config = config
+        self.layers = nn.ModuleList()
         if self.has_positions:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.user_width)
         if config.use_modality_embedding and len(config.modalities) > 1:
@@ -124,6 +142,7 @@ class UserEncoder(nn.Module):
         return packing.unpack(hidden_states)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
+        """Inputs `(n_users, length, hidden_size)`, zero in the padding, to states, which are cleared there later."""
         raise NotImplementedError
 
 
@@ -383,4 +402,4 @@ class ContentPrior(nn.Module):
         return states * sequence_mask.unsqueeze(-1)
 
 
-__all__ = ["USER_ENCODERS", "ContentPrior", "last_state"]
+__all__ = ["USER_ENCODERS", "ContentPrior", "UserEncoder", "last_state"]
