@@ -665,7 +665,7 @@ BAD_INPUT: dict[str, Case] = {
         *("--from_checkpoint", "{source}", "--data", "{target}", "--num_hidden_layers", "3"),
     ),
     "contradiction in the configuration": with_data(
-        "hidden_size .30. must be a multiple", "--text_model", "bert", "--hidden_size", "30"
+        "user_hidden_size .30. must be a multiple", "--text_model", "bert", "--user_hidden_size", "30"
     ),
     "unknown objective": with_data("objective must be one of", "--text_model", "bert", "--objective", "hinge"),
     "negative trainable_blocks": with_data("trainable_blocks must be 0 or more", "--trainable_blocks", "-1"),

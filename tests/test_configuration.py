@@ -69,7 +69,7 @@ def test_paper_preset_is_that_of_the_released_code():
     ("fields", "message"),
     [
         ({"hidden_size": 30, "num_attention_heads": 4}, "multiple of num_attention_heads"),
-        ({"num_items": 5}, "ID baseline"),
+        ({"num_items": 5, "objective": "bce"}, "a hybrid .* needs objective"),
         ({"text_pooling": "max"}, "text_pooling must be one of"),
         ({"objective": "mse"}, "objective must be one of"),
         ({"is_causal": False}, "set is_causal=True, or objective='cpc'"),

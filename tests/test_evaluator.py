@@ -26,6 +26,7 @@ from transrec_hf.evaluation.baselines import ContentNeighbours, CoOccurrence, Po
 from transrec_hf.evaluation.evaluator import RankingEvaluator
 from transrec_hf.evaluation.protocol import PROTOCOLS, EvaluationProtocol
 from transrec_hf.evaluation.ranking import dot_scores, last_items, rank_scores, rank_targets
+from transrec_hf.model.configuration_transrec import FORMAT_1
 
 
 def make_catalogue(num_items: int) -> Catalogue:
@@ -62,7 +63,9 @@ def random_case(num_users=33, num_items=40, seed=0):
 def id_model(num_items: int, **settings) -> TransRecModel:
     torch.manual_seed(0)
     small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-    return TransRecModel(TransRecConfig(num_items=num_items, **{**small, "max_position_embeddings": 5, **settings}))
+    return TransRecModel(
+        TransRecConfig(num_items=num_items, **{**FORMAT_1, **small, "max_position_embeddings": 5, **settings})
+    )
 
 
 # Ranks

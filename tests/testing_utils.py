@@ -52,6 +52,7 @@ from transrec_hf import (
 from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.data.interactions import Sequences, Split, leave_one_out
 from transrec_hf.data.statistics import log_popularity
+from transrec_hf.model.configuration_transrec import FORMAT_1
 from transrec_hf.training.collator import DataCollatorForNextItem
 
 
@@ -106,6 +107,7 @@ VISION_TOWERS: dict[str, Callable[..., PreTrainedConfig]] = {
     "mobilenet_v2": partial(MobileNetV2Config, image_size=IMAGE_SIZE, depth_multiplier=0.1, initializer_range=0.3),
 }
 USER_ENCODER = {
+    **FORMAT_1,
     **TRANSFORMER,
     "max_position_embeddings": 6,
     "pooling_head_size": 4,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..model.configuration_transrec import TransRecConfig
+from ..model.configuration_transrec import FORMAT_1, TransRecConfig
 from ..model.processing_transrec import TransRecProcessor
 from .catalogue import Catalogue, load_catalogue
 from .interactions import Sequences, load_interactions
@@ -157,7 +157,9 @@ def demo_config(**overrides: Any) -> TransRecConfig:
     tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     text_config = BertConfig(vocab_size=len(_vocabulary()), max_position_embeddings=16, **tower)
     vision_config = ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower)
-    fields = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    # its towers know nothing yet, so there is no content to begin with: a linear map and dot products learn it whole
+    fields = {**FORMAT_1, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= {"intermediate_size": 128, "hidden_dropout_prob": 0.1}
     fields |= {"max_position_embeddings": 16, "text_config": text_config, "vision_config": vision_config}
     return TransRecConfig(**(fields | overrides))
 

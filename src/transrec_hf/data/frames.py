@@ -10,6 +10,7 @@ import pyarrow as pa
 from ..errors import DataError, one_line, shortened
 from .columns import NEEDED, plain
 
+
 DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.catalogue import Catalogue
+from ..model.configuration_transrec import FORMAT_1
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -239,7 +240,7 @@ def content_vectors(
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to compute them.
         kwargs: further arguments of [`encode_catalogue`].
     """
-    model = TransRecModel.from_text_vision_pretrained(text_model, vision_model)
+    model = TransRecModel.from_text_vision_pretrained(text_model, vision_model, **FORMAT_1)
     source = ItemSource(catalogue, TransRecProcessor.from_towers(text_model, vision_model))
     encoder = model.item_encoder
     widths = [tower_width(tower) for tower in encoder.towers.values()]

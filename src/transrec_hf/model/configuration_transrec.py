@@ -21,6 +21,14 @@ OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax"
 SIMILARITIES = ("dot", "cosine")
 ITEM_MAPS = ("linear", "whitened")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
+FORMAT_1 = {
+    "item_map": "linear",
+    "similarity": "dot",
+    "content_prior": False,
+    "popularity_prior": False,
+    "user_hidden_size": None,
+}
+"""What checkpoints of format 1, and the paper's code, say nothing of."""
 FORMAT_VERSION = 2
 """The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
 WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
@@ -102,7 +110,7 @@ class TransRecConfig(PreTrainedConfig):
         num_items (`int`, *optional*):
             Size of a catalogue, of each item of which the model learns a vector by its ID: the ID baseline, if it
             reads nothing else, or a hybrid, which adds the vector to what it reads.
-        hidden_size (`int`, *optional*, defaults to 256):
+        hidden_size (`int`, *optional*, defaults to 384):
             Width of item and user vectors.
         user_encoder (`str`, *optional*, defaults to `"transformer"`):
             What reads a history: `"transformer"`; `"gru"`, the recurrent layers of GRU4Rec (arXiv 1511.06939);
@@ -115,11 +123,11 @@ class TransRecConfig(PreTrainedConfig):
             Number of blocks of the user encoder.
         num_attention_heads (`int`, *optional*, defaults to 4):
             Number of attention heads in each block of the user encoder.
-        intermediate_size (`int`, *optional*, defaults to 1024):
+        intermediate_size (`int`, *optional*, defaults to 512):
             Width of the feed-forward layer in each block of the user encoder.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the feed-forward layer.
-        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.2):
             Dropout of the user encoder's input, sub-layers and of the text states before pooling by attention.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
             Dropout of the attention weights.
@@ -148,18 +156,18 @@ class TransRecConfig(PreTrainedConfig):
         projection_hidden_size (`int`, *optional*):
             Width of a hidden layer between what a tower says and the item vector. Without it a `"linear"` item map has
             none, as in the paper's code, and a `"whitened"` one has 256.
-        item_map (`str`, *optional*, defaults to `"linear"`):
+        item_map (`str`, *optional*, defaults to `"whitened"`):
             How what a tower says becomes an item vector: `"linear"`, a learned projection; or `"whitened"`, whitened
             by the statistics of the catalogue at hand, plus a learned correction that starts at zero.
-        similarity (`str`, *optional*, defaults to `"dot"`):
+        similarity (`str`, *optional*, defaults to `"cosine"`):
             `"dot"` of user state and item vector, as in the paper's code, or their `"cosine"` times a learned scale.
-        content_prior (`bool`, *optional*, defaults to `False`):
+        content_prior (`bool`, *optional*, defaults to `True`):
             The user state is the mean of the history's own item vectors, recent ones weighted more, plus what the user
             encoder adds to it, which starts at zero. Without it, it is what the user encoder says.
-        popularity_prior (`bool`, *optional*, defaults to `False`):
+        popularity_prior (`bool`, *optional*, defaults to `True`):
             Add a learned multiple of the log popularity of an item, a statistic of the training data, to its scores.
-        user_hidden_size (`int`, *optional*):
-            Width of the user encoder with `content_prior`; `hidden_size` if not given.
+        user_hidden_size (`int`, *optional*, defaults to 128):
+            Width of the user encoder with `content_prior`; `None` means `hidden_size`, which it is without the prior.
         objective (`str`, *optional*, defaults to `"in_batch"`):
             Training objective, a function of `loss_transrec`: `"in_batch"`, `"cpc"`, `"bce"`, `"bpr"`,
             `"full_softmax"` or `"sampled_softmax"`.
@@ -192,14 +200,14 @@ class TransRecConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     features_size: int | None = None
     num_items: int | None = None
-    hidden_size: int = 256
+    hidden_size: int = 384
     user_encoder: str = "transformer"
     time_buckets: int = 0
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    intermediate_size: int = 1024
+    intermediate_size: int = 512
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.1
+    hidden_dropout_prob: float | int = 0.2
     attention_probs_dropout_prob: float | int = 0.1
     layer_norm_eps: float | int = 1e-12
     initializer_range: float | int = 0.02
@@ -212,11 +220,11 @@ class TransRecConfig(PreTrainedConfig):
     pooling_head_size: int = 20
     pooling_query_size: int = 200
     projection_hidden_size: int | None = None
-    item_map: str = "linear"
-    similarity: str = "dot"
-    content_prior: bool = False
-    popularity_prior: bool = False
-    user_hidden_size: int | None = None
+    item_map: str = "whitened"
+    similarity: str = "cosine"
+    content_prior: bool = True
+    popularity_prior: bool = True
+    user_hidden_size: int | None = 128
     objective: str = "in_batch"
     num_positives: int = 5
     num_negatives: int = 5
@@ -228,6 +236,7 @@ class TransRecConfig(PreTrainedConfig):
         layer of 128, pooling by attention, five positives and five negatives in a binary cross-entropy.
         """
         settings: dict[str, Any] = {
+            **FORMAT_1,
             "hidden_size": 256,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
@@ -241,6 +250,7 @@ class TransRecConfig(PreTrainedConfig):
             "objective": "cpc",
             "num_positives": 5,
             "num_negatives": 5,
+            "hidden_dropout_prob": 0.1,
         }
         return cls(**{**settings, **kwargs})
 
@@ -257,7 +267,7 @@ class TransRecConfig(PreTrainedConfig):
     @property
     def user_width(self) -> int:
         """Width of the user encoder."""
-        return self.user_hidden_size if self.user_hidden_size is not None else self.hidden_size
+        return self.user_hidden_size if self.content_prior and self.user_hidden_size else self.hidden_size
 
     @property
     def num_targets(self) -> int:
@@ -296,6 +306,8 @@ class TransRecConfig(PreTrainedConfig):
                 f"this checkpoint has format {version} and this version of transrec-hf reads up to {FORMAT_VERSION}: "
                 "run `pip install --upgrade transrec-hf`"
             )
+        if version == 1:
+            config_dict = {**FORMAT_1, **config_dict}
         for part in (config_dict, config_dict.get("text_config"), config_dict.get("vision_config")):
             check_foreign(part)
         # a later version of transformers may write more; what looks like a mistake is told from it
@@ -338,7 +350,7 @@ class TransRecConfig(PreTrainedConfig):
         if self.time_buckets and self.user_encoder != "hstu":
             raise ValueError(f"user_encoder {self.user_encoder!r} reads no timestamps: leave out time_buckets")
         if self.user_width % self.num_attention_heads:
-            name = "hidden_size" if self.user_hidden_size is None else "user_hidden_size"
+            name = "user_hidden_size" if self.content_prior and self.user_hidden_size else "hidden_size"
             raise ValueError(
                 f"{name} ({self.user_width}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
             )
@@ -346,10 +358,6 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(f"similarity must be one of {SIMILARITIES}, got {self.similarity!r}")
         if self.item_map not in ITEM_MAPS:
             raise ValueError(f"item_map must be one of {ITEM_MAPS}, got {self.item_map!r}")
-        if self.user_hidden_size is not None and not self.content_prior:
-            raise ValueError(
-                "user_hidden_size needs content_prior=True, without which the state is the user encoder's"
-            )
         if self.is_hybrid and self.objective != "in_batch":
             raise ValueError(
                 f"a hybrid (num_items with {' and '.join(self.modalities)}) needs objective 'in_batch': "
