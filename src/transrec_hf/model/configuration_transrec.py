@@ -292,8 +292,8 @@ class TransRecConfig(PreTrainedConfig):
         return [field.name for field in fields(cls)]
 
     @classmethod
-    def _nearest(cls, name: str) -> str | None:
-        return next(iter(difflib.get_close_matches(name, cls._fields(), n=1, cutoff=0.8)), None)
+    def _nearest(cls, name: str, cutoff: float = 0.8) -> str | None:
+        return next(iter(difflib.get_close_matches(name, cls._fields(), n=1, cutoff=cutoff)), None)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -310,8 +310,9 @@ class TransRecConfig(PreTrainedConfig):
             config_dict = {**FORMAT_1, **config_dict}
         for part in (config_dict, config_dict.get("text_config"), config_dict.get("vision_config")):
             check_foreign(part)
-        # a later version of transformers may write more; what looks like a mistake is told from it
-        more = {name for name in config_dict if not cls._is_known(name) and cls._nearest(name) is None}
+        # a later version of transformers may write more, or the author: a slip of one letter is told from it, but not
+        # a setting that other models have, such as layer_norm_epsilon
+        more = {name for name in config_dict if not cls._is_known(name) and cls._nearest(name, 0.9) is None}
         return super().from_dict({name: config_dict[name] for name in config_dict if name not in more}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
