@@ -111,3 +111,10 @@ def test_public_names_can_be_imported(name):
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'TransRecModle'"):
         transrec_hf.TransRecModle  # noqa: B018
+
+
+def test_a_file_may_hold_settings_of_others_but_no_slip_of_a_letter():
+    written = {**make_config("text").to_dict(), "layer_norm_epsilon": 1.0, "of_a_later_version": 1}
+    assert not hasattr(TransRecConfig.from_dict(written), "layer_norm_epsilon")
+    with pytest.raises(ValueError, match="no setting 'hiden_size': did you mean 'hidden_size'"):
+        TransRecConfig.from_dict({**written, "hiden_size": 32})
