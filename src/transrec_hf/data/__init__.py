@@ -1,12 +1,14 @@
 """Catalogue and interactions: reading, validation, splits and statistics.
 
-A domain is two tables. `items` holds `item_id` and at least one of `text` and `image`; `interactions` holds `user_id`,
-`item_id` and an integer `timestamp`. Both come from Parquet, CSV, JSONL, a folder of images with `metadata.jsonl`, a
-`datasets.Dataset` or a data set of the Hub (configurations `items` and `interactions`).
+A domain is two tables. `items` holds `item_id` and at least one of `text`, `image` and `features`; `interactions` holds
+`user_id`, `item_id` and a `timestamp`, an integer or a date. Both come from Parquet, CSV, JSONL, a folder of images with
+`metadata.jsonl`, a table in memory or a data set of the Hub (configurations `items` and `interactions`).
 
 Images stay encoded, in memory-mapped Arrow or in their files, until [`Catalogue.image`] decodes one. Interactions are
 flat NumPy columns, memory-mapped where they are long; users are views on them. Every defect is a [`DataError`] that
 names the source, the rows (data rows counted from 1, a CSV header is not counted) or ids, and the mend.
+
+A data set reads no files but its own: those of its folder, links resolved, or of its repository on the Hub.
 """
 
 from __future__ import annotations

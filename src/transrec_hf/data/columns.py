@@ -31,7 +31,7 @@ NEEDED = (*INTERACTION_COLUMNS, *MODALITIES, "file_name")
 OTHER_NAMES = {
     "text": ("title", "titles", "texts", "name", "description", "caption"),
     "image": ("images", "imagepath", "imagefile", "imagebytes", "imageurl", "img", "picture", "photo", "filename"),
-    "features": ("feature", "embedding", "embeddings", "vector", "vectors"),
+    "features": ("feature", "featurevector", "embedding", "embeddings", "vector", "vectors"),
     "user_id": ("user", "userid", "uid", "customerid", "visitorid", "sessionid"),
     "item_id": ("item", "itemid", "iid", "productid", "articleid", "id"),
     "timestamp": ("time", "datetime", "date", "timestamps", "unixtime"),
@@ -255,7 +255,7 @@ class Timestamps:
         """A number in another notation."""
         try:
             number = Decimal(text)
-            whole = number.is_finite() and number == number.to_integral_value() and abs(number) < 2**63
+            whole = number.is_finite() and number == number.to_integral_value() and -(2**63) <= number < 2**63
         except (InvalidOperation, OverflowError):
             whole = False
         if not whole or self.are_dates:

@@ -274,7 +274,11 @@ def _mends(catalogue: Catalogue, ids: pa.StringArray, found: np.ndarray) -> Iter
 
 
 def _cell(column: pa.ChunkedArray, name: str, row: int) -> str:
-    text = shortened(column[row])
+    cell = column[row]
+    try:
+        text = shortened(cell)
+    except (ValueError, OverflowError):  # what Python has no value for
+        text = shortened(getattr(cell, "value", cell.type))
     return f"{name} {text!r}" if name else text
 
 

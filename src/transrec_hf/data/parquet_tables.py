@@ -142,10 +142,9 @@ def _with_sound_metadata(schema: pa.Schema, metadata: dict[bytes, bytes] | None)
     """With what `datasets` has noted of the columns, unless it is damaged or of other columns."""
     import datasets
 
-    noted = schema.with_metadata(metadata)
     try:
-        features = datasets.Features.from_arrow_schema(noted)
+        features = datasets.Features.from_arrow_schema(schema.with_metadata(metadata))
         fits = features.arrow_schema.remove_metadata() == schema.remove_metadata()
     except Exception:  # whatever a stranger has written there
         fits = False
-    return noted if fits else schema.remove_metadata()
+    return features.arrow_schema if fits else schema.remove_metadata()

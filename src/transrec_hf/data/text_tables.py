@@ -198,13 +198,12 @@ class _Records:
 
 
 def _read_jsonl(path: Path) -> pa.Table:
-    simple = True
-    rest = b"\n"
+    simple, rest = True, b""
     for block in _blocks(path):
         if simple:
-            lines, newline, rest = (rest + block).rpartition(b"\n")
-            simple = _is_simple(lines + newline)
-    if simple and _is_simple(rest + b"\n"):
+            lines, _, rest = (rest + block).removeprefix(codecs.BOM_UTF8).rpartition(b"\n")
+            simple = _is_simple(lines)
+    if simple and _is_simple(rest):
         try:
             return _read_simple_jsonl(path)
         except pa.ArrowInvalid:
@@ -214,15 +213,14 @@ def _read_jsonl(path: Path) -> pa.Table:
 
 def _is_simple(lines: bytes) -> bool:
     """Whether every line is an object by itself, without deep nesting, as far as its brackets tell."""
-    block = np.frombuffer(lines, dtype=np.uint8)
+    block = np.frombuffer(b"\n%b\n" % lines, dtype=np.uint8)
     block = block[block != ord("\r")]
     ends = np.flatnonzero(block == ord("\n"))
-    inner = ends[(ends > 0) & (ends < len(block) - 1)]
-    before, after = block[inner - 1], block[inner + 1]
+    before, after = block[ends[1:] - 1], block[ends[:-1] + 1]
     whole = np.isin(before, (ord("}"), ord("\n"))).all() and np.isin(after, (ord("{"), ord("\n"))).all()
     opened = np.flatnonzero((block == ord("{")) | (block == ord("[")))
-    counts = np.diff(np.searchsorted(opened, ends), prepend=0)
-    return bool(whole and (len(block) == 0 or block[0] in b"{\n") and (len(counts) == 0 or counts.max() <= DEEPEST))
+    counts = np.diff(np.searchsorted(opened, ends))
+    return bool(whole and counts.max() <= DEEPEST)
 
 
 def _read_simple_jsonl(path: Path) -> pa.Table:
@@ -233,7 +231,7 @@ def _read_simple_jsonl(path: Path) -> pa.Table:
         cells = json.loads(first)
     except ValueError as error:
         raise pa.ArrowInvalid(str(error)) from error
-    kinds = {name: pa.string() for name in STRING_COLUMNS}
+    kinds: dict[str, pa.DataType] = {name: pa.string() for name in STRING_COLUMNS}
     kinds |= {name: pa.int64() for name in ("item_id", "user_id") if type(cells.get(name)) is int}
     with open(path, "rb") as file:
         table = pa.json.read_json(

@@ -280,6 +280,8 @@ class TransRecTrainer(WholeCheckpoints):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+        if "image" in self.source.modalities and self.args.process_index == 0:
+            self.source.catalogue.check_images()  # or a truncated one ends the run when a batch first has it
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
         self.reports = before.get("reports", self.reports)
         self.fill_store()
