@@ -1,4 +1,4 @@
-"""How far a data set reaches: from the Hub into its own repository, a local one into its own folder, links resolved."""
+"""How far a data set reaches: from the Hub into its repository, a local one into its folder, links resolved."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_object_from_the_hub_is_no_way_around(secret: Path, hub: LocalHub) ->
 
 
 def test_images_in_a_repository_are_read(hub: LocalHub) -> None:
-    names = ["one.png", "x/two.png", "x/three.png"]
+    names = ["one.png", "two.png", "three.png"]
     metadata = "".join(f'{{"item_id": "{name}", "file_name": "{name}"}}\n' for name in names)
     files = {f"items/{name}": picture(seed) for seed, name in enumerate(names)}
     files["items/metadata.jsonl"] = metadata.encode()
