@@ -11,10 +11,9 @@ from typing import Any, Literal
 from ..errors import DataError, bad_input
 from ..files import write_json
 from ..items.encoding import content_vectors
-from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
-from .options import DataArguments, SplitArguments, option
+from .options import DataArguments, SplitArguments, load_for, option
 from .parsing import parse_arguments
 from .reporting import format_report
 
@@ -56,9 +55,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data_args, split_args, args = parse_arguments(kinds, argv, evaluate, positional="checkpoint")
     if not args.checkpoint:
         raise DataError("nothing to evaluate: give the folder or Hub id of a TransRec model first")
-    model, processor = load_checkpoint(args.checkpoint)
     catalogue, sequences = data_args.load()
-    check_fits(model, catalogue)
+    model, processor, known = load_for(catalogue, args.checkpoint)
     with tempfile.TemporaryDirectory() as scratch, bad_input("bad options"):
         split = split_args.apply(sequences, model.config.max_position_embeddings)
         trainer = TransRecTrainer(
@@ -79,6 +77,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
             processing_class=processor,
             protocol=split_args.protocol,
         )
+        if known is not None:
+            trainer.source.log_popularity = known.log_popularity
         vectors = None
         if args.text_model or args.vision_model:
             vectors = content_vectors(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers.utils import logging
 
 from ..data.catalogue import MODALITY_POLICIES, Catalogue, load_catalogue
@@ -17,10 +18,11 @@ from ..data.demo import demo_config, demo_processor, demo_world
 from ..data.interactions import Sequences, Split, k_core, load_interactions, temporal_split
 from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
+from ..items.meeting import ItemStatistics, match_items, needs_item_statistics, set_item_vectors
 from ..model.configuration_transrec import TransRecConfig
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
-from ..publishing.checkpoint import check_place, load_checkpoint
+from ..publishing.checkpoint import check_fits, check_place, load_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +57,26 @@ ConfigArguments = make_dataclass(
 )
 
 
+def load_for(
+    catalogue: Catalogue, checkpoint: str, **overrides: Any
+) -> tuple[TransRecModel, TransRecProcessor | None, ItemStatistics | None]:
+    """
+    As [`load_checkpoint`], and what the checkpoint knows of single items is matched to those of a catalogue by id.
+
+    Returns:
+        The model, its processor, and the [`ItemStatistics`] of the catalogue if the model needs any and has them.
+
+    Raises:
+        [`DataError`]: If the checkpoint is none, or cannot represent every item of the catalogue.
+    """
+    model, processor = load_checkpoint(checkpoint, **overrides)
+    known = None
+    if needs_item_statistics(model):
+        known = match_items(model, catalogue, ItemStatistics.from_pretrained(checkpoint))
+    check_fits(model, catalogue)
+    return model, processor, known
+
+
 @dataclass
 class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     """Where the model comes from. Every field of [`TransRecConfig`] is an option too."""
@@ -65,6 +87,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
     id_baseline: bool = option(False, "A new model without towers, of one vector per item.")
     preset: Literal["default", "paper"] = option("default", "Settings of a new model; others can be set by name.")
+    hybrid: bool = option(False, "Learn a vector for each item of the catalogue too, beside what its content says.")
     max_text_length: int | None = option(None, "Tokens after which a text is cut [64, or as in the checkpoint].")
 
     def __post_init__(self) -> None:
@@ -76,6 +99,8 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         given = [name for name, value in origins.items() if value]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        if self.hybrid and self.id_baseline:
+            raise ValueError("hybrid adds ID vectors to content, which id_baseline does not read: leave one out")
         if self.from_checkpoint and self.preset != "default":
             raise ValueError("preset is for a new model, from_checkpoint brings its own settings: leave one out")
 
@@ -93,12 +118,17 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         """
         changes = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
         if self.from_checkpoint:
-            model, processor = load_checkpoint(self.from_checkpoint, **changes)
+            model, processor, _ = load_for(catalogue, self.from_checkpoint, **changes)
+            if self.hybrid and model.config.num_items is None:
+                with bad_input("model configuration"):
+                    set_item_vectors(model, torch.zeros(len(catalogue), model.config.hidden_size))
             if processor is not None and self.max_text_length is not None:
                 processor.max_text_length = self.max_text_length
             return model, processor
         base = PAPER if self.preset == "paper" else demo_config() if is_demo else DEFAULT
         settings = {**{name: getattr(base, name) for name in CONFIG_FIELDS}, **changes}
+        if self.hybrid:
+            settings["num_items"] = len(catalogue)
         max_text_length = 64 if self.max_text_length is None else self.max_text_length
         if self.id_baseline:
             with bad_input("model configuration"):

@@ -18,10 +18,10 @@ from ..data.interactions import Sequences
 from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
 from ..files import whole_file, written_whole
 from ..items.preparing import ItemSource
-from ..publishing.checkpoint import check_fits, load_checkpoint
+from ..publishing.checkpoint import load_checkpoint
 from ..serving.index import ItemIndex
 from ..serving.recommender import Recommendation, Recommender
-from .options import DataArguments, option
+from .options import DataArguments, load_for, option
 from .parsing import parse_arguments
 from .reporting import format_table
 from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
@@ -87,14 +87,16 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     )
     if not args.checkpoint:
         raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
-    model, processor = load_checkpoint(args.checkpoint)
     catalogue = sequences = None
     if (data_args.items or data_args.data) and not (args.history or args.histories):
         catalogue, sequences = data_args.load()
     elif data_args.items or data_args.data:
         catalogue = data_args.load_items()
-    if catalogue is not None:
-        check_fits(model, catalogue)
+    known = None
+    if catalogue is None:
+        model, processor = load_checkpoint(args.checkpoint)
+    else:
+        model, processor, known = load_for(catalogue, args.checkpoint)
     index = None
     if args.index is None or Path(args.index).is_dir():
         index = ItemIndex.from_pretrained(args.index or args.checkpoint)
@@ -105,7 +107,7 @@ def recommend(argv: Sequence[str] | None = None) -> int:
         raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
     device = Accelerator(cpu=args.use_cpu).device
     source = None if catalogue is None else ItemSource(catalogue, processor)
-    recommender = Recommender(model.to(device), source, index=index, processor=processor)
+    recommender = Recommender(model.to(device), source, index=index, processor=processor, statistics=known)
     if args.index is not None and recommender.index is not index:
         with written_whole(args.index) as folder:
             recommender.index.save(folder)

@@ -78,6 +78,7 @@ class WhitenedProjection(nn.Module):
         width (`int`): Of the tower's states.
     """
 
+    statistics = ("mean", "whitening", "num_fitted")  # of the catalogue at hand; the axes stay
     mean: Tensor
     axes: Tensor
     whitening: Tensor

@@ -192,6 +192,9 @@ def read_config(folder: str | os.PathLike, local: bool = True) -> TransRecConfig
         return TransRecConfig.from_pretrained(source, local_files_only=local)
 
 
+ITEM_VECTORS = "item_encoder.item_embedding.weight"
+
+
 def check_place(name_or_path: str) -> None:
     """Refuse what is neither a folder nor can be the id of a Hub repository. Raises [`DataError`]."""
     if not os.path.isdir(name_or_path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
@@ -245,7 +248,7 @@ def load_model_and_processor(
         )
     config = TransRecConfig.from_dict({**fields, **overrides})
     if folder is not None and not base:
-        check_room(config, folder)
+        check_room(TransRecConfig.from_dict(fields), folder)
     with _without_load_report():
         model, found = TransRecModel.from_pretrained(
             checkpoint,
@@ -255,6 +258,9 @@ def load_model_and_processor(
             use_safetensors=True,
             **place,
         )
+    if fields.get("num_items") is None and ITEM_VECTORS in found["missing_keys"]:  # a hybrid is made of it
+        torch.nn.init.zeros_(model.get_parameter(ITEM_VECTORS))
+        found["missing_keys"].remove(ITEM_VECTORS)
     problems = {"missing": "missing_keys", "unknown": "unexpected_keys", "of another shape": "mismatched_keys"}
     wrong = {
         problem: sorted(key if isinstance(key, str) else key[0] for key in found[keys])

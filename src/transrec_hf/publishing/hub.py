@@ -32,6 +32,7 @@ BINARIES = {
     ".jpg": (b"\xff\xd8\xff",),
     ".jpeg": (b"\xff\xd8\xff",),
     ".webp": (b"RIFF",),
+    ".parquet": (b"PAR1",),
     ".model": (b"\n",),  # the vocabulary of a sentencepiece tokenizer: a protocol buffer
 }
 """How files of these kinds begin."""

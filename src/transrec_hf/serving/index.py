@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from ..errors import DataError, one_line
 from ..files import whole_file
 from ..items.fingerprints import adapter_settings, tower_settings
+from ..model.item_encoder_transrec import WhitenedProjection
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 
@@ -48,7 +49,14 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
         settings += [config.item_map, config.similarity, config.content_prior]
     settings += [processor.fingerprint(modality) for modality in processor.modalities] if processor else []
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for value in encoder.state_dict().values():  # without the names, which change between libraries' versions
+    of_catalogue = {  # made from the items, of which the hash knows nothing
+        f"{name}.{statistic}"
+        for name, module in encoder.named_modules()
+        if isinstance(module, WhitenedProjection)
+        for statistic in module.statistics
+    }
+    values = [value for name, value in encoder.state_dict().items() if name not in of_catalogue]
+    for value in values:  # without the names, which change between libraries' versions
         if not isinstance(value, torch.Tensor):  # of a quantised layer
             digest.update(repr(value).encode())
             continue
@@ -153,9 +161,9 @@ class ItemIndex:
 
     def belongs_to(self, model: TransRecModel, processor: TransRecProcessor | None) -> bool:
         """Whether the vectors are those that the model makes."""
-        return self.item_embeds.shape[1] == model.config.hidden_size and self.encoder_hash == encoder_hash(
-            model, processor, self.format
-        )
+        width = model.config.hidden_size + model.config.popularity_prior  # with what scores add for popularity
+        own = encoder_hash(model, processor, self.format)
+        return self.item_embeds.shape[1] == width and self.encoder_hash == own
 
 
 def _contents_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -15,6 +15,7 @@ from ..data.catalogue import Catalogue, load_catalogue
 from ..errors import DataError, bad_input, hub_errors, pinned
 from ..files import read_whole, written_whole
 from ..items.encoding import encode_catalogue
+from ..items.meeting import ItemStatistics, match_items, standardize_for
 from ..items.preparing import ItemSource, pad_right
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -55,6 +56,8 @@ class Recommender(PushToHubMixin):
         index ([`ItemIndex`], *optional*): the items' vectors, if they are known already. They are computed anew when
             they were made from another catalogue or by another model.
         processor ([`TransRecProcessor`], *optional*): of the model, where the items do not bring it.
+        statistics ([`ItemStatistics`], *optional*): what the model's checkpoint keeps of single items: ID vectors and
+            popularity are matched to the catalogue by id.
         kwargs: further arguments of [`encode_catalogue`], e.g. `batch_size`.
 
     Raises:
@@ -76,11 +79,16 @@ class Recommender(PushToHubMixin):
         *,
         index: ItemIndex | None = None,
         processor: TransRecProcessor | None = None,
+        statistics: ItemStatistics | None = None,
         **kwargs: Any,
     ):
-        self.model, self.source = model.eval(), source
+        self.model, self.source, self.statistics = model.eval(), source, statistics
         self.processor = processor = processor if source is None else source.processor
         self.catalogue = catalogue = None if source is None else source.catalogue
+        if source is not None and statistics is not None:
+            self.statistics = match_items(model, source.catalogue, statistics)
+            if self.statistics is not None and source.log_popularity is None:
+                source.log_popularity = self.statistics.log_popularity
         if processor is not None:
             check_processor(processor)
         if index is not None and not index.belongs_to(model, processor):
@@ -107,6 +115,7 @@ class Recommender(PushToHubMixin):
     def _encode(self, **kwargs: Any) -> ItemIndex:
         source = self.source
         assert source is not None
+        standardize_for(self.model, source)
         return ItemIndex(
             source.catalogue.item_ids,
             encode_catalogue(self.model, source, **kwargs),
@@ -139,13 +148,18 @@ class Recommender(PushToHubMixin):
         with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
             place = pinned(name, place)
             trusted = {**place, "trust_remote_code": kwargs.pop("trust_remote_code", False)}
-            (model, processor), index = read_whole(
-                name, lambda: (load_model_and_processor(name, trusted), ItemIndex.from_pretrained(name, **place))
+            (model, processor), index, statistics = read_whole(
+                name,
+                lambda: (
+                    load_model_and_processor(name, trusted),
+                    ItemIndex.from_pretrained(name, **place),
+                    ItemStatistics.from_pretrained(name, **place),
+                ),
             )
         if items is not None and not isinstance(items, Catalogue):
             items = load_catalogue(items)
         source = None if items is None else ItemSource(items, processor)
-        return cls(model, source, index=index, processor=processor, **kwargs)
+        return cls(model, source, index=index, processor=processor, statistics=statistics, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -160,6 +174,8 @@ class Recommender(PushToHubMixin):
             if self.processor is not None:
                 self.processor.save_pretrained(partial)
             self.index.save(partial)
+            if self.statistics is not None:
+                self.statistics.save(partial)
 
     def recommend(
         self,

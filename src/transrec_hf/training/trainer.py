@@ -27,6 +27,7 @@ from ..evaluation.evaluator import LIST_LENGTH, RankingEvaluator
 from ..evaluation.protocol import EvaluationProtocol
 from ..files import written_whole
 from ..items.encoding import encode_catalogue, standardize_projections
+from ..items.meeting import ItemStatistics, needs_item_statistics, standardize_for
 from ..items.preparing import ItemSource, token_budget
 from ..items.store import ActivationStore
 from ..model.modalities_transrec import MODALITIES
@@ -175,6 +176,7 @@ class TransRecTrainer(WholeCheckpoints):
         self.reports: dict[str, dict[str, Any]] = {}  # the last one of each split, for the card
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
+        self.is_prepared = False  # for the items at hand
         self.train_counts = split.train.item_counts(len(catalogue))
         super().__init__(
             model,
@@ -227,9 +229,11 @@ class TransRecTrainer(WholeCheckpoints):
 
     def prepare_model(self) -> None:
         """Give new projections their data-dependent start, see [`standardize_projections`]; `train` begins with it."""
-        if self.source.processor is not None and not has_adapter(self.model):
+        self.is_prepared = True
+        prepare = standardize_for if has_adapter(self.model) else standardize_projections
+        if self.source.processor is not None:
             with self.autocast_smart_context_manager(), whole_weights(self.model):
-                standardize_projections(self.model, self.source, seed=self.args.seed)
+                prepare(self.model, self.source, seed=self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of training windows, of items as the store has them."""
@@ -381,6 +385,9 @@ class TransRecTrainer(WholeCheckpoints):
         model = self.accelerator.unwrap_model(self.model)
         broadcast(list(model.buffers()))  # averages of batch norms, of which those of the first process are saved
         with self.autocast_smart_context_manager(), whole_weights(model):
+            if not self.is_prepared:
+                standardize_for(model, self.source, seed=self.args.seed)
+                self.is_prepared = True
             item_embeds = encode_catalogue(
                 model,
                 self.source,
@@ -503,4 +510,6 @@ class TransRecTrainer(WholeCheckpoints):
                 super()._save(str(folder), state_dict)
             if self.args.should_save:
                 (folder / PICKLED_ARGS_NAME).unlink()  # a pickle; the same is written as JSON
+                if needs_item_statistics(self.accelerator.unwrap_model(self.model)):
+                    ItemStatistics(self.catalogue.item_ids, self.train_counts).save(folder)
                 self._describe(folder)

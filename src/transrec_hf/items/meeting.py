@@ -1,0 +1,198 @@
+"""A model meets a catalogue: what it knows of single items is found by their ids, and its statistics are renewed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from transformers.utils import cached_file, logging
+
+from ..data.catalogue import Catalogue
+from ..data.statistics import log_popularity
+from ..errors import MAX_EXAMPLES, DataError, one_line
+from ..model.modeling_transrec import TransRecModel
+from .encoding import item_states, standardize_projections
+from .preparing import ItemSource
+
+
+logger = logging.get_logger(__name__)
+
+ITEM_STATISTICS_NAME = "item_statistics.parquet"
+MAX_SHIFT = 0.04
+"""
+Share of the mean in the second moment of whitened states from which a catalogue is another one. Between the platforms
+that we have it is .07 to .6 in one of the modalities at least, within one (the last fifth of its items) up to .03.
+"""
+SAMPLE = 500  # items from which the shift is measured
+
+
+@dataclass(frozen=True)
+class ItemStatistics:
+    """
+    What a checkpoint keeps of the single items of its catalogue: `item_statistics.parquet`, beside the weights. Only
+    models that need it have it: those of ID vectors, whose rows it names, and those that add popularity to the scores.
+
+    Args:
+        item_ids (`np.ndarray` of shape `(n_items,)`): In the order of the ID vectors.
+        train_counts (`np.ndarray` of shape `(n_items,)`): How often each item occurs in the training data.
+    """
+
+    item_ids: np.ndarray
+    train_counts: np.ndarray
+
+    @property
+    def log_popularity(self) -> torch.Tensor:
+        """Log of each item's share of the training data, `(n_items,)`; items without any count as one."""
+        return torch.from_numpy(log_popularity(self.train_counts))
+
+    def rows(self, item_ids: np.ndarray) -> np.ndarray:
+        """The row of each id, `-1` for those that are not known: `(n,)`."""
+        row_of = {item_id: row for row, item_id in enumerate(self.item_ids.tolist())}
+        return np.array([row_of.get(item_id, -1) for item_id in item_ids.tolist()], dtype=np.int64)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `item_statistics.parquet`."""
+        columns = {"item_id": pa.array(self.item_ids.tolist(), pa.string()), "train_count": self.train_counts}
+        pq.write_table(pa.table(columns), Path(folder) / ITEM_STATISTICS_NAME)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ItemStatistics | None:
+        """
+        Those in a folder or a repository of the Hub, `None` if there are none.
+
+        Raises:
+            [`DataError`]: If the file is damaged.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        file = cached_file(name, ITEM_STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **kwargs)
+        if file is None:
+            return None
+        try:
+            table = pq.read_table(file, columns=["item_id", "train_count"])
+            ids = np.array(table["item_id"].to_pylist(), dtype=str)
+            return cls(ids, table["train_count"].to_numpy().astype(np.int64))
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file}: damaged, it should have item_id and train_count ({one_line(error)}). Get the checkpoint "
+                "again."
+            ) from error
+
+
+def needs_item_statistics(model: TransRecModel) -> bool:
+    """Whether a checkpoint of the model is of no use without its [`ItemStatistics`]."""
+    return model.config.num_items is not None or model.config.popularity_prior
+
+
+def set_item_vectors(model: TransRecModel, vectors: torch.Tensor | None) -> None:
+    """
+    Replace the ID vectors of a model, or remove them.
+
+    Args:
+        model ([`TransRecModel`]): Changed in place, its `num_items` too.
+        vectors (`torch.Tensor` of shape `(num_items, hidden_size)`, *optional*): Of the items of a catalogue, zero
+            where nothing is known of one; `None` to have none.
+    """
+    encoder = model.item_encoder
+    if vectors is not None:
+        vectors = vectors.to(model.device, model.dtype)
+        encoder.item_embedding = nn.Embedding.from_pretrained(vectors, freeze=False)
+    elif hasattr(encoder, "item_embedding"):
+        del encoder.item_embedding
+    model.config.num_items = None if vectors is None else len(vectors)
+    model.config.validate()
+
+
+def match_items(model: TransRecModel, catalogue: Catalogue, known: ItemStatistics | None) -> ItemStatistics | None:
+    """
+    Give each item of a catalogue what a checkpoint knows of it, by its id. Items that are new have ID vectors of zero;
+    if all are, as on another platform, a model that reads content goes without ID vectors.
+
+    Args:
+        model ([`TransRecModel`]): Its ID vectors are put in the order of the catalogue.
+        catalogue ([`Catalogue`]): The items.
+        known ([`ItemStatistics`], *optional*): Of the checkpoint. A model without them is left as it is.
+
+    Returns:
+        [`ItemStatistics`]: Of the items of the catalogue; `None` if nothing is known of any of them.
+
+    Raises:
+        [`DataError`]: If a model that reads no content knows nothing of an item.
+    """
+    if known is None:
+        return None
+    rows = known.rows(catalogue.item_ids)
+    new = np.flatnonzero(rows < 0)
+    has_vectors, reads_content = model.config.num_items is not None, bool(model.config.modalities)
+    if len(new) and not reads_content:
+        raise DataError(
+            f"{catalogue.source}: {len(new)} of {len(catalogue)} items are new to this ID baseline "
+            f"({', '.join(catalogue.item_ids[new[:MAX_EXAMPLES]])}), which cannot leave the catalogue that it was "
+            "trained on. Give that one (and its k_core), or a content model."
+        )
+    if has_vectors and len(new) == len(rows):
+        set_item_vectors(model, None)
+    elif has_vectors and not np.array_equal(rows, np.arange(model.config.num_items)):
+        vectors = model.item_encoder.item_embedding.weight.detach()
+        matched = vectors[torch.from_numpy(rows.clip(min=0)).to(vectors.device)]
+        matched[torch.from_numpy(new).to(vectors.device)] = 0
+        set_item_vectors(model, matched)
+    if len(new) == len(rows):
+        return None
+    if len(new):
+        logger.info("%s of %s items are new to this model", f"{len(new):,}", f"{len(rows):,}")
+    return ItemStatistics(catalogue.item_ids, np.where(rows < 0, 0, known.train_counts[rows.clip(min=0)]))
+
+
+@torch.no_grad()
+def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> dict[str, float]:
+    """
+    How far the items are from those whose statistics a model with a whitened item map has: by modality, the share of
+    the mean in the second moment of the whitened states of a sample, without what a sample of that size has by chance.
+    """
+    shifts = {}
+    for name in model.config.modalities:
+        states = item_states(model, source, name, SAMPLE, seed)
+        if len(states) > 1:
+            white = model.item_encoder.projection(name).whiten(states).double()  # type: ignore[operator]
+            share = white.mean(dim=0).square().sum() / white.square().sum(dim=1).mean().clamp(min=1e-12)
+            shifts[name] = float(share) - 1 / len(states)
+    return shifts
+
+
+def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> bool:
+    """
+    Before a model meets a catalogue that it is not going to be trained on: if its item map whitens, and the catalogue
+    is another than that of its statistics, take those of this one. A few new items do not make another catalogue.
+
+    Args:
+        model ([`TransRecModel`]): Changed in place.
+        source ([`ItemSource`]): The items.
+        seed (`int`, *optional*, defaults to 0): Of the samples.
+
+    Returns:
+        `bool`: Whether the statistics are new.
+    """
+    if model.config.item_map != "whitened" or source.processor is None:
+        return False
+    was_training = model.training
+    model.eval()
+    shifts = catalogue_shift(model, source, seed)
+    model.train(was_training)
+    said = ", ".join(f"{name} {shift:.3f}" for name, shift in shifts.items())
+    fitted = all(model.item_encoder.projection(name).num_fitted for name in shifts)
+    if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:
+        logger.debug("The items are like those of the model's statistics (shift of the mean: %s)", said)
+        return False
+    logger.info("Another catalogue (shift of the mean: %s): the model takes its statistics", said)
+    standardize_projections(model, source, seed=seed)
+    return True
+
+
+__all__ = ["ItemStatistics", "match_items", "set_item_vectors", "standardize_for"]
