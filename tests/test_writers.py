@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import sys
@@ -16,20 +17,38 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from local_hub import LocalHub
+from safetensors.torch import load_file
+from testing_utils import make_config, make_model, make_trainer
 
-from transrec_hf import files
+from transrec_hf import DataError, ItemIndex, Recommender, TransRecModel, TransRecTrainer, files
+from transrec_hf.data.statistics import load_statistics, save_statistics
 from transrec_hf.files import locked, read_whole, recover, whole_file, written_whole
+from transrec_hf.publishing.card import model_card, update_model_card
+from transrec_hf.publishing.checkpoint import (
+    checkpoints_of,
+    last_complete_checkpoint,
+    load_checkpoint,
+    load_evaluation,
+    remove_old_checkpoints,
+    save_checkpoint,
+    save_evaluation,
+)
+from transrec_hf.publishing.hub import upload_checkpoint
+from transrec_hf.publishing.results import append_results, read_results
 
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 KILLED = 9
 
 
-def _steps(folder: Path, stop: Callable[[], None], at: int) -> Callable[[], bool]:
+def _steps(folder: Path, stop: Callable[[], None], at: int) -> Callable[[], int]:
     """
-    From now on in this process, call `stop` before the file operation number `at` below a folder. Tells whether it
-    has been reached.
+    From now on in this process, call `stop` before the file operation number `at` below a folder. Tells how many
+    there were.
     """
     count, fsync = 0, os.fsync
 
@@ -52,7 +71,7 @@ def _steps(folder: Path, stop: Callable[[], None], at: int) -> Callable[[], bool
 
     os.fsync = counted_fsync
     sys.addaudithook(hook)
-    return lambda: count >= at
+    return lambda: count
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -75,28 +94,32 @@ def _no_space() -> None:
 
 
 def interrupted(
-    folder: Path, prepare: Callable[[], None], write: Callable[[], None], *, full_disk: bool = False
+    folder: Path, prepare: Callable[[], None], write: Callable[[], None], *, full_disk: bool = False, most: int = 40
 ) -> Iterator[int]:
     """
     Brings a folder into its old state and writes to it, once for each file operation that this takes, and stops it
-    there. Yields after each of them; the last one was not stopped.
+    there; of more than `most` operations at some of the first ones and at all of the last. Yields after each of them.
     """
-    at, status = 0, KILLED
-    while status:
-        at += 1
+
+    def stopped_at(at: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         prepare()
 
-        def work(at: int = at) -> None:
-            reached = _steps(folder, _no_space if full_disk else lambda: os._exit(KILLED), at)
+        def work() -> None:
+            count = _steps(folder, _no_space if full_disk else lambda: os._exit(KILLED), at)
             with contextlib.suppress(OSError) if full_disk else contextlib.nullcontext():
                 write()
-            os._exit(KILLED if reached() else 0)
+            (folder.parent / "operations").write_text(str(count()))
 
-        status = in_child(work)
-        assert status in (0, KILLED)
+        assert in_child(work) in (0, KILLED)
+
+    stopped_at(sys.maxsize)
+    total = int((folder.parent / "operations").read_text())
+    assert total > 3, "no operation was seen"
+    first = max(0, total - most)
+    for at in [*range(1, first + 1, max(1, first // 4)), *range(first + 1, total + 1)]:
+        stopped_at(at)
         yield at
-    assert at > 3, "no operation was seen"
 
 
 def names(folder: Path) -> set[str]:
@@ -135,7 +158,7 @@ def write_new(folder: Path) -> None:
 
 @pytest.mark.parametrize("full_disk", [False, True], ids=["killed", "full disk"])
 def test_a_folder_is_old_or_new_at_every_operation(folder: Path, full_disk: bool) -> None:
-    seen = set()
+    seen = {True}
     for _ in interrupted(folder, lambda: fill(folder, OLD), lambda: write_new(folder), full_disk=full_disk):
         assert "config.json" not in texts(folder) or texts(folder) in (OLD, BOTH)
         recover(folder)
@@ -282,3 +305,315 @@ def test_a_journal_of_somebody_else_is_not_obeyed(folder: Path, journal: str) ->
     with pytest.raises(OSError, match="was copied while it was being written"):
         recover(folder)
     assert texts(folder) == OLD
+
+
+# All writers
+
+
+def baseline(seed: int, width: int = 16) -> TransRecModel:
+    return make_model(make_config("", num_items=12, hidden_size=width), seed=seed)
+
+
+def weights(folder: Path) -> float:
+    """What tells one model of these tests from another, if a folder holds one whole."""
+    model, _ = load_checkpoint(str(folder))
+    return float(sum(value.double().sum() for value in model.state_dict().values()))
+
+
+def index(model: TransRecModel) -> ItemIndex:
+    ids = np.array([f"item-{row}" for row in range(12)])
+    table = model.item_encoder.item_embedding.weight.detach()
+    return Recommender(model, index=ItemIndex(ids, table, None, "", hash_of(model))).index
+
+
+def hash_of(model: TransRecModel) -> str:
+    from transrec_hf.serving.index import encoder_hash
+
+    return encoder_hash(model, None)
+
+
+def write_index(folder: Path, seed: int) -> None:
+    found = index(baseline(seed))
+    turned = {"item_ids": found.item_ids[::-1], "item_embeds": found.item_embeds.flip(0)} if seed == 2 else {}
+    ItemIndex(**{**vars(found), **turned}).save(folder)
+
+
+def read_index(folder: Path) -> tuple[str, float]:
+    found = ItemIndex.from_pretrained(folder)
+    return str(found.item_ids[0]), float(found.item_embeds[0].sum())
+
+
+def write_recommender(folder: Path, seed: int) -> None:
+    model = baseline(seed, width=16 if seed == 1 else 8)
+    Recommender(model, index=index(model)).save_pretrained(folder, max_shard_size="1KB" if seed == 1 else "1GB")
+
+
+def read_recommender(folder: Path) -> list[float]:
+    return [item.score for item in Recommender.from_pretrained(folder).recommend(["item-1"], top_k=3)]
+
+
+def make_report(value: float) -> dict[str, Any]:
+    return {"metrics": {"ndcg@10": value}, "intervals": {}, "protocol": {"num_users": 3}}
+
+
+def write_card(folder: Path, seed: int) -> None:
+    if seed == 1:
+        make_config("", num_items=12).save_pretrained(folder)
+        save_evaluation({"towers": []}, folder)
+    update_model_card(folder, {"reports": {"test": make_report(seed / 10)}}, license=f"licence-{seed}")
+
+
+def read_card(folder: Path) -> str:
+    """Which is that of the evaluation beside it."""
+    recover(folder)
+    assert (folder / "README.md").read_text() == str(model_card(folder))
+    return load_evaluation(folder)["metadata"]["license"]
+
+
+def write_results(folder: Path, seed: int) -> None:
+    facts = {"command": "run", "data": "tiny", "machine": "1 CPU", "protocol": "full", "split": "test"}
+    append_results(folder / "table.csv", {"ours": make_report(0.5)}, run=f"run-{seed}", seed=seed, **facts)
+
+
+def read_rows(folder: Path) -> int:
+    text = (folder / "table.csv").read_text()
+    assert text.endswith("\n") and read_results(folder / "table.csv", run="run-1")
+    return text.count("\n")
+
+
+def old_checkpoint(folder: Path, seed: int) -> None:
+    """A checkpoint of a run as far as a resume looks at it; the second one has files of other names."""
+    with written_whole(folder / "checkpoint-4", replaces_all=True) as partial:
+        baseline(seed).save_pretrained(partial)
+        (partial / f"rng_state_{seed}.pth").write_bytes(b"pickled")
+        (partial / "trainer_state.json").write_text(json.dumps({"seed": seed}))
+
+
+def read_checkpoint(folder: Path) -> tuple[float, ...]:
+    newest = Path(str(last_complete_checkpoint(folder)))
+    states = [int(path.stem.rpartition("_")[2]) for path in newest.glob("rng_state_*")]
+    return (weights(newest), *states, json.loads((newest / "trainer_state.json").read_text())["seed"])
+
+
+def write_checkpoint(folder: Path, seed: int) -> None:
+    size = {"max_shard_size": "1KB"} if seed == 1 else {}
+    model = baseline(seed, width=16 if seed == 1 else 8)
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial, **size)
+
+
+WRITERS: dict[str, tuple[Callable[[Path, int], Any], Callable[[Path], Any]]] = {
+    "checkpoint over one of another width and in shards": (write_checkpoint, weights),
+    "save_checkpoint": (lambda folder, seed: save_checkpoint(folder, baseline(seed)), weights),
+    "recommender with its index": (write_recommender, read_recommender),
+    "index over that of another order": (write_index, read_index),
+    "statistics": (lambda folder, seed: save_statistics({"seed": seed}, folder), load_statistics),
+    "evaluation": (lambda folder, seed: save_evaluation({"data": f"{seed}"}, folder), load_evaluation),
+    "card and evaluation": (write_card, read_card),
+    "table of results": (write_results, read_rows),
+    "checkpoint of a run over one of the same step": (old_checkpoint, read_checkpoint),
+}
+
+
+FULL_DISKS = ("recommender with its index", "card and evaluation", "table of results")
+
+
+@pytest.mark.parametrize(
+    ("name", "full_disk"),
+    [*((name, False) for name in WRITERS), *((name, True) for name in FULL_DISKS)],
+    ids=lambda value: value if isinstance(value, str) else ["killed", "full disk"][value],
+)
+def test_every_writer_leaves_the_old_state_or_the_new_one(tmp_path: Path, name: str, full_disk: bool) -> None:
+    write, read = WRITERS[name]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder, 1)
+    old = read(folder)
+    shutil.copytree(folder, tmp_path / "old")
+    write(folder, 2)
+    states = [old, read(folder)]
+    assert states[0] != states[1]
+    prepare, work = (lambda: shutil.copytree(tmp_path / "old", folder)), (lambda: write(folder, 2))
+    points = interrupted(folder, prepare, work, full_disk=full_disk, most=12)
+    seen = [states.index(read(folder)) for _ in points]
+    assert 0 in seen and len(seen) >= 7
+
+
+def test_a_trainer_saves_whole(tmp_path: Path) -> None:
+    """The model over another one, with card, processor and statistics."""
+    folder = tmp_path / "folder"
+    trainers = [make_trainer(tmp_path / f"run-{seed}", model=baseline(seed)) for seed in (1, 2)]
+    trainers[0].save_model(folder)
+    shutil.copytree(folder, tmp_path / "old")
+    states = [weights(folder)]
+    trainers[1].save_model(tmp_path / "new")
+    states.append(weights(tmp_path / "new"))
+    points = interrupted(
+        folder, lambda: shutil.copytree(tmp_path / "old", folder), lambda: trainers[1].save_model(folder), most=12
+    )
+    for _ in points:
+        state = states.index(weights(folder))
+        assert load_evaluation(folder)["metadata"]["model_id"] == f"run-{state + 1}"
+
+
+# Runs
+
+
+def train(folder: Path, seed: int, **options: Any) -> TransRecTrainer:
+    options = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2, **options}
+    trainer = make_trainer(folder, model=baseline(seed), **options)
+    trainer.train()
+    return trainer
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path, files.TRAINING_LOCK),
+        pytest.raises(OSError, match="another training writes its checkpoints there"),
+    ):
+        train(tmp_path, 1)
+    assert checkpoints_of(tmp_path) == [] and train(tmp_path, 1).state.global_step == 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    whole = train(tmp_path / "whole", 1)
+    last = {}
+    for at in interrupted(folder, folder.mkdir, lambda: train(folder, 1), most=6):
+        newest = last_complete_checkpoint(folder)
+        last[at] = int(newest.rpartition("-")[2]) if newest else 0
+        names_there = {path.name for path in folder.iterdir() if path.name[0] != "."}
+        assert names_there <= {"checkpoint-1", "checkpoint-2"}
+        if newest:
+            assert load_file(Path(newest) / "model.safetensors")
+    assert set(last.values()) >= {0, 1} and list(last.values()) == sorted(last.values())
+    resumed = make_trainer(folder, model=baseline(1), max_steps=2, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=bool(last_complete_checkpoint(folder)))
+    for one, other in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("clock", [-10_000, 10_000, 0])
+def test_the_steps_say_which_checkpoint_is_old_and_not_the_clock(tmp_path: Path, clock: int) -> None:
+    for step in (1, 2, 3, 10, 99):
+        old_checkpoint(tmp_path / "one", 1)
+        (tmp_path / "one" / "checkpoint-4").rename(tmp_path / f"checkpoint-{step}")
+        os.utime(tmp_path / f"checkpoint-{step}", (1e9 + clock * step, 1e9 + clock * step))
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-99")
+    remove_old_checkpoints(tmp_path, 2, current=10, best=str(tmp_path / "checkpoint-1"))
+    left = [path.name for path in checkpoints_of(tmp_path)]
+    assert left == ["checkpoint-1", "checkpoint-10", "checkpoint-99"], "99 is of another run"
+    (tmp_path / "checkpoint-99" / "trainer_state.json").write_text("{")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "model.safetensors").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+# Readers beside writers
+
+
+def test_a_reader_gets_one_state_while_a_writer_replaces_it(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    states = set()
+    for seed in (1, 2):
+        write_recommender(folder, seed)
+        states.add(tuple(read_recommender(folder)))
+    writer = os.fork()
+    if writer == 0:
+        with contextlib.suppress(OSError):
+            for turn in range(12):
+                write_recommender(folder, 1 + turn % 2)
+        os._exit(0)
+    found = set()
+    while os.waitpid(writer, os.WNOHANG) == (0, 0):
+        found.add(tuple(read_recommender(folder)))
+    assert found <= states
+
+
+def test_a_push_takes_one_state_of_a_folder_in_use(tmp_path: Path, hub: LocalHub) -> None:
+    folder = tmp_path / "folder"
+    sums = []
+    for seed in (1, 2):
+        write_checkpoint(folder, seed)
+        sums.append(weights(folder))
+    hub.create("me/used")
+
+    def replace(handler: Any) -> bool:
+        write_checkpoint(folder, 1)
+        return False
+
+    hub.fail("POST", "", replace)
+    upload_checkpoint(folder, "me/used")
+    assert weights(folder) == sums[0], "it was replaced while it was pushed"
+    for name, content in hub.files("me/used").items():
+        (tmp_path / "pushed").mkdir(exist_ok=True)
+        (tmp_path / "pushed" / name).write_bytes(content)
+    assert weights(tmp_path / "pushed") == sums[1]
+    assert not [name for name in names(folder) if name[0] == "."]
+
+
+def test_rows_of_runs_that_end_at_once_are_all_kept(tmp_path: Path) -> None:
+    children = []
+    for seed in range(4):
+        child = os.fork()
+        if child == 0:
+            for turn in range(3):
+                write_results(tmp_path, 10 * seed + turn + 1)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert read_rows(tmp_path) == 1 + 12
+
+
+LIES = ("fewer", "more", "twice", "turned", "nested", "numbers", "nan", "width", "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "index_format"),
+    # format 1 cannot tell ids in another order without the catalogue, with which they are compared
+    [(lie, version) for lie in LIES for version in (1, 2) if (lie, version) != ("turned", 1)],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, change: str, index_format: int) -> None:
+    from safetensors.torch import save_file
+
+    model = baseline(1)
+    model.save_pretrained(tmp_path)
+    found = index(model)
+    ids: Any = found.item_ids.tolist()
+    embeds = found.item_embeds.clone()
+    changes = {"fewer": ids[:-1], "more": [*ids, "x"], "twice": [ids[0], *ids[:-1]], "turned": ids[::-1]}
+    ids = {**changes, "nested": [ids], "numbers": list(range(12))}.get(change, ids)
+    if change == "nan":
+        embeds[3, 2] = float("nan")
+    embeds = embeds[:, :8].contiguous() if change == "width" else embeds
+    metadata = {"catalogue_hash": "", "encoder_hash": found.encoder_hash}
+    tensors = {"item_embeds": embeds}
+    if index_format == 1:
+        from transrec_hf.serving.index import encoder_hash
+
+        metadata["encoder_hash"] = encoder_hash(model, None, 1)
+        (tmp_path / "item_index.json").write_text(json.dumps(ids))
+    else:
+        found.save(tmp_path)
+        whole = load_file(tmp_path / "item_index.safetensors")
+        assert read_recommender(tmp_path)
+        tensors["item_ids"] = torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)
+        kept = {name: str(value) for name, value in _metadata(tmp_path).items()}
+        metadata = kept if change != "cut" else {**kept, "contents_hash": "0"}
+        assert whole.keys() == tensors.keys()
+    save_file(tensors, tmp_path / "item_index.safetensors", metadata)
+    if change == "cut":
+        path = tmp_path / "item_index.safetensors"
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises((DataError, OSError), match=r"item_index|item index|no item index|damaged or cut off"):
+        Recommender.from_pretrained(tmp_path)
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "item_index.safetensors", "pt") as file:
+        return file.metadata()

@@ -61,9 +61,10 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
     place = Path(folder).resolve()
     with ExitStack() as stack:
         if os.access(place, os.W_OK):  # files are linked there rather than copied
-            snapshot = stack.enter_context(partial_folder(place))
+            partial = stack.enter_context(partial_folder(place))
         else:
-            snapshot = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
+            partial = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
+        snapshot = partial / "snapshot"
         left = read_whole(place, lambda: _collect(place, snapshot))
         for name in HEADS:
             if name in left:
@@ -81,7 +82,7 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
 
 def _collect(folder: Path, snapshot: Path) -> dict[str, str]:
     """Put the files to push in a folder of their own; by the names of the others, why they are not pushed."""
-    shutil.rmtree(snapshot)
+    shutil.rmtree(snapshot, ignore_errors=True)  # what was collected while somebody wrote
     snapshot.mkdir()
     left = {}
     for root, folders, files in os.walk(folder):
