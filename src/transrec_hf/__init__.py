@@ -13,11 +13,27 @@ from .model.processing_transrec import TransRecProcessor
 
 
 if TYPE_CHECKING:
-    from .data.catalogue import Catalogue
-    from .data.interactions import Sequences, Split
+    from .data.catalogue import Catalogue, load_catalogue
+    from .data.interactions import (
+        Sequences,
+        Split,
+        k_core,
+        keep_items,
+        leave_one_out,
+        load_domain,
+        load_interactions,
+        temporal_split,
+    )
+    from .data.statistics import data_statistics
     from .errors import DataError, HubError
     from .evaluation.evaluator import RankingEvaluator
-    from .evaluation.protocol import EvaluationProtocol
+    from .evaluation.metrics import bootstrap_interval, paired_bootstrap
+    from .evaluation.metrics_evaluate import MRR, NDCG, HitRate
+    from .evaluation.protocol import PROTOCOLS, EvaluationProtocol
+    from .items.encoding import encode_catalogue
+    from .items.preparing import ItemSource
+    from .items.store import ActivationStore
+    from .publishing.dataset import push_dataset_to_hub
     from .serving.index import ItemIndex
     from .serving.recommender import Recommender
     from .training.arguments import TransRecTrainingArguments

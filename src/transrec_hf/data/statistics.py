@@ -40,19 +40,13 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
     parts = split.train, split.validation, split.test
     bounds = ([getattr(part, name) for part in parts] for name in ("starts", "ends", "user_ids"))
     shown = split.train._with_views(*map(np.concatenate, bounds))
-    present = np.stack([catalogue.has(name) for name in MODALITIES], axis=1)
-    several = present.sum(axis=1) > 1
-    only = {name: float((present[:, index] & ~several).mean()) for index, name in enumerate(MODALITIES)}
     return {
         "source": catalogue.source,
         "num_items": len(catalogue),
         "num_users": len(set(split.train.user_ids) | set(split.test.user_ids)),
         "num_interactions": int(shown._disjoint().lengths.sum()),
         "users_left_out": split.users_left_out,
-        "items_with": {
-            **{f"{name}_only": share for name, share in only.items() if name in ("text", "image") or share},
-            "both": float(several.mean()),
-        },
+        "items_with": modality_shares(catalogue),
         "train": {
             "sequences": len(split.train),
             "interactions": int(counts.sum()),
@@ -63,6 +57,15 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
         "cold_catalogue_share": float((counts == 0).mean()),
         "popularity": popularity_statistics(counts),
     }
+
+
+def modality_shares(catalogue: Catalogue) -> dict[str, float]:
+    """The share of items with one modality alone, `NAME_only`, and with several, `both`; all add up to 1."""
+    present = np.stack([catalogue.has(name) for name in MODALITIES], axis=1)
+    several = present.sum(axis=1) > 1
+    only = {name: float((present[:, index] & ~several).mean()) for index, name in enumerate(MODALITIES)}
+    shown = {f"{name}_only": share for name, share in only.items() if name in ("text", "image") or share}
+    return {**shown, "both": float(several.mean())}
 
 
 def length_statistics(lengths: np.ndarray) -> dict[str, float]:

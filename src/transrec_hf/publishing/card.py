@@ -42,7 +42,7 @@ from .checkpoint import (
     read_config,
     read_json,
 )
-from .markdown import Markdown, code, plain, render
+from .markdown import Markdown, code, plain, render, shares_in_words
 from .results import BOOTSTRAP, read_results
 
 
@@ -190,6 +190,7 @@ def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[st
         "arguments": _arguments(evaluation, files[TRAINING_ARGS_NAME]),
         "run": evaluation.get("run", {}),
         "results": evaluation.get("results"),
+        "shares_in_words": shares_in_words,
         "number": "{:,}".format,
         "percent": "{:.1%}".format,
         "score": "{:.4f}".format,

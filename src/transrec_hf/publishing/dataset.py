@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
-from ..data.statistics import length_statistics, popularity_statistics
+from ..data.statistics import length_statistics, modality_shares, popularity_statistics
 from ..errors import DataError, hub_errors
+from ..model.modalities_transrec import MODALITIES
 from .checkpoint import CARD_NAME
-from .markdown import render
+from .markdown import render, shares_in_words
 
 
 ITEMS_NAME, INTERACTIONS_NAME = "items.parquet", "interactions.parquet"
@@ -104,14 +105,14 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
             rows = range(start, min(start + ROWS, len(catalogue)))
             table = rows_as_arrow[rows.start : rows.stop]
             columns = {name: table[name] for name in table.column_names}
-            if "text" in columns:
-                columns["text"] = pc.if_else(pa.array(catalogue.has_text[start : rows.stop]), columns["text"], None)
-            if "image" in columns:
-                images = [
-                    {"bytes": catalogue.encoded_image(row), "path": None} if catalogue.has_image[row] else None
-                    for row in rows
-                ]
-                columns["image"] = pa.array(images, schema.field("image").type)
+            for name in catalogue.contents:
+                kind, shown = schema.field(name).type, catalogue.has(name)[rows.start : rows.stop]
+                if pa.types.is_struct(kind):  # contents that may lie in files of their own
+                    encoded = (catalogue.encoded(name, row) for row in rows)
+                    contents = [None if content is None else {"bytes": content, "path": None} for content in encoded]
+                    columns[name] = pa.array(contents, kind)
+                else:
+                    columns[name] = pc.if_else(pa.array(shown), columns[name], pa.scalar(None, columns[name].type))
             writer.write_table(pa.table(columns).cast(schema))
 
 
@@ -130,7 +131,7 @@ def dataset_card(catalogue: Catalogue, sequences: Sequences, repo_id: str, **met
     """The card of a data set: its two tables, its statistics, how to read it, and what to check before using it."""
     counts = sequences.item_counts(len(catalogue))
     total = int(sequences.lengths.sum())
-    modalities = [name for name, has in (("text", catalogue.has_text), ("image", catalogue.has_image)) if has.any()]
+    modalities = [name for name in MODALITIES if catalogue.has(name).any()]
     card_data = DatasetCardData(
         **metadata,
         pretty_name=repo_id.split("/")[-1],
@@ -145,13 +146,11 @@ def dataset_card(catalogue: Catalogue, sequences: Sequences, repo_id: str, **met
         "repo_id": repo_id,
         "title": repo_id.split("/")[-1],
         "modalities": modalities,
-        "columns": [name for name in catalogue.items.column_names if name not in ("item_id", "text", "image")],
+        "columns": [name for name in catalogue.items.column_names if name not in ("item_id", *MODALITIES)],
         "num_items": len(catalogue),
         "num_users": len(sequences),
         "num_interactions": total,
-        "text_only": float((catalogue.has_text & ~catalogue.has_image).mean()),
-        "image_only": float((catalogue.has_image & ~catalogue.has_text).mean()),
-        "both": float((catalogue.has_text & catalogue.has_image).mean()),
+        "shares": shares_in_words(modality_shares(catalogue)),
         "lengths": length_statistics(sequences.lengths),
         "popularity": popularity_statistics(counts),
         "unused": float((counts == 0).mean()),

@@ -44,6 +44,14 @@ def quoted(value: Any) -> Markdown:
     return Markdown('"' + re.sub(r'["\\`]', "", _line(value)) + '"')
 
 
+def shares_in_words(shares: Mapping[str, float]) -> str:
+    """What [`modality_shares`] found, as a card says it."""
+    names = {"image": "an image", "features": "a vector"}
+    kinds = {name.removesuffix("_only"): share for name, share in shares.items() if name != "both"}
+    parts = [f"{share:.1%} with {names.get(name, name)} only" for name, share in kinds.items()]
+    return ", ".join([*parts, f"{shares['both']:.1%} with {'both' if len(kinds) == 2 else 'several'}"])
+
+
 def render(card_class: type[RepoCard], template: str, data: CardData, values: Mapping[str, Any]) -> Any:
     """A card from one of our templates, in which every value that is not [`Markdown`] is made [`plain`]."""
     environment = jinja2.Environment(

@@ -380,8 +380,8 @@ class TransRecTrainer(WholeCheckpoints):
             `dict`: see [`RankingEvaluator.evaluate`].
         """
         self.fill_store()
-        evaluator = self.ranking_evaluator(self.split.test if sequences is None else sequences, baselines, max_users)
-        evaluator.content_vectors = content_vectors
+        targets = self.split.test if sequences is None else sequences
+        evaluator = self.ranking_evaluator(targets, baselines, max_users, content_vectors)
         model = self.accelerator.unwrap_model(self.model)
         broadcast(list(model.buffers()))  # averages of batch norms, of which those of the first process are saved
         with self.autocast_smart_context_manager(), whole_weights(model):
@@ -400,7 +400,11 @@ class TransRecTrainer(WholeCheckpoints):
         return report
 
     def ranking_evaluator(
-        self, sequences: Sequences, baselines: bool = False, max_users: int | None = None
+        self,
+        sequences: Sequences,
+        baselines: bool = False,
+        max_users: int | None = None,
+        content_vectors: torch.Tensor | None = None,
     ) -> RankingEvaluator:
         """The evaluator of this run's protocol for the given sequences, e.g. `split.test`."""
         return RankingEvaluator(
@@ -409,6 +413,7 @@ class TransRecTrainer(WholeCheckpoints):
             protocol=self.protocol,
             train=self.split.train if baselines else None,
             train_counts=self.train_counts,
+            content_vectors=content_vectors,
             max_users=max_users,
             seed=self.args.seed,
             batch_size=self.args.per_device_eval_batch_size,
