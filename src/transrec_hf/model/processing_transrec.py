@@ -22,6 +22,9 @@ MAX_IMAGE_PIXELS = 64_000_000
 MAX_ASPECT = 100
 """Largest ratio of the sides: a processor that resizes the shorter one would make a thin image enormous."""
 LARGE = 4_000_000  # pixels; images of several times as many are shrunk, lest a batch of them fills the memory
+MAX_CHARACTERS = 2**16
+"""Of a text, that are read in any case."""
+CHARACTERS_AT_A_TIME = 2**22
 
 
 class UnusableImage(ValueError):
@@ -208,8 +211,17 @@ class TransRecProcessor(ProcessorMixin):
         return {"features": vectors}
 
     def tokenize(self, texts: Sequence[str], **kwargs: Any) -> list[list[int]]:
-        """Token ids of each text, cut after `max_text_length` tokens."""
-        return self.tokenizer(list(texts), truncation=True, max_length=self.max_text_length, **kwargs)["input_ids"]
+        """
+        Token ids of each text, cut after `max_text_length` tokens. A tokenizer reads all of what it cuts, so a text is
+        cut before as well, far beyond what the tokens need.
+        """
+        limit = max(MAX_CHARACTERS, 256 * self.max_text_length)
+        keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        texts = [text[-limit:] if keeps_end else text[:limit] for text in texts]
+        if len(texts) > 1 and sum(map(len, texts)) > CHARACTERS_AT_A_TIME:
+            half = len(texts) // 2
+            return self.tokenize(texts[:half], **kwargs) + self.tokenize(texts[half:], **kwargs)
+        return self.tokenizer(texts, truncation=True, max_length=self.max_text_length, **kwargs)["input_ids"]
 
     def pad(self, token_ids: Sequence[Any]) -> dict[str, torch.Tensor]:
         """

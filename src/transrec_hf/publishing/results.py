@@ -29,7 +29,7 @@ RESULT_COLUMNS = (
 )
 
 
-SECRET = re.compile(r"token$|secret|passw|api_?key|credential", re.IGNORECASE)
+SECRET = re.compile(r"token$|secret|passw|api[-_]?key|credential", re.IGNORECASE)
 HIDDEN = "***"
 
 
