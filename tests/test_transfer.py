@@ -222,10 +222,11 @@ def test_the_start_that_validation_prefers_wins(tmp_path):
     with torch.no_grad():
         model.content_prior.output.weight.mul_(100)  # a source that does harm
     options = {"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1, "learning_rate": 1e-6}
-    values = choose_start(model, lambda folder: make_trainer(folder, model=model, **options))
+    start = choose_start(model, lambda folder: make_trainer(folder, model=model, **options))
+    values, best = start.values, start.init
     assert set(values) == set(AUTO_INITS)
-    best = next(iter(values))
     assert values[best] == max(values.values()) and best != "all"
+    assert start.standardized == ["text", "image"] and f"On validation {best} {values[best]:.4f}, " in str(start)
     expected = trained(tmp_path)
     start_from(expected, best)
     assert_same_weights(model, expected)

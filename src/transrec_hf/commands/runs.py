@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import json
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..errors import DataError, bad_input
-from ..files import written_whole
+from ..files import write_json, written_whole
 from ..items.encoding import content_vectors
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -31,12 +33,15 @@ from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
 from ..training.planning import Plan, plan_run
 from ..training.trainer import TransRecTrainer, last_complete_checkpoint
+from ..training.transfer import INITS, Start, check_init, choose_start, start_from
 from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
 from .parsing import parse_arguments
 from .reporting import format_plan, format_report, plot_learning_curve
 
 
 logger = logging.get_logger(__name__)
+
+START_NAME = "start.json"
 
 
 @dataclass
@@ -46,6 +51,23 @@ class RunArguments(TransRecTrainingArguments):
     _argument_group_name = "training"
     resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
     results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
+
+
+@dataclass
+class FinetuneArguments(RunArguments):
+    """[`RunArguments`], and what of the checkpoint is kept."""
+
+    init: str = option(
+        "auto",
+        "What of the checkpoint the run starts from: auto tries several starts, and validation chooses.",
+        choices=("auto", *INITS),
+    )
+    init_epochs: float = option(1, "Epochs of the short run from each start that auto tries.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_epochs <= 0:
+            raise ValueError(f"init_epochs must be above 0, got {self.init_epochs}")
 
 
 @dataclass
@@ -93,10 +115,13 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec finetune runs/my_source --data my_target --user_fraction 0.1
         transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
 
-    Options and results are those of `transrec pretrain`, which also trains the same model from scratch on the target,
-    to compare with.
+    A checkpoint cannot do harm: short runs from the whole of it, from parts of it and from nothing but its towers
+    compete, and the one that is best on validation goes on. The report says which, and by how much; --init decides
+    without them. --hybrid adds a vector for each item of the target, which starts at zero.
+
+    Options and results are those of `transrec pretrain` otherwise.
     """
-    options = _parse(RunArguments, argv, finetune, positional="from_checkpoint", output_dir="runs/finetune")
+    options = _parse(FinetuneArguments, argv, finetune, positional="from_checkpoint", output_dir="runs/finetune")
     if not options[0].from_checkpoint:
         raise DataError("nothing to fine-tune: give the folder or Hub id of a TransRec model first")
     return run_training(*options)
@@ -178,6 +203,43 @@ def prepare_run(
     return catalogue, split, model, processor
 
 
+def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
+    """
+    Leave the model of a run at the start that its options ask for. A run that is resumed has had its start, which its
+    folder tells.
+    """
+    file = Path(args.output_dir) / START_NAME
+    if file.exists() and (args.resume or args.resume_from_checkpoint):
+        return Start(**json.loads(file.read_text(encoding="utf-8")))
+
+    def short_run(folder: str) -> TransRecTrainer:
+        short = copy.copy(args)
+        short.output_dir, short.num_train_epochs, short.max_steps = folder, args.init_epochs, -1
+        short.eval_strategy, short.save_strategy = IntervalStrategy.EPOCH, SaveStrategy.NO
+        short.eval_on_start, short.load_best_model_at_end, short.early_stopping_patience = True, False, None
+        short.report_to, short.push_to_hub = [], False
+        tried = TransRecTrainer(
+            trainer.model,
+            short,
+            catalogue=trainer.catalogue,
+            split=trainer.split,
+            processing_class=trainer.processing_class,
+            protocol=trainer.protocol,
+        )
+        tried.store, tried.source = trainer.store, trainer.source  # neither read nor encoded again
+        return tried
+
+    if args.init == "auto":
+        start = choose_start(trainer.model, short_run, seed=args.seed)
+        set_seed(args.seed)
+    else:
+        start = start_from(trainer.model, args.init, args.seed)
+    logger.info("Starting from %s", start)
+    if args.should_save:
+        write_json(file, dataclasses.asdict(start))
+    return start
+
+
 def run_training(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -202,6 +264,8 @@ def run_training(
         catalogue, split, model, processor = prepare_run(model_args, data_args, split_args, args.seed)
     try:
         with bad_input("bad options"):
+            if isinstance(args, FinetuneArguments) and args.init != "auto":
+                check_init(model, args.init)
             trainer = TransRecTrainer(
                 model, args, catalogue=catalogue, split=split, processing_class=processor, protocol=split_args.protocol
             )
@@ -210,6 +274,7 @@ def run_training(
         with suppress(OSError):
             Path(args.output_dir).rmdir()  # which `Trainer` has made, if it is empty
         raise
+    start = find_start(trainer, args) if isinstance(args, FinetuneArguments) else None
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("Training %s of %s parameters", f"{trainable:,}", f"{model.num_parameters():,}")
 
@@ -231,6 +296,8 @@ def run_training(
             accelerator=trainer.accelerator,
         )
     report = trainer.report(content_vectors=vectors)
+    if start is not None:
+        report["start"] = dataclasses.asdict(start)
     trainer.create_model_card()
     if args.should_save:
         with written_whole(args.output_dir) as folder:
@@ -241,6 +308,8 @@ def run_training(
             if args.results_csv:
                 record_results(args.results_csv, args, data_args, split_args, report, trainer)
         print(f"\nTest targets of {data_args.name}\n\n{format_report(report)}\n")
+        if start is not None:
+            print(f"Started from {start}\n")
         logger.info("The model and its report are in %s", args.output_dir)
     return report
 

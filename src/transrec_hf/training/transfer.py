@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,14 +36,25 @@ class Start:
     Args:
         init (`str`): One of `INITS`.
         loaded, new (`list[str]`): The parts of the model that are the checkpoint's, and those that are new.
+        standardized (`list[str]`): The modalities whose item vectors are standardised on the catalogue at hand.
+        values (`dict[str, float]`): By start, the best validation metric of its short run, if it was chosen by them.
     """
 
     init: str
     loaded: list[str]
     new: list[str]
+    standardized: list[str] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.init}: from the checkpoint {', '.join(self.loaded)}; new {', '.join(self.new) or 'nothing'}"
+        parts = {"from the checkpoint": self.loaded, "new": self.new, "standardised here": self.standardized}
+        said = "; ".join(f"{what} {', '.join(names) or 'nothing'}" for what, names in parts.items())
+        best = self.values.get(self.init, 0.0)
+        others = [
+            f"{init} {value:.4f} ({value - best:+.4f})" for init, value in self.values.items() if init != self.init
+        ]
+        compared = f". On validation {self.init} {best:.4f}, {', '.join(others)}" if others else ""
+        return f"{self.init}: {said}{compared}"
 
 
 def is_kept(name: str, init: str) -> bool:
@@ -59,6 +70,13 @@ def is_kept(name: str, init: str) -> bool:
     return init in MODALITIES and name.startswith(f"item_encoder.{MODALITIES[init].projection}.")
 
 
+def check_init(model: TransRecModel, init: str) -> None:
+    """Raises `ValueError` if `init` is none of `INITS`, or a modality that the model does not read."""
+    if init not in INITS or (init in MODALITIES and init not in model.config.modalities):
+        known = [name for name in INITS if name not in MODALITIES or name in model.config.modalities]
+        raise ValueError(f"init is {init!r}, but must be one of {', '.join(map(repr, known))}")
+
+
 @torch.no_grad()
 def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     """
@@ -72,9 +90,7 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     Raises:
         `ValueError`: If `init` is none of `INITS`, or a modality that the model does not read.
     """
-    if init not in INITS or (init in MODALITIES and init not in model.config.modalities):
-        known = [name for name in INITS if name not in MODALITIES or name in model.config.modalities]
-        raise ValueError(f"init is {init!r}, but must be one of {', '.join(map(repr, known))}")
+    check_init(model, init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
@@ -88,7 +104,11 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
             parameter.copy_(fresh[name])
         if init == "half" and not is_kept(name, "none"):
             parameter.lerp_(fresh[name].to(parameter), 0.5)
-    return Start(init, sorted(loaded), sorted(new - loaded))
+    whitened = model.config.item_map == "whitened"
+    standardized = [
+        name for name in model.config.modalities if whitened or f"item_encoder.{MODALITIES[name].projection}" in new
+    ]
+    return Start(init, sorted(loaded), sorted(new - loaded), standardized)
 
 
 def choose_start(
@@ -96,7 +116,7 @@ def choose_start(
     make_trainer: Callable[[str], TransRecTrainer],
     inits: Sequence[str] = AUTO_INITS,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Start:
     """
     A guard against negative transfer: train from each start for a short while, and leave the model at the start that
     the validation targets prefer. What a start is worth before any training counts too.
@@ -108,7 +128,7 @@ def choose_start(
         seed (`int`, *optional*, defaults to 0): Of new weights.
 
     Returns:
-        `dict[str, float]`: By start, the best validation metric of its short run; the best start comes first.
+        [`Start`]: The best one, with the best validation metric of each in `values`.
     """
     checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
     values: dict[str, float] = {}
@@ -119,11 +139,10 @@ def choose_start(
             trainer = make_trainer(folder)
             trainer.train()
             values[init] = best_value(trainer)
-        logger.info("Starting from %s: %.4f", start, values[init])
+        logger.info("Short run from %s: %.4f", start, values[init])
     model.load_state_dict(checkpoint)
     best = max(values, key=values.__getitem__)
-    start_from(model, best, seed)
-    return {best: values.pop(best), **values}
+    return replace(start_from(model, best, seed), values=values)
 
 
 def best_value(trainer: TransRecTrainer) -> float:
@@ -132,4 +151,4 @@ def best_value(trainer: TransRecTrainer) -> float:
     return max(entry[metric] for entry in trainer.state.log_history if metric in entry)
 
 
-__all__ = ["AUTO_INITS", "INITS", "Start", "choose_start", "start_from"]
+__all__ = ["AUTO_INITS", "INITS", "Start", "check_init", "choose_start", "start_from"]
