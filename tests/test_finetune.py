@@ -1,0 +1,69 @@
+"""`transrec finetune`: what it starts from, said and kept, and ID vectors beside content."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+from transrec_hf import DataError
+from transrec_hf.commands.runs import finetune, pretrain
+from transrec_hf.data import demo
+from transrec_hf.publishing.checkpoint import load_checkpoint
+
+
+QUICK = (
+    *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
+    *("--trainable_blocks", "0", "--activation_store", "store"),
+)
+DESIGN = ("--item_map", "whitened", "--similarity", "cosine", "--content_prior", "True", "--popularity_prior", "True")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+    """An empty folder with a source model of a demo world of a few dozen items and users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
+        patch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
+        patch.chdir(tmp_path_factory.mktemp("finetune"))
+        pretrain(["--data", "demo:source", "--output_dir", "source", *DESIGN, *QUICK])
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def test_validation_chooses_the_start(capsys):
+    report = finetune(["source", "--data", "demo:target", "--hybrid", "--output_dir", "auto", *QUICK])
+    start = report["start"]
+    assert set(start["values"]) == {"none", "half", "user_encoder", "item_encoder", "all"}
+    assert start["values"][start["init"]] == max(start["values"].values())
+    assert start["standardized"] == ["text", "image"]
+    printed = capsys.readouterr().out
+    assert f"Started from {start['init']}: from the checkpoint" in printed and "On validation" in printed
+    assert json.loads(open("auto/report.json").read())["start"] == start
+    model, _ = load_checkpoint("auto")
+    assert model.config.num_items == 40
+    resumed = finetune(["source", "--data", "demo:target", "--hybrid", "--output_dir", "auto", "--resume", *QUICK])
+    assert resumed["start"] == start
+
+
+def test_a_start_can_be_asked_for():
+    report = finetune(["source", "--data", "demo:target", "--init", "user_encoder", "--output_dir", "asked", *QUICK])
+    assert report["start"]["init"] == "user_encoder" and report["start"]["values"] == {}
+    assert "user_encoder" in report["start"]["loaded"] and "item_encoder.text_projection" in report["start"]["new"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--init", "some"), "invalid choice: 'some'"),
+        (("--init", "features"), "init is 'features', but must be one of 'all', 'half'"),
+        (("--init_epochs", "0"), "init_epochs must be above 0"),
+    ],
+)
+def test_bad_starts_are_refused_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        finetune(["source", "--data", "demo:target", "--output_dir", str(tmp_path / "bad"), *options, *QUICK])
+    assert not (tmp_path / "bad").exists()
