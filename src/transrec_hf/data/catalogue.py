@@ -265,10 +265,11 @@ class Catalogue:
             digest.update(part or b"")
 
         hashed = [name for name in MODALITIES if name in self.contents or name in ALWAYS_HASHED]
+        shown = [(name, self.has(name)) for name in hashed]
         for row, item_id in enumerate(self.item_ids):
             add(item_id.encode())
-            for name in hashed:
-                add(self.encoded(name, row))
+            for name, has in shown:
+                add(self._content(name, row, encoded=True) if has[row] else None)
         return digest.hexdigest()
 
 
