@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pyarrow as pa
 import pytest
-from testing_utils import make_image_processor
+from testing_utils import make_catalogue, make_config, make_image_processor, make_trainer
 
 from transrec_hf import TransRecProcessor
 from transrec_hf.data.catalogue import Catalogue, load_catalogue
@@ -258,3 +258,15 @@ def test_images_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue.contents["image"], "defects", lambda full: pytest.fail("decoded again"))
     catalogue.check_images()
     catalogue.select([1]).check_images()
+
+
+def test_a_truncated_image_ends_a_training_before_it_begins(tmp_path: Path) -> None:
+    catalogue = make_catalogue(kinds=("image",))
+    images = [{"bytes": catalogue.encoded("image", row), "path": None} for row in range(12)]
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    images[7]["bytes"] = encoded(PIL.Image.fromarray(noise), "JPEG")[:-200]
+    cut = Catalogue(datasets.Dataset.from_dict({"item_id": catalogue.item_ids.tolist(), "image": images}))
+    trainer = make_trainer(tmp_path / "run", make_config("image"), catalogue=cut)
+    with pytest.raises(DataError, match=r"row 8 \(item_id '.*': truncated or damaged"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -361,10 +361,26 @@ def test_missing_cells_of_frames() -> None:
         load_catalogue(frame)
 
 
-@pytest.mark.parametrize("source", [5, None, b"items.csv", object(), [1, 2], {}, [], np.zeros(3), {"item_id": 5}])
+@pytest.mark.parametrize("source", [5, None, b"x", object(), [1], {}, [], np.zeros(3), {"item_id": 5}, pd.Series([1])])
 def test_what_is_no_table(source: Any) -> None:
-    with pytest.raises(DataError, match=r"items: (cannot read a|columns of different)"):
+    with pytest.raises(DataError, match=r"items: (cannot (read a|be read)|columns of different)"):
         load_catalogue(source)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "a/b/c", "https://example.org/items.csv", "no-such-folder"])
+def test_places_that_are_not_there(path: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        load_catalogue(path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_two_columns_of_one_name(quote: str, tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(f"item_id,text,x,x\na,{quote}b{quote},1,2\n")
+    frame = pd.DataFrame([["a", "b", 1, 2]], columns=["item_id", "text", "x", "x"])
+    for source in (tmp_path, frame, pa.table([["a"], ["b"], [1], [2]], ["item_id", "text", "x", "x"])):
+        with pytest.raises(DataError, match="column 'x' occurs twice"):
+            load_catalogue(source)
 
 
 def test_columns_of_different_lengths_and_types() -> None:

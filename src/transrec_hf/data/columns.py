@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
@@ -53,9 +54,7 @@ FLOAT_IDS = "Ids have become floats: convert the column before writing it, in pa
 
 def check_columns(found: Sequence[str], source: str, required: Sequence[str], any_of: Sequence[str] = ()) -> None:
     """Refuse a table without the `required` columns, or with none of `any_of`; suggest what is nearly named so."""
-    twice = sorted({name for name in found if found.count(name) > 1} & set(NEEDED))
-    if twice:
-        raise DataError(f"{source}: column {twice[0]!r} occurs twice. Keep one of them.")
+    check_names(found, source)
     missing = [name for name in required if name not in found]
     if any_of and not any(name in found for name in any_of):
         missing.append(" or ".join(any_of))
@@ -64,6 +63,13 @@ def check_columns(found: Sequence[str], source: str, required: Sequence[str], an
         shown = [shortened(name, 40) for name in found[:20]]
         more = f" and {len(found) - 20} more" if len(found) > 20 else ""
         raise DataError(f"{source}: missing column {', '.join(missing)}; found {shown}{more}. Mend: {mend}.")
+
+
+def check_names(found: Sequence[str], source: str) -> None:
+    """Refuse two columns of one name."""
+    if len(set(found)) < len(found):
+        twice = next(name for name, count in Counter(found).items() if count > 1)
+        raise DataError(f"{source}: column {shortened(twice)!r} occurs twice. Keep one of them.")
 
 
 def warn_of_near_misses(found: Sequence[str], source: str) -> None:

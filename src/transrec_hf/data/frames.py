@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DataError, one_line, shortened
-from .columns import NEEDED, plain
+from .columns import NEEDED, check_names, plain
 
 
 DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
@@ -22,7 +22,8 @@ def as_table(source: Any, name: str) -> pa.Table:
     elif isinstance(source, pa.Table):
         return plain_table(source)
     elif hasattr(source, "iloc") and hasattr(source, "columns"):  # pandas: column by column, for some may be mixed
-        columns = {str(column): source.iloc[:, place] for place, column in enumerate(source.columns)}
+        check_names(names := [str(column) for column in source.columns], name)
+        columns = {column: source.iloc[:, place] for place, column in enumerate(names)}
     elif hasattr(source, "__arrow_c_stream__"):  # Polars, DuckDB, ...
         return plain_table(pa.table(source))
     elif isinstance(source, Mapping):

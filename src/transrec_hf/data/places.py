@@ -75,18 +75,20 @@ def open_source(source: Any, table: str, revision: str | None, split: str | None
     if isinstance(source, datasets.Dataset):
         return Place(source, table, _folder_of_hub(_repository_of(source)))
     if not isinstance(source, (str, os.PathLike)):
-        return Place(as_table(source, table), table)
-    path = Path(source)
-    if path.is_dir():
+        with bad_table(table):
+            return Place(as_table(source, table), table)
+    path = Path(os.fspath(source))
+    if os.path.isdir(path):
         found = _find_table(path, table)
         return Place(found, printable(found), str(found.parent))
-    if path.is_file():
+    if os.path.isfile(path):
         return Place(path, printable(path), str(path.parent))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES and not path.exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in SUFFIXES:
         name = f"{source} ({table})"
         splits = _load_hub(str(source), table, revision)
         return Place(_choose_split(splits, name, table, split), name, _folder_of_hub(str(source)))
-    raise DataError(f"{printable(path)}: no such file or folder. Check the path (now in {printable(os.getcwd())}).")
+    here = printable(os.getcwd())
+    raise DataError(f"{shortened(printable(path), 300)}: no such file or folder. Check the path (now in {here}).")
 
 
 def _choose_split(
