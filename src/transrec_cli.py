@@ -26,6 +26,7 @@ VERBS = {
     "plan": ("runs", "Predict what a training run takes on this machine."),
     "pretrain": ("runs", "Train a new model on one platform."),
     "finetune": ("runs", "Go on training a model on another platform."),
+    "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
     "recommend": ("recommend", "Recommend items to users."),
     "env": ("env", "Print the versions and the machine, for reports of errors."),
@@ -96,7 +97,9 @@ def add_verb(name: str, room: str, line: str) -> None:
         logging.basicConfig(format="%(message)s")
         is_first = os.environ.get("RANK", "0") == "0"
         logging.getLogger("transrec_hf").setLevel(logging.INFO if is_first else logging.ERROR)
-        verb: Callable[[list[str]], Any] = getattr(importlib.import_module(f"transrec_hf.commands.{room}"), name)
+        verb: Callable[[list[str]], Any] = getattr(
+            importlib.import_module(f"transrec_hf.commands.{room}"), name.replace("-", "_")
+        )
         verb(context.args)
 
 

@@ -10,7 +10,7 @@ import torch
 from testing_utils import make_catalogue, make_config, make_processor, make_split, make_trainer
 
 from transrec_hf import DataError, ItemSource, Recommender, TransRecModel, encode_catalogue
-from transrec_hf.commands.options import load_for
+from transrec_hf.commands.options import fit_to
 from transrec_hf.items import meeting
 from transrec_hf.items.encoding import standardize_projections
 from transrec_hf.items.meeting import (
@@ -71,7 +71,8 @@ def test_only_models_that_need_them_keep_item_statistics(hybrid, baseline, tmp_p
 def test_items_are_matched_by_id(hybrid):
     before = vectors_of(load_checkpoint(str(hybrid))[0])
     grown = make_catalogue(ITEMS + 3).select(np.array([13, *range(ITEMS)[::-1], 12, 14]))
-    model, _, known = load_for(grown, str(hybrid))
+    model, _ = load_checkpoint(str(hybrid))
+    known = fit_to(grown, model, str(hybrid))
     after = vectors_of(model)
     assert torch.equal(after[1 : ITEMS + 1], before.flip(0)) and before.abs().sum() > 0
     assert after[[0, -2, -1]].eq(0).all() and model.config.num_items == ITEMS + 3
@@ -103,11 +104,12 @@ def test_another_platform_has_no_id_vectors(hybrid):
 
 
 def test_an_id_baseline_meets_its_items_in_any_order_and_no_others(baseline):
-    before = vectors_of(load_checkpoint(str(baseline))[0])
-    some = make_catalogue(ITEMS).select(np.array([4, 2, 0]))
-    assert torch.equal(vectors_of(load_for(some, str(baseline))[0]), before[[4, 2, 0]])
+    model, _ = load_checkpoint(str(baseline))
+    before = vectors_of(model)
+    fit_to(make_catalogue(ITEMS).select(np.array([4, 2, 0])), model, str(baseline))
+    assert torch.equal(vectors_of(model), before[[4, 2, 0]])
     with pytest.raises(DataError, match=r"2 of 14 items are new to this ID baseline \(item-12, item-13\)"):
-        load_for(make_catalogue(ITEMS + 2), str(baseline))
+        fit_to(make_catalogue(ITEMS + 2), load_checkpoint(str(baseline))[0], str(baseline))
 
 
 def test_id_vectors_on_top_of_a_content_model_are_zero(tmp_path):

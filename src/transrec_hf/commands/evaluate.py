@@ -11,9 +11,10 @@ from typing import Any, Literal
 from ..errors import DataError, bad_input
 from ..files import write_json
 from ..items.encoding import content_vectors
+from ..publishing.checkpoint import load_checkpoint
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
-from .options import DataArguments, SplitArguments, load_for, option
+from .options import DataArguments, SplitArguments, fit_to, option
 from .parsing import parse_arguments
 from .reporting import format_report
 
@@ -55,8 +56,9 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data_args, split_args, args = parse_arguments(kinds, argv, evaluate, positional="checkpoint")
     if not args.checkpoint:
         raise DataError("nothing to evaluate: give the folder or Hub id of a TransRec model first")
+    model, processor = load_checkpoint(args.checkpoint)
     catalogue, sequences = data_args.load()
-    model, processor, known = load_for(catalogue, args.checkpoint)
+    known = fit_to(catalogue, model, args.checkpoint)
     with tempfile.TemporaryDirectory() as scratch, bad_input("bad options"):
         split = split_args.apply(sequences, model.config.max_position_embeddings)
         trainer = TransRecTrainer(

@@ -57,24 +57,21 @@ ConfigArguments = make_dataclass(
 )
 
 
-def load_for(
-    catalogue: Catalogue, checkpoint: str, **overrides: Any
-) -> tuple[TransRecModel, TransRecProcessor | None, ItemStatistics | None]:
+def fit_to(catalogue: Catalogue, model: TransRecModel, checkpoint: str) -> ItemStatistics | None:
     """
-    As [`load_checkpoint`], and what the checkpoint knows of single items is matched to those of a catalogue by id.
+    Match what a checkpoint knows of single items to those of a catalogue, by id; see [`match_items`].
 
     Returns:
-        The model, its processor, and the [`ItemStatistics`] of the catalogue if the model needs any and has them.
+        [`ItemStatistics`]: Of the catalogue, if the model needs any and the checkpoint has them.
 
     Raises:
-        [`DataError`]: If the checkpoint is none, or cannot represent every item of the catalogue.
+        [`DataError`]: If the model cannot represent every item of the catalogue.
     """
-    model, processor = load_checkpoint(checkpoint, **overrides)
     known = None
     if needs_item_statistics(model):
         known = match_items(model, catalogue, ItemStatistics.from_pretrained(checkpoint))
     check_fits(model, catalogue)
-    return model, processor, known
+    return known
 
 
 @dataclass
@@ -118,7 +115,8 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         """
         changes = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
         if self.from_checkpoint:
-            model, processor, _ = load_for(catalogue, self.from_checkpoint, **changes)
+            model, processor = load_checkpoint(self.from_checkpoint, **changes)
+            fit_to(catalogue, model, self.from_checkpoint)
             if self.hybrid and model.config.num_items is None:
                 with bad_input("model configuration"):
                     set_item_vectors(model, torch.zeros(len(catalogue), model.config.hidden_size))

@@ -21,7 +21,7 @@ from ..items.preparing import ItemSource
 from ..publishing.checkpoint import load_checkpoint
 from ..serving.index import ItemIndex
 from ..serving.recommender import Recommendation, Recommender
-from .options import DataArguments, load_for, option
+from .options import DataArguments, fit_to, option
 from .parsing import parse_arguments
 from .reporting import format_table
 from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
@@ -87,16 +87,13 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     )
     if not args.checkpoint:
         raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
+    model, processor = load_checkpoint(args.checkpoint)
     catalogue = sequences = None
     if (data_args.items or data_args.data) and not (args.history or args.histories):
         catalogue, sequences = data_args.load()
     elif data_args.items or data_args.data:
         catalogue = data_args.load_items()
-    known = None
-    if catalogue is None:
-        model, processor = load_checkpoint(args.checkpoint)
-    else:
-        model, processor, known = load_for(catalogue, args.checkpoint)
+    known = None if catalogue is None else fit_to(catalogue, model, args.checkpoint)
     index = None
     if args.index is None or Path(args.index).is_dir():
         index = ItemIndex.from_pretrained(args.index or args.checkpoint)

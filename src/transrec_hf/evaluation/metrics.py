@@ -178,7 +178,8 @@ def bootstrap_interval(
     values closer than 1/1000 of their range count as one, their mean. So a million users cost no more than a thousand.
 
     Args:
-        values (`torch.Tensor` of shape `(num_users,)`): A metric's value of each user (`metric_values`).
+        values (`torch.Tensor` of shape `(num_users,)` or `(num_seeds, num_users)`): A metric's value of each user
+            (`metric_values`); of several runs with other seeds, seeds are resampled as well as users.
         confidence (`float`, defaults to 0.95): Share of the resampled means inside the interval.
         num_resamples (`int`, defaults to 1000): Number of resamples.
         seed (`int`, defaults to 0): Seed of the resampling.
@@ -195,28 +196,40 @@ def bootstrap_interval(
 
     ```
     """
-    array = values.double().cpu().numpy()
-    spread = np.ptp(array)
-    bins = ((array - array.min()) / (spread or 1) * 1000).astype(np.int64)
-    counts = np.bincount(bins)
-    sums = np.bincount(bins, weights=array)[counts > 0]
-    counts = counts[counts > 0]
-    draws = np.random.default_rng(seed).multinomial(len(array), counts / len(array), size=num_resamples)
-    means = draws @ (sums / counts) / len(array)
+    array, rng = values.double().cpu().numpy(), np.random.default_rng(seed)
+    if array.ndim == 1 or len(array) == 1:
+        means = _resampled_means(array.ravel(), num_resamples, rng)
+    else:
+        drawn = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=num_resamples)
+        mixes, sizes = np.unique(drawn, axis=0, return_counts=True)  # of a few seeds there are few draws
+        means = np.concatenate(
+            [_resampled_means(mix @ array / len(array), size, rng) for mix, size in zip(mixes, sizes, strict=True)]
+        )
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of users drawn with replacement, `(num_resamples,)`."""
+    bins = ((values - values.min()) / (np.ptp(values) or 1) * 1000).astype(np.int64)
+    counts = np.bincount(bins)
+    sums = np.bincount(bins, weights=values)[counts > 0]
+    counts = counts[counts > 0]
+    draws = rng.multinomial(len(values), counts / len(values), size=num_resamples)
+    return draws @ (sums / counts) / len(values)
 
 
 def paired_bootstrap(
     ranks: torch.Tensor, other_ranks: torch.Tensor, metric: str = "ndcg@10", **bootstrap_kwargs: Any
 ) -> dict[str, float]:
     """
-    Difference of two models on the same users, with its bootstrap interval: the users are resampled, not the models.
+    Difference of two models on the same users, with its bootstrap interval: users are resampled and, of several runs
+    of each model, seeds.
 
     Args:
-        ranks (`torch.Tensor` of shape `(num_users,)`): Ranks of the targets under the one model.
-        other_ranks (`torch.Tensor` of shape `(num_users,)`): Ranks of the same targets, in the same order, under the
-            other.
+        ranks (`torch.Tensor` of shape `(num_users,)` or `(num_seeds, num_users)`): Ranks of the targets under the one
+            model.
+        other_ranks (`torch.Tensor` of the same shape): Ranks of the same targets, in the same order, under the other.
         metric (`str`, defaults to `"ndcg@10"`): Name of the metric.
         bootstrap_kwargs: Passed on to [`bootstrap_interval`].
 
@@ -227,7 +240,7 @@ def paired_bootstrap(
     Raises:
         ValueError: If the two are of different lengths, or the metric is unknown.
     """
-    if len(ranks) != len(other_ranks):
+    if ranks.shape != other_ranks.shape:
         raise ValueError(f"paired ranks must be of the same users, but there are {len(ranks)} and {len(other_ranks)}")
     differences = metric_values(ranks, metric) - metric_values(other_ranks.to(ranks.device), metric)
     low, high = bootstrap_interval(differences, **bootstrap_kwargs)

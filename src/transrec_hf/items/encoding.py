@@ -208,7 +208,7 @@ def item_states(
 ) -> torch.Tensor:
     """
     What the tower of a modality says of the items that have it, or of a sample of `num_items`, drawn by `seed`:
-    `(n, width)`, what its projection reads.
+    `(n, width)`, what its projection reads, in catalogue order.
     """
     rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_items])
@@ -218,8 +218,11 @@ def item_states(
         for batch in tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
             part = batch.to(model.device).parts[name]
             masks: list[Any] = part.masks or [None] * len(part.values)
-            for values, mask in zip(part.values, masks, strict=True):
-                states.append(model.item_encoder.state(name, values, mask, part.stored).float())
+            buckets = [
+                model.item_encoder.state(name, values, mask, part.stored).float()
+                for values, mask in zip(part.values, masks, strict=True)
+            ]
+            states.append(torch.cat(buckets)[part.rows.argsort()])
     return torch.cat(states) if states else torch.empty(0)
 
 

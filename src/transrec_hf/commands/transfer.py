@@ -1,0 +1,343 @@
+"""`transrec transfer-report`: whether what was learned on other platforms helps on these, cell by cell."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from ..data.catalogue import Catalogue
+from ..data.statistics import STATISTICS_NAME
+from ..errors import DataError, bad_input, one_line
+from ..evaluation.metrics import metric_values, paired_bootstrap
+from ..evaluation.protocol import PROTOCOLS
+from ..files import whole_file, write_json, write_text
+from ..items.meeting import ItemStatistics
+from ..publishing.checkpoint import check_fits, load_checkpoint, read_json
+from ..training.arguments import TransRecTrainingArguments
+from ..training.transfer_cells import MODELS, REFERENCES, WITH_POPULARITY, Cell, Source, Target, cells_of
+from .options import DataArguments, option
+from .parsing import parse_arguments
+from .reporting import format_table
+
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = (
+    *("target", "model", "source", "fraction", "train_users", "seeds", "ndcg@10", "hit_rate@10"),
+    *("compared_with", "difference", "low", "high", "verdict"),
+)
+OF_A_REPORT = ("sources", "targets", "models", "fractions", "seeds", "output_dir", "use_cpu", "dataloader_num_workers")
+"""Options that may change from one call to the next on one folder: cells are added, and none is another."""
+
+
+@dataclass
+class TransferArguments:
+    """What is compared, and how it is trained."""
+
+    _argument_group_name = "transfer report"
+    sources: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids of source models."})
+    targets: list[str] = field(
+        default_factory=list, metadata={"help": "Folders or Hub ids of domains with items and interactions."}
+    )
+    models: list[str] = field(
+        default_factory=lambda: list(MODELS), metadata={"help": f"Which to compare: {', '.join(MODELS)}."}
+    )
+    fractions: list[str] = field(
+        default_factory=lambda: ["0.01", "0.05", "0.1", "0.25", "0.5", "1"],
+        metadata={"help": "Shares of the target's training users, separated by commas or spaces."},
+    )
+    seeds: list[str] = field(
+        default_factory=lambda: ["0", "1", "2"], metadata={"help": "Seeds, separated by commas or spaces."}
+    )
+    output_dir: str = option("runs/transfer_report", "Folder of the cells, the table, the JSON and the plots.")
+    protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
+    epochs: float = option(10, "Epochs of a training run at most; the best one on validation counts.")
+    patience: int = option(3, "Evaluations without gain after which it stops.")
+    init_epochs: float = option(1, "Epochs of the short run from each start.")
+    batch_size: int = option(128, "Users per step; fewer where there are few users, but 16.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    trainable_blocks: int = option(0, "Blocks trained at the top of each tower; 0 freezes them.")
+    max_eval_users: int | None = option(None, "Users drawn for validation [all].")
+    bf16: bool = option(False, "Compute in bf16.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    dataloader_num_workers: int = option(0, "Processes that read and decode items.")
+
+    def __post_init__(self) -> None:
+        self.shares = [_number(part, float, "fractions") for part in _parts(self.fractions)]
+        self.draws = [_number(part, int, "seeds") for part in _parts(self.seeds)]
+        for name in ("sources", "targets", "fractions", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"no {name}: give --{name} with one or more")
+        wrong = [share for share in self.shares if not 0 < share <= 1]
+        if wrong:
+            raise ValueError(f"fractions must be above 0 and at most 1, got {wrong[0]:g}")
+        if self.epochs <= 0 or self.init_epochs <= 0:
+            raise ValueError("epochs and init_epochs must be above 0")
+        unknown = [model for model in self.models if model not in MODELS]
+        if unknown:
+            raise ValueError(f"models: {unknown[0]!r} is none of {', '.join(MODELS)}")
+
+    def training(self) -> TransRecTrainingArguments:
+        """The arguments of the training runs."""
+        return TransRecTrainingArguments(
+            str(Path(self.output_dir, "run")),
+            num_train_epochs=self.epochs,
+            early_stopping_patience=self.patience,
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            trainable_blocks=self.trainable_blocks,
+            activation_store=str(Path(self.output_dir, "store")),
+            max_eval_users=self.max_eval_users,
+            bf16=self.bf16,
+            use_cpu=self.use_cpu,
+            dataloader_num_workers=self.dataloader_num_workers,
+            save_total_limit=1,
+            disable_tqdm=True,
+            report_to="none",
+            logging_strategy="no",
+        )
+
+
+def _parts(values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in str(value).split(",") if part]
+
+
+def _number(value: str, kind: type, name: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name}: {value!r} is no number") from None
+
+
+def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Tell whether models of other platforms help on yours.
+
+        transrec transfer-report --sources runs/films runs/products --targets my_shop
+        transrec transfer-report --sources runs/films --targets my_shop --fractions 0.01,0.1,1 --seeds 0,1,2
+        transrec transfer-report examples/transfer/mixed.yaml
+
+    For each source, each target and each share of its training users: popularity, co-occurrence, neighbours by
+    content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned
+    from the start that validation prefers, and fine-tuned with ID vectors. All are tested on the same users; the
+    verdict is helps or negative where the 95 % interval of the difference, over users and seeds, is without zero.
+
+    The folder output_dir holds a file per cell with the ranks of all users. What is there is not computed again.
+    """
+    (args,) = parse_arguments((TransferArguments,), argv, transfer_report)
+    folder = Path(args.output_dir)
+    check_settings(folder, args)
+    sources = {name: Source(name, *load_checkpoint(name)) for name in dict.fromkeys(args.sources)}
+    models = list(args.models)
+    if not all(source.model.config.popularity_prior for source in sources.values()):
+        models = [model for model in models if not model.endswith(WITH_POPULARITY)]
+    if not all(source.model.config.objective == "in_batch" for source in sources.values()) and "hybrid" in models:
+        logger.warning("No hybrid: it needs sources of objective 'in_batch'")
+        models.remove("hybrid")
+    loaded = {}
+    for name in dict.fromkeys(args.targets):
+        catalogue, sequences = DataArguments(data=name).load()
+        for source in sources.values():
+            check_fits(source.model, catalogue)
+            check_no_source(source.name, name, catalogue)
+        loaded[name] = catalogue, sequences
+    cells = cells_of(list(loaded), list(sources), models, args.shares, args.draws)
+    write_json(folder / "settings.json", settings_of(args))
+
+    results: dict[Cell, tuple[torch.Tensor, dict[str, Any]]] = {}
+    first = next(iter(sources.values()))
+    with logging.tqdm(total=len(cells), desc="Cells", unit="cell") as progress:
+        for name, (catalogue, sequences) in loaded.items():
+            with bad_input(f"{name}: cannot be split"):
+                split = PROTOCOLS[args.protocol].split(sequences, first.model.config.max_position_embeddings)
+            target = Target(catalogue, split, args.training(), args.protocol, args.init_epochs)
+            for cell in (cell for cell in cells if cell.target == name):
+                file = folder / "cells" / f"{file_name(cell)}.safetensors"
+                if not file.exists():
+                    ranks, facts = target.run(cell, sources[cell.source] if cell.source else first)
+                    write_cell(file, cell, ranks, facts)
+                results[cell] = read_cell(file, len(split.test))
+                progress.update()
+    rows = compare(results, list(loaded), list(sources), models, args.shares, args.draws)
+    report = {"settings": settings_of(args), "rows": rows, "cells": [_described(*item) for item in results.items()]}
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.csv", as_csv(rows))
+    plot_curves(rows, folder)
+    print(f"\n{format_rows(rows)}\n")
+    logger.info("The report is in %s", folder)
+    return report
+
+
+def check_settings(folder: Path, args: TransferArguments) -> None:
+    """Refuse a folder with the cells of other settings. Raises [`DataError`]."""
+    if not (folder / "settings.json").is_file():
+        return
+    before, now = read_json(folder / "settings.json"), settings_of(args)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise DataError(
+            f"{folder}: its cells were made with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}. Choose "
+            "another --output_dir, or the same settings."
+        )
+
+
+def settings_of(args: TransferArguments) -> dict[str, Any]:
+    """The settings that all cells of a folder share."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in OF_A_REPORT}
+
+
+def check_no_source(checkpoint: str, target: str, catalogue: Catalogue) -> None:
+    """Refuse a target on which the source was trained, as its own files tell. Raises [`DataError`]."""
+    known = ItemStatistics.from_pretrained(checkpoint)
+    shared = 0.0 if known is None else float((known.rows(catalogue.item_ids) >= 0).mean())
+    told = read_json(Path(checkpoint) / STATISTICS_NAME).get("source") if Path(checkpoint).is_dir() else None
+    if shared > 0.5 or (told == catalogue.source and not DataArguments(data=target).is_demo):  # which have one name
+        raise DataError(f"{target}: the source {checkpoint} was trained on it. Leave one of the two out.")
+
+
+def file_name(cell: Cell) -> str:
+    """Of a cell, in its folder: what it depends on, readable."""
+    parts = [
+        cell.target,
+        cell.model,
+        cell.source or "",
+        f"{cell.fraction or ''}",
+        f"{'' if cell.seed is None else cell.seed}",
+    ]
+    return "+".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+
+
+def write_cell(file: Path, cell: Cell, ranks: torch.Tensor, facts: Mapping[str, Any]) -> None:
+    """A cell in one file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial:
+        save_file(
+            {"ranks": ranks}, partial, {"cell": json.dumps(dataclasses.asdict(cell)), "facts": json.dumps(facts)}
+        )
+
+
+def read_cell(file: Path, num_users: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Ranks and facts of a cell. Raises [`DataError`] if the file is damaged or of other users."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            ranks, facts = content.get_tensor("ranks"), json.loads(content.metadata()["facts"])
+        if len(ranks) != num_users:
+            raise ValueError(f"ranks of {len(ranks)} users, and the target has {num_users}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: cannot be used ({one_line(error)}). Delete it: it is computed again.") from error
+    return ranks, facts
+
+
+def _described(cell: Cell, result: tuple[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
+    ranks, facts = result
+    metrics = {name: metric_values(ranks, name).mean().item() for name in ("ndcg@10", "hit_rate@10")}
+    return {**dataclasses.asdict(cell), **metrics, **facts}
+
+
+def compare(
+    results: Mapping[Cell, tuple[torch.Tensor, dict[str, Any]]],
+    targets: Sequence[str],
+    sources: Sequence[str],
+    models: Sequence[str],
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """A row per target, share of users, source and model: means over seeds, and how it stands to its reference."""
+    rows, done = [], set()
+    for target in targets:
+        for fraction in sorted(fractions):
+            for source in sources:
+                for model in models:
+                    cells = [Cell.of(target, model, source, fraction, seed) for seed in seeds]
+                    if cells[0] in done:
+                        continue
+                    done.add(cells[0])
+                    ranks = torch.stack([results[cell][0] for cell in cells])
+                    row = {
+                        "target": target,
+                        "model": model,
+                        "source": cells[0].source,
+                        "fraction": cells[0].fraction,
+                        "train_users": results[cells[0]][1]["train_users"] if cells[0].fraction else None,
+                        "seeds": len(set(cells)),
+                        "ndcg@10": metric_values(ranks, "ndcg@10").mean().item(),
+                        "hit_rate@10": metric_values(ranks, "hit_rate@10").mean().item(),
+                    }
+                    reference = REFERENCES.get(model)
+                    if reference is not None and reference in models:
+                        others = [results[Cell.of(target, reference, source, fraction, seed)][0] for seed in seeds]
+                        found = paired_bootstrap(ranks, torch.stack(others))
+                        row |= {"compared_with": reference, **found, "verdict": verdict(found["low"], found["high"])}
+                    rows.append(row)
+    return rows
+
+
+def verdict(low: float, high: float) -> str:
+    """What the interval of a difference says."""
+    return "helps" if low > 0 else "negative" if high < 0 else "no difference"
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for other programs."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for people, one of each target."""
+    tables = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        cells = [["model", "source", "users", "ndcg@10", "compared with", "difference", "verdict"]]
+        for row in (row for row in rows if row["target"] == target):
+            users = "" if row["fraction"] is None else f"{row['fraction']:.0%} ({row['train_users']:,})"
+            cell = [row["model"].replace("_", " "), row["source"] or "", users, f"{row['ndcg@10']:.4f}"]
+            if "verdict" in row:
+                difference = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+                cell += [row["compared_with"].replace("_", " "), difference, row["verdict"]]
+            cells.append([*cell, *[""] * (len(cells[0]) - len(cell))])
+        tables.append(f"{target}\n\n{format_table(cells, flush_left=2)}")
+    return "\n\n".join(tables)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A PNG per target of ndcg@10 against the share of users; without Matplotlib, says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No curves were drawn: install Matplotlib, or transrec-hf[plot].")
+        return
+    for target in dict.fromkeys(row["target"] for row in rows):
+        curves: dict[str, list[tuple[float | None, float]]] = defaultdict(list)
+        for row in (row for row in rows if row["target"] == target):
+            name = row["model"].replace("_", " ") + (f", {Path(row['source']).name}" if row["source"] else "")
+            curves[name].append((row["fraction"], row["ndcg@10"]))
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, points in curves.items():
+            if points[0][0] is None:
+                axes.axhline(points[0][1], label=name, linestyle=":", color=f"C{len(axes.lines) % 10}")
+            else:
+                axes.plot(*zip(*((100 * (x or 0), y) for x, y in points), strict=True), marker=".", label=name)
+        axes.set(xscale="log", xlabel="% of the training users", ylabel="ndcg@10", title=target)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+        stem = re.sub(r"[^\w.-]+", "_", target).strip("_")
+        with whole_file(folder / f"{stem}.png") as partial:
+            figure.savefig(partial, dpi=150, format="png")

@@ -1,0 +1,265 @@
+"""The cells of a transfer report: one model on one target, trained on a share of its users, with one seed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Split
+from ..evaluation.baselines import ContentNeighbours, CoOccurrence, Popularity
+from ..items.encoding import item_states
+from ..items.meeting import set_item_vectors
+from ..items.preparing import ItemSource
+from ..items.store import ActivationStore
+from ..model.configuration_transrec import TransRecConfig
+from ..model.modalities_transrec import COLUMNS, MODALITIES
+from ..model.modeling_transrec import TransRecModel
+from ..model.processing_transrec import TransRecProcessor
+from .arguments import TransRecTrainingArguments
+from .trainer import TransRecTrainer
+from .transfer import best_value, choose_start, start_from
+
+
+logger = logging.get_logger(__name__)
+
+WITH_POPULARITY = "_popularity"  # the end of the name of what also knows the target's popularity
+MODELS = (
+    *("popularity", "co_occurrence", "content_neighbours", "id_baseline", "untrained", "zero_shot"),
+    *("untrained_popularity", "zero_shot_popularity", "from_scratch", "fine_tuned", "hybrid"),
+)
+REFERENCES = {
+    "zero_shot": "untrained",
+    "zero_shot_popularity": "untrained_popularity",
+    "fine_tuned": "from_scratch",
+    "hybrid": "id_baseline",
+}
+"""What a model has to be better than, for the source to help."""
+WITHOUT_SOURCE = ("popularity", "co_occurrence", "id_baseline")
+WITHOUT_USERS = ("content_neighbours", "untrained", "zero_shot")  # of the target, hence for any share of them
+ID_SEARCH: tuple[dict[str, Any], ...] = ({}, {"hidden_dropout_prob": 0.5}, {"content_prior": False})
+"""Settings of the ID baseline of which validation chooses."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One model on one target.
+
+    Args:
+        target (`str`): The domain.
+        model (`str`): One of `MODELS`.
+        source (`str`, *optional*): The checkpoint; of models that have nothing to do with it, `None`.
+        fraction (`float`, *optional*): Share of the target's training users; `None` if none is trained on.
+        seed (`int`, *optional*): Of weights, order and the draw of users; `None` if nothing is drawn.
+    """
+
+    target: str
+    model: str
+    source: str | None = None
+    fraction: float | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, target: str, model: str, source: str | None, fraction: float, seed: int) -> Cell:
+        """The cell that holds this model, whatever of the rest it depends on."""
+        if model in ("content_neighbours", "zero_shot"):
+            return cls(target, model, source)
+        if model in WITHOUT_USERS:
+            return cls(target, model, source, seed=seed)
+        return cls(target, model, None if model in WITHOUT_SOURCE else source, fraction, seed)
+
+
+@dataclass
+class Source:
+    """A checkpoint, which no cell changes."""
+
+    name: str
+    model: TransRecModel
+    processor: TransRecProcessor | None
+
+
+class Target:
+    """
+    A target domain, whose items each tower reads once.
+
+    Args:
+        catalogue ([`Catalogue`]): The items.
+        split ([`Split`]): Of all users. Every cell is validated and tested on the same ones.
+        args ([`TransRecTrainingArguments`]): Of the longest training run; a run of few users has smaller batches.
+        protocol (`str`): How targets are ranked.
+        init_epochs (`float`): Of the short runs by which validation chooses the start.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        split: Split,
+        args: TransRecTrainingArguments,
+        protocol: str = "full",
+        init_epochs: float = 1,
+    ):
+        self.catalogue, self.split, self.args, self.protocol = catalogue, split, args, protocol
+        self.init_epochs = init_epochs
+        self.read: dict[str, tuple[ActivationStore | None, ItemSource]] = {}
+
+    def run(self, cell: Cell, source: Source) -> tuple[torch.Tensor, dict[str, Any]]:
+        """
+        Ranks of the test targets, `(num_users,)`, and what is to be known of the run.
+
+        Args:
+            cell ([`Cell`]): Of this target.
+            source ([`Source`]): Its checkpoint or, of a model without any, one whose design it has.
+        """
+        started = time.time()
+        split = few_users(self.split, 1.0 if cell.fraction is None else cell.fraction, cell.seed or 0)
+        set_seed(cell.seed or 0)
+        with tempfile.TemporaryDirectory() as folder:
+            ranks, facts = self._ranks(cell, source, split, folder)
+        return ranks, {"train_users": len(split.train), "seconds": round(time.time() - started, 1), **facts}
+
+    def _ranks(self, cell: Cell, source: Source, split: Split, folder: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        if cell.model == "id_baseline":
+            return self._id_baseline(source, cell, split, folder)
+        model = copy.deepcopy(source.model)
+        if cell.model == "hybrid":
+            set_item_vectors(model, torch.zeros(len(self.catalogue), model.config.hidden_size))
+        trainer = self.trainer(model, source, split, folder, cell.seed)
+        if cell.model in ("popularity", "co_occurrence", "content_neighbours"):
+            evaluator = trainer.ranking_evaluator(split.test)
+            counts, num_items = split.train.item_counts(len(self.catalogue)), len(self.catalogue)
+            if cell.model == "popularity":
+                scorer: Any = Popularity(counts)
+            elif cell.model == "co_occurrence":
+                scorer = CoOccurrence(split.train, num_items)
+            else:
+                scorer = ContentNeighbours(content_of(model, trainer.source))
+            return evaluator.rank(scorer, max_history=model.config.max_position_embeddings).ranks, {}
+        facts: dict[str, Any] = {}
+        seed = cell.seed or 0
+        if cell.model.startswith("untrained") or cell.model == "from_scratch":
+            start_from(model, "none", seed)
+        if cell.model.startswith(("untrained", "zero_shot")):
+            if not cell.model.endswith(WITH_POPULARITY):
+                trainer.source.log_popularity = None
+            trainer.prepare_model()
+            return self._test(trainer, split), facts
+        if cell.model in ("fine_tuned", "hybrid"):
+
+            def short_run(place: str) -> TransRecTrainer:
+                return self.trainer(model, source, split, place, seed, short=True)
+
+            start = choose_start(model, short_run, seed=seed)
+            facts = {"start": start.init, "starts": start.values}
+            set_seed(seed)
+        trainer.train()
+        return self._test(trainer, split), {**facts, "validation": best_value(trainer)}
+
+    def _id_baseline(
+        self, source: Source, cell: Cell, split: Split, folder: str
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        fields = source.model.config.to_dict()
+        contents = dict.fromkeys(modality.config for modality in MODALITIES.values())
+        best: tuple[float, torch.Tensor, dict[str, Any]] | None = None
+        for settings in ID_SEARCH:
+            set_seed(cell.seed or 0)
+            config = TransRecConfig.from_dict(
+                {**fields, **contents, "num_items": len(self.catalogue), "objective": "in_batch", **settings}
+            )
+            trainer = self.trainer(TransRecModel(config), None, split, folder, cell.seed)
+            trainer.train()
+            value = best_value(trainer)
+            if best is None or value > best[0]:
+                best = value, self._test(trainer, split), settings
+        assert best is not None
+        return best[1], {"validation": best[0], "settings": best[2]}
+
+    def trainer(
+        self,
+        model: TransRecModel,
+        source: Source | None,
+        split: Split,
+        folder: str,
+        seed: int | None,
+        short: bool = False,
+    ) -> TransRecTrainer:
+        """A trainer of a model on a part of the users, with items that are read and encoded already."""
+        args = copy.copy(self.args)
+        args.output_dir, args.seed = folder, seed or 0
+        args.per_device_train_batch_size = max(16, min(args.per_device_train_batch_size, len(split.train) // 8))
+        if source is None or not model.item_encoder.towers:
+            args.activation_store = args.trainable_blocks = None
+        if short:
+            args.num_train_epochs, args.early_stopping_patience = self.init_epochs, None
+            args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
+        trainer = TransRecTrainer(
+            model,
+            args,
+            catalogue=self.catalogue,
+            split=split,
+            processing_class=None if source is None else source.processor,
+            protocol=self.protocol,
+        )
+        if source is not None:
+            if source.name not in self.read:
+                trainer.fill_store()
+                self.read[source.name] = trainer.store, trainer.source
+            popularity = trainer.source.log_popularity
+            trainer.store, shared = self.read[source.name]
+            trainer.source = copy.copy(shared)
+            trainer.source.log_popularity = popularity
+        return trainer
+
+    def _test(self, trainer: TransRecTrainer, split: Split) -> torch.Tensor:
+        with trainer.autocast_smart_context_manager():
+            return trainer.ranking_evaluator(split.test).rank_model(trainer.model).ranks
+
+
+def few_users(split: Split, fraction: float, seed: int) -> Split:
+    """A split with a share of the training users; a smaller share is a part of a larger one."""
+    drawn = np.random.default_rng(seed).permutation(len(split.train))
+    kept = np.sort(drawn[: max(1, round(fraction * len(drawn)))])
+    return split if fraction == 1 else dataclasses.replace(split, train=split.train.select(kept))
+
+
+def content_of(model: TransRecModel, source: ItemSource) -> torch.Tensor:
+    """What the towers say of all items, side by side, each part of length 1 and zero where an item lacks it."""
+    model.eval()
+    parts = []
+    for name in model.config.modalities:
+        states = item_states(model, source, name, len(source))
+        rows = source.present[:, COLUMNS[name]].nonzero().squeeze(1)
+        if len(rows):
+            part = torch.zeros(len(source), states.shape[1])
+            parts.append(part.index_copy(0, rows, torch.nn.functional.normalize(states.cpu(), dim=1)))
+    return torch.cat(parts, dim=1)
+
+
+def cells_of(
+    targets: Sequence[str],
+    sources: Sequence[str],
+    models: Sequence[str],
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+) -> list[Cell]:
+    """All cells, each once; those that many are compared with come first."""
+    cells = (
+        Cell.of(target, model, source, fraction, seed)
+        for target in targets
+        for model in models
+        for source in sources
+        for fraction in sorted(fractions, reverse=True)
+        for seed in seeds
+    )
+    return list(dict.fromkeys(cells))

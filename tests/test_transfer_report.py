@@ -1,0 +1,129 @@
+"""`transrec transfer-report`: every cell once, a verdict for each, and nothing computed twice."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from transrec_hf import DataError
+from transrec_hf.commands.runs import pretrain
+from transrec_hf.commands.transfer import compare, transfer_report, verdict
+from transrec_hf.data import demo
+from transrec_hf.evaluation.metrics import paired_bootstrap
+from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
+
+
+REPORT = ("--epochs", "1", "--batch_size", "16", "--use_cpu", "--fractions", "0.2,1", "--seeds", "0")
+QUICK = (
+    *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
+    *("--trainable_blocks", "0", "--activation_store", "store"),
+)
+DESIGN = ("--item_map", "whitened", "--similarity", "cosine", "--content_prior", "True", "--popularity_prior", "True")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+    """An empty folder with a source model of a demo world of a few dozen items and users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
+        patch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
+        patch.chdir(tmp_path_factory.mktemp("report"))
+        pretrain(["--data", "demo:source", "--output_dir", "source", *DESIGN, *QUICK])
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def test_a_report_of_the_demo_world(capsys, monkeypatch):
+    options = ["--sources", "source", "--targets", "demo:target", "--output_dir", "report", *REPORT]
+    report = transfer_report(options)
+    rows = {(row["model"], row["fraction"]): row for row in report["rows"]}
+    without_users = {"content_neighbours", "untrained", "zero_shot"}
+    assert set(rows) == {(m, None) if m in without_users else (m, f) for m in MODELS for f in (0.2, 1.0)}
+    assert {row["train_users"] for row in report["rows"]} == {None, 6, 30}
+    compared = {"zero_shot", "zero_shot_popularity", "fine_tuned", "hybrid"}
+    assert {row["model"] for row in report["rows"] if "verdict" in row} == compared
+    table = capsys.readouterr().out
+    assert "from scratch" in table and "compared with" in table and "20% (6)" in table
+    folder = Path("report")
+    with open(folder / "report.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(report["rows"])
+    assert json.loads((folder / "report.json").read_text())["rows"] == json.loads(json.dumps(report["rows"]))
+    assert (folder / "demo_target.png").read_bytes().startswith(b"\x89PNG")
+    cells = list((folder / "cells").iterdir())
+    assert len(cells) == len(rows) and {cell.suffix for cell in cells} == {".safetensors"}
+
+    # once more: only what is missing
+    ran = []
+    run = Target.run
+    monkeypatch.setattr(Target, "run", lambda self, cell, source: ran.append(cell) or run(self, cell, source))
+    lost = next(cell for cell in cells if "popularity+" in cell.name and "0.2" in cell.name)
+    lost.unlink()
+    again = transfer_report(options)
+    assert len(ran) == 1 and again["rows"] == report["rows"]
+    with pytest.raises(DataError, match="its cells were made with epochs 1"):
+        transfer_report([*options, "--epochs", "2"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--targets", "demo:target", "--fractions", "1.5"), "fractions must be above 0 and at most 1, got 1.5"),
+        (("--targets", "demo:target", "--fractions", "some"), "fractions: 'some' is no number"),
+        (("--targets", "demo:target", "--models", "best"), "models: 'best' is none of popularity"),
+        ((), "no targets: give --targets"),
+        (("--targets", "demo:source"), "demo:source: the source source was trained on it"),
+        (("--targets", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        transfer_report(["--sources", "source", "--output_dir", str(tmp_path / "bad"), *options])
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_damaged_cell_is_named():
+    options = ["--sources", "source", "--targets", "demo:target", "--output_dir", "damaged", *REPORT]
+    options += ["--models", "popularity"]
+    transfer_report(options)
+    cell = next(Path("damaged/cells").iterdir())
+    cell.write_bytes(b"no ranks")
+    with pytest.raises(DataError, match=r"cannot be used .* Delete it"):
+        transfer_report(options)
+
+
+def test_cells_do_not_repeat_what_does_not_depend_on_the_source():
+    cells = cells_of(["t"], ["a", "b"], MODELS, [0.1, 1.0], [0, 1])
+    assert len(set(cells)) == len(cells)
+    count = {model: sum(cell.model == model for cell in cells) for model in MODELS}
+    assert count["popularity"] == count["id_baseline"] == 4
+    assert count["zero_shot"] == count["content_neighbours"] == 2 and count["untrained"] == 4
+    assert count["fine_tuned"] == 8
+
+
+def test_verdicts_follow_the_interval():
+    assert (verdict(0.1, 0.2), verdict(-0.1, 0.2), verdict(-0.2, -0.1)) == ("helps", "no difference", "negative")
+    good, bad = torch.full((500,), 2.0), torch.full((500,), 9.0)
+    results = {
+        Cell.of("t", model, "s", 1.0, seed): (good if model == "fine_tuned" else bad, {"train_users": 5})
+        for model in ("from_scratch", "fine_tuned")
+        for seed in (0, 1)
+    }
+    rows = compare(results, ["t"], ["s"], ["from_scratch", "fine_tuned"], [1.0], [0, 1])
+    assert rows[1]["verdict"] == "helps" and rows[1]["compared_with"] == "from_scratch" and rows[1]["seeds"] == 2
+
+
+def test_seeds_widen_the_interval_of_a_difference():
+    """Two seeds that disagree leave it open which model is better, however many users there are."""
+    other = torch.full((2, 4000), 5.0)
+    ranks = torch.stack([torch.full((4000,), 2.0), torch.full((4000,), 9.0)])
+    found = paired_bootstrap(ranks, other)
+    assert found["low"] < 0 < found["high"]
+    alike = paired_bootstrap(ranks[[0, 0]], other)
+    assert 0 < alike["low"] <= alike["difference"] <= alike["high"]
