@@ -67,7 +67,7 @@ def parse_arguments(
     """
     parser = _Parser(
         dataclass_types,
-        prog=f"transrec {verb.__name__}" if verb else None,
+        prog=f"transrec {verb.__name__.replace('_', '-')}" if verb else None,
         usage=f"%(prog)s {f'[{positional.upper()}] ' if positional else ''}[options.yaml] [--option value ...]",
         description=inspect.getdoc(verb) if verb else None,
         formatter_class=_HelpFormatter,
