@@ -19,6 +19,7 @@ from transrec_hf.evaluation.metrics import paired_bootstrap
 from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
 
 
+SETTINGS = Path(__file__).parent.parent / "examples" / "transfer"
 REPORT = ("--epochs", "1", "--batch_size", "16", "--use_cpu", "--fractions", "0.2,1", "--seeds", "0")
 QUICK = (
     *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
@@ -86,6 +87,21 @@ def test_bad_options_are_refused_before_anything_runs(options, message, tmp_path
     with pytest.raises(DataError, match=message):
         transfer_report(["--sources", "source", "--output_dir", str(tmp_path / "bad"), *options])
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("name", ["mixed_to_mixed", "mixed_to_text", "mixed_to_image", "other_platform"])
+def test_the_four_settings_run(name):
+    quick = ("--fractions", "1", "--models", "untrained", "zero_shot", "content_neighbours", "--use_cpu")
+    report = transfer_report([f"{SETTINGS / name}.yaml", "--sources", "source", "--output_dir", name, *quick])
+    assert [row["verdict"] for row in report["rows"] if row["model"] == "zero_shot"]
+    assert all(0 <= row["ndcg@10"] <= 1 for row in report["rows"])
+
+
+def test_the_source_of_the_settings_is_understood(monkeypatch):
+    captured = []
+    monkeypatch.setattr("transrec_hf.commands.runs.run_training", lambda *options: captured.append(options))
+    pretrain([str(SETTINGS / "source.yaml")])
+    assert captured[0][0].item_map == "whitened" and captured[0][0].content_prior is True
 
 
 def test_a_damaged_cell_is_named():

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
+from ..data.interactions import of_modality
 from ..data.statistics import STATISTICS_NAME
 from ..errors import DataError, bad_input, one_line
 from ..evaluation.metrics import metric_values, paired_bootstrap
 from ..evaluation.protocol import PROTOCOLS
 from ..files import whole_file, write_json, write_text
 from ..items.meeting import ItemStatistics
+from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import check_fits, load_checkpoint, read_json
 from ..training.arguments import TransRecTrainingArguments
 from ..training.transfer_cells import MODELS, REFERENCES, WITH_POPULARITY, Cell, Source, Target, cells_of
@@ -63,6 +65,9 @@ class TransferArguments:
         default_factory=lambda: ["0", "1", "2"], metadata={"help": "Seeds, separated by commas or spaces."}
     )
     output_dir: str = option("runs/transfer_report", "Folder of the cells, the table, the JSON and the plots.")
+    modality: str | None = option(
+        None, "Leave only the targets' items of this modality, and nothing else of them.", choices=tuple(MODALITIES)
+    )
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
     epochs: float = option(10, "Epochs of a training run at most; the best one on validation counts.")
     patience: int = option(3, "Evaluations without gain after which it stops.")
@@ -150,6 +155,8 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
     loaded = {}
     for name in dict.fromkeys(args.targets):
         catalogue, sequences = DataArguments(data=name).load()
+        if args.modality:
+            catalogue, sequences = of_modality(catalogue, sequences, args.modality)
         for source in sources.values():
             check_fits(source.model, catalogue)
             check_no_source(source.name, name, catalogue)

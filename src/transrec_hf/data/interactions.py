@@ -348,6 +348,18 @@ def k_core(catalogue: Catalogue, sequences: Sequences, k: int) -> tuple[Catalogu
     return drop_unused(catalogue, core)
 
 
+def of_modality(catalogue: Catalogue, sequences: Sequences, modality: str) -> tuple[Catalogue, Sequences]:
+    """Keep the items that have a modality, and of them that one alone. Raises [`DataError`] when nothing is left."""
+    view, place = sequences.expand()
+    keep = catalogue.has(modality)[sequences.items[place]]
+    if not keep.any():
+        raise DataError(f"{catalogue.source}: nobody chose an item with {modality}. Leave out the modality.")
+    view, place = view[keep], place[keep]
+    kept = _group_by_user(sequences.items[place], sequences.timestamps[place], view, sequences.user_ids)
+    catalogue, kept = drop_unused(catalogue, kept)
+    return catalogue.with_policy(modality), kept
+
+
 @dataclass
 class Split:
     """Views for training, validation and test. In the last two, the last item of each view is the target."""
