@@ -28,7 +28,7 @@ from testing_utils import (
 from transrec_hf import ItemSource, TransRecModel
 from transrec_hf.items.encoding import encode_catalogue
 from transrec_hf.items.preparing import pad_right
-from transrec_hf.model.sharing_transrec import share_items
+from transrec_hf.model.loss_transrec import share_items
 
 
 CATALOGUE = make_catalogue()

@@ -27,8 +27,8 @@ from transrec_hf import TransRecModel
 MODULES = {
     "item_encoder_transrec.py": None,
     "modalities_transrec.py": None,
-    "sharing_transrec.py": None,
     "towers_transrec.py": None,
+    "tuning_transrec.py": None,
     "user_encoder_transrec.py": None,
     "configuration_transrec.py": "config.json",
     "loss_transrec.py": None,

@@ -81,9 +81,9 @@ def test_an_untrained_model_ranks_by_content():
     states = model.get_user_features(items, history, source.present)
     decay = torch.sigmoid(model.content_prior.decay)
     mean = items[5] + decay * items[1] + decay**2 * items[3]
-    expected = torch.nn.functional.normalize(mean, dim=0) * model.logit_scale.exp()
+    expected = torch.nn.functional.normalize(mean, dim=0) * model.logit_scale.value.exp()
     torch.testing.assert_close(states[0, -1], expected)
-    torch.testing.assert_close(states[1, 0], items[2] * model.logit_scale.exp())
+    torch.testing.assert_close(states[1, 0], items[2] * model.logit_scale.value.exp())
     assert states[1, 1:].eq(0).all()
     for parameter in model.user_encoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -97,7 +97,7 @@ def test_scores_are_cosines_and_a_multiple_of_log_popularity():
     assert items.shape == (ITEMS, 17)
     states = model.get_user_features(items, torch.tensor([[4]]), source.present)[:, 0]
     cosines = items[:, :16] @ items[4, :16]
-    expected = cosines * model.logit_scale.exp() + model.popularity_weight * source.log_popularity
+    expected = cosines * model.logit_scale.value.exp() + model.popularity_weight.value * source.log_popularity
     torch.testing.assert_close(states @ items.T, expected[None])
     source.log_popularity = None
     assert encode_catalogue(model, source)[:, -1].eq(0).all()

@@ -36,11 +36,12 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
 
 
-# Towers and num_items are options of their own below.
+# Towers and num_items are options of their own below, and what a checkpoint does not hold is no setting.
+OTHERS = ("text_config", "vision_config", "num_items", "bottleneck", "weights_from")
 CONFIG_FIELDS = tuple(
     field.name
     for field in fields(TransRecConfig)
-    if field.name in TransRecConfig.__annotations__ and field.name not in ("text_config", "vision_config", "num_items")
+    if field.name in TransRecConfig.__annotations__ and field.name not in OTHERS
 )
 _ARGUMENT = re.compile(r"^ {8}(\w+) \(.*\):\n((?: {12}.+\n)+)", re.MULTILINE)
 MEANING = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(TransRecConfig.__doc__ or "")}

@@ -29,6 +29,7 @@ FORMAT_1 = {
     "user_hidden_size": None,
 }
 """What checkpoints of format 1, and the paper's code, say nothing of."""
+BOTTLENECK_PLACES = ("houlsby", "pfeiffer")
 FORMAT_VERSION = 2
 """The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
 WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
@@ -82,6 +83,31 @@ def check_sizes(config: Any, name: str) -> None:
             for size in value if isinstance(value, list) else [value]:
                 if isinstance(size, int | float) and not (-1 <= size <= high):
                     raise ValueError(f"{name}.{key} must be between 0 and {high:,}, got {size:,}")
+
+
+def check_bottleneck(bottleneck: dict[str, Any]) -> None:
+    """Raises `ValueError` for bottleneck adapters that there are not."""
+    values = {"places": "houlsby", "parallel": False, **bottleneck}
+    size, places, parallel = values.pop("size", None), values.pop("places"), values.pop("parallel")
+    if isinstance(size, bool) or not isinstance(size, int) or not (1 <= size <= MAX_WIDTH) or values:
+        raise ValueError(f"bottleneck must have a size of 1 or more, places and parallel, got {bottleneck}")
+    if places not in BOTTLENECK_PLACES or not isinstance(parallel, bool):
+        raise ValueError(
+            f"bottleneck: places must be one of {BOTTLENECK_PLACES} and parallel a bool, got {bottleneck}"
+        )
+
+
+def check_weight_source(source: Any) -> None:
+    """Raises `ValueError` for an entry of `weights_from` that is not as `save_pretrained` writes it."""
+    form = {"name": r"[^\0]+", "revision": r"[0-9a-f]{40}", "sha256": r"[0-9a-f]{64}", "prefix": r"[\w.]*"}
+    values = source if isinstance(source, dict) else {}
+    weights = values.get("weights")
+    for key, pattern in form.items():
+        value = values.get(key)
+        if not (isinstance(value, str) and re.fullmatch(pattern, value)) and (key, value) != ("revision", None):
+            raise ValueError(f"weights_from: {key} must look like {pattern}, got {value!r}")
+    if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"weights_from: weights must be a list of names, got {weights!r}")
 
 
 def check_foreign(config: Any) -> None:
@@ -175,6 +201,11 @@ class TransRecConfig(PreTrainedConfig):
             Next items that are positives of a user in `"cpc"`.
         num_negatives (`int`, *optional*, defaults to 5):
             Negatives drawn per user (`"cpc"`), per position (`"bce"`, `"bpr"`) or per batch (`"sampled_softmax"`).
+        bottleneck (`dict`, *optional*):
+            Bottleneck adapters in the Transformer blocks, see [`~TransRecModel.add_bottlenecks`]: `size`, `places` and
+            `parallel`.
+        weights_from (`list[dict]`, *optional*):
+            Of a thin checkpoint, the checkpoints whose weights it does not hold again; `save_pretrained` writes it.
 
     Raises:
         `StrictDataclassClassValidationError`: if the values contradict each other.
@@ -228,6 +259,8 @@ class TransRecConfig(PreTrainedConfig):
     objective: str = "in_batch"
     num_positives: int = 5
     num_negatives: int = 5
+    bottleneck: dict | None = None
+    weights_from: list | None = None
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "TransRecConfig":
@@ -323,6 +356,8 @@ class TransRecConfig(PreTrainedConfig):
             or self.content_prior
             or self.popularity_prior
             or self.is_hybrid
+            or self.bottleneck
+            or self.weights_from
         )
         return {**super().to_dict(), "format_version": 2 if is_new else 1}
 
@@ -340,6 +375,10 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"no activation {self.hidden_act!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
             )
+        if self.bottleneck is not None:
+            check_bottleneck(self.bottleneck)
+        for source in self.weights_from or []:
+            check_weight_source(source)
         if self.objective in WITH_NEGATIVES and not self.num_negatives:
             raise ValueError(f"objective {self.objective!r} needs num_negatives of 1 or more, got 0")
         for name in ("text_config", "vision_config"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_transrec import TransRecConfig
 from .modalities_transrec import COLUMNS, MODALITIES
-from .towers_transrec import build_tower, frozen_depth, is_frozen, resumed_from, tower_width
+from .towers_transrec import build_tower, frozen_depth, is_frozen, mend_convolutions, resumed_from, tower_width
 
 
 CONTENT_RMS = 0.1
@@ -19,6 +20,18 @@ CONTENT_RMS = 0.1
 Of a number of a whitened item vector. It decides how much the ID vector of a hybrid, which moves by the learning rate
 in a step, matters beside the content.
 """
+
+MODALITY_SCALE = {"image": 0.4}
+"""Of whitened vectors at the start, where it is not 1."""
+
+
+class Scale(nn.Module):
+    """Learned numbers; a module, so that an adapter can have its own."""
+
+    def __init__(self, start: float | list[float]):
+        super().__init__()
+        self.start = start
+        self.value = nn.Parameter(torch.tensor(start))
 
 
 class AttentionPooling(nn.Module):
@@ -169,7 +182,7 @@ class ItemEncoder(nn.Module):
         self.is_whitened = config.item_map == "whitened"
         self.length = CONTENT_RMS * config.hidden_size**0.5
         if len(self.modalities) > 1 and self.is_whitened:
-            self.modality_scale = nn.Parameter(torch.zeros(len(self.modalities)))
+            self.modality_scale = Scale([math.log(MODALITY_SCALE.get(name, 1.0)) for name in self.modalities])
         elif len(self.modalities) > 1:
             self.missing_embeds = nn.Parameter(torch.zeros(len(self.modalities), config.hidden_size))
 
@@ -249,7 +262,7 @@ class ItemEncoder(nn.Module):
         rows = [part.new_zeros(n_items, part.shape[1]).index_copy(0, index, part) for part, index in vectors.values()]
         if self.is_whitened:
             if len(self.modalities) > 1:
-                weights = {name: self.modality_scale[i].exp() for i, name in enumerate(self.modalities)}
+                weights = {name: self.modality_scale.value[i].exp() for i, name in enumerate(self.modalities)}
                 rows = [weights[name] * part for name, part in zip(vectors, rows, strict=True)]
             total = torch.stack(rows).sum(dim=0)
             return (nn.functional.normalize(total.float(), dim=-1) * self.length).to(total.dtype)
@@ -264,6 +277,8 @@ def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None
     """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
     if mask is not None:
         return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
+    if getattr(tower.config, "tf_padding", False):
+        mend_convolutions(tower)
     return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)}, **kwargs)
 
 

@@ -20,20 +20,24 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import TransRecConfig
-from .item_encoder_transrec import ItemEncoder, WhitenedProjection, run_tower
+from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection, run_tower
 from .loss_transrec import (
+    SharedItems,
     batch_slots,
     bce,
     bpr,
     count_slots,
     cpc,
     full_softmax,
+    gather_counts,
+    gather_items,
     in_batch_softmax,
     masked_mean,
+    masked_mean_across_ranks,
     sampled_softmax,
+    share_items,
 )
 from .modalities_transrec import MODALITIES, ItemBatch, ItemPart, combinations, with_all_columns
-from .sharing_transrec import SharedItems, gather_counts, gather_items, masked_mean_across_ranks, share_items
 from .towers_transrec import (
     evaluate_frozen,
     keep_running_statistics,
@@ -41,6 +45,7 @@ from .towers_transrec import (
     tower_blocks,
     training_batch_norms,
 )
+from .tuning_transrec import TunableModel
 from .user_encoder_transrec import USER_ENCODERS, ContentPrior, HSTUAttention, UserAttention, UserLayer, last_state
 
 
@@ -49,7 +54,6 @@ MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP
 POPULARITY_WEIGHT = 1.0  # at the start
 DECAY = 0.85  # of the content prior at the start, before the logistic function: 0.7
 ENCODER_WEIGHT = -1.2  # of what the user encoder adds to it at the start, its logarithm: 0.3
-MODALITY_SCALE = {"image": 0.4}  # of whitened vectors at the start, where it is not 1
 
 
 @dataclass
@@ -74,7 +78,7 @@ class TransRecOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class TransRecPreTrainedModel(PreTrainedModel):
+class TransRecPreTrainedModel(TunableModel):
     config_class = TransRecConfig
     base_model_prefix = "transrec"
     main_input_name = "history_index"
@@ -91,21 +95,16 @@ class TransRecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ItemEncoder) and hasattr(module, "missing_embeds"):
             init.zeros_(module.missing_embeds)
-        if isinstance(module, ItemEncoder) and hasattr(module, "modality_scale"):
-            scales = [math.log(MODALITY_SCALE.get(name, 1.0)) for name in module.modalities]
-            init.copy_(module.modality_scale, torch.tensor(scales))
-        if isinstance(module, ItemEncoder) and self.config.is_hybrid:
-            init.zeros_(module.item_embedding.weight)
+        if isinstance(module, Scale):
+            init.copy_(module.value, torch.tensor(module.start))
+        if self.config.is_hybrid and module is self.item_encoder.item_embedding:
+            init.zeros_(module.weight)
         if isinstance(module, (WhitenedProjection, ContentPrior)):
             init.zeros_(module.output.weight)  # what is learned begins as nothing
             init.zeros_(module.output.bias)
         if isinstance(module, ContentPrior):
             init.constant_(module.decay, DECAY)
             init.constant_(module.weight, ENCODER_WEIGHT)
-        if isinstance(module, TransRecModel) and self.config.similarity == "cosine":
-            init.constant_(module.logit_scale, math.log(LOGIT_SCALE))
-        if isinstance(module, TransRecModel) and self.config.popularity_prior:
-            init.constant_(module.popularity_weight, POPULARITY_WEIGHT)
         if isinstance(module, nn.GRU):
             for name, parameter in module.named_parameters():
                 if "weight" in name:
@@ -136,9 +135,9 @@ class TransRecModel(TransRecPreTrainedModel):
         if config.content_prior:
             self.content_prior = ContentPrior(config)
         if config.similarity == "cosine":
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(LOGIT_SCALE)))
+            self.logit_scale = Scale(math.log(LOGIT_SCALE))
         if config.popularity_prior:
-            self.popularity_weight = nn.Parameter(torch.tensor(POPULARITY_WEIGHT))
+            self.popularity_weight = Scale(POPULARITY_WEIGHT)
         self.item_chunk_size: int | None = None
         self.images_per_pass: int | None = None
         self.post_init()
@@ -188,26 +187,6 @@ class TransRecModel(TransRecPreTrainedModel):
             self.item_encoder.item_embedding = value
         else:
             self._first_tower.set_input_embeddings(value)
-
-    def freeze_towers(self, trainable_blocks: int | None) -> None:
-        """
-        Train only the top blocks of each tower, as the paper does with two.
-
-        Args:
-            trainable_blocks (`int`, *optional*):
-                Blocks at the top of each tower that are trained, with whatever follows them; 0 freezes the towers,
-                `None` trains them whole. Projections, pooling and the user encoder are always trained.
-        """
-        for tower in self.item_encoder.towers.values():
-            tower.requires_grad_(trainable_blocks is None)
-            if trainable_blocks:
-                blocks = tower_blocks(tower)
-                first = next(blocks[max(0, len(blocks) - trainable_blocks)].parameters())
-                reached = False
-                for parameter in tower.parameters():  # in order of registration, which is that of execution
-                    reached = reached or parameter is first
-                    parameter.requires_grad_(reached)
-        self.train(self.training)
 
     def compile_blocks(self, **kwargs: Any) -> None:
         """
@@ -383,10 +362,11 @@ class TransRecModel(TransRecPreTrainedModel):
         states = self.content_prior(inputs, mask, encode) if self.config.content_prior else encode(inputs)
         if self.config.similarity == "cosine":
             states = (
-                nn.functional.normalize(states.float(), dim=-1) * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+                nn.functional.normalize(states.float(), dim=-1)
+                * self.logit_scale.value.clamp(max=MAX_LOGIT_SCALE).exp()
             )
         if self.config.popularity_prior:
-            weight = self.popularity_weight * mask.to(states.dtype)
+            weight = self.popularity_weight.value * mask.to(states.dtype)
             states = torch.cat([states, weight.unsqueeze(-1)], dim=-1)
         return states
 

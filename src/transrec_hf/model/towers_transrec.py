@@ -159,4 +159,21 @@ def evaluate_frozen(module: nn.Module) -> None:
         evaluate_frozen(child)
 
 
-__all__ = ["build_tower", "frozen_depth", "load_tower", "lower_states", "resumed_from", "tower_blocks", "tower_width"]
+def mend_convolutions(tower: nn.Module) -> None:
+    """Give adapted convolutions what MobileNets read of them to pad as TensorFlow does, and PEFT leaves out."""
+    for module in tower.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Conv2d) and not hasattr(module, "stride"):
+            for name in ("stride", "kernel_size", "dilation", "padding"):
+                setattr(module, name, getattr(base, name))
+
+
+__all__ = [
+    "build_tower",
+    "frozen_depth",
+    "load_tower",
+    "lower_states",
+    "resumed_from",
+    "tower_blocks",
+    "tower_width",
+]

@@ -283,7 +283,9 @@ def check_room(config: TransRecConfig, folder: Path) -> None:
     Refuse a configuration for which the files of weights are too small whatever their dtype, before memory is taken
     for it. Raises [`DataError`].
     """
-    widths = {"config.json": config, "text_config": config.text_config, "vision_config": config.vision_config}
+    widths: dict[str, Any] = {"config.json": config}
+    if not config.weights_from:  # a thin checkpoint has its towers elsewhere
+        widths |= {"text_config": config.text_config, "vision_config": config.vision_config}
     room = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     for name, part in widths.items():
         width = getattr(part, "hidden_size", 0)

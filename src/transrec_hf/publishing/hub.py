@@ -16,8 +16,9 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from ..errors import DataError
+from ..errors import DataError, bad_input
 from ..files import HEADS, partial_folder, read_whole
+from ..model.tuning_transrec import refuse_local
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +67,9 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
             partial = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
         snapshot = partial / "snapshot"
         left = read_whole(place, lambda: _collect(place, snapshot))
+        with bad_input(str(folder)):
+            config = snapshot / HEADS[0]
+            refuse_local((json.loads(config.read_text()) if config.exists() else {}).get("weights_from") or [])
         for name in HEADS:
             if name in left:
                 raise DataError(

@@ -8,6 +8,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..model.configuration_transrec import BOTTLENECK_PLACES
+from .tuning import TUNINGS, resolve_tuning
+
 
 @dataclass
 class TransRecTrainingArguments(TrainingArguments):
@@ -30,6 +33,21 @@ class TransRecTrainingArguments(TrainingArguments):
         projection_weight_decay (`float`, *optional*): their decay; `weight_decay` if not given.
         trainable_blocks (`int`, *optional*): blocks at the top of each tower that are trained: 0 freezes the towers,
             not giving it trains them whole. The paper trains 2.
+        tuning (`str`, *optional*): what is trained, beside projections, priors, scales and ID vectors, which always
+            are: `"full"`, everything; `"top_k_blocks"`, `trainable_blocks` of each tower; `"frozen"`, no tower;
+            `"lora"`, `"dora"`, `"ia3"` or `"ln_tuning"`, an adapter of PEFT on towers and user encoder;
+            `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]. Adapters in towers
+            learn at `tower_learning_rate`, for which 1e-3 is a good start.
+        adapter_size (`int`, *optional*): rank of `"lora"` and `"dora"`, 8 if not given, or width of `"bottleneck"`,
+            32.
+        bottleneck_places (`str`, *optional*, defaults to `"houlsby"`): where `"bottleneck"` adapters are:
+            `"houlsby"`, after attention and feed-forward layers, or `"pfeiffer"`, after the latter.
+        bottleneck_parallel (`bool`, *optional*, defaults to `False`): they read what these layers read, and not what
+            they say.
+        thin_checkpoints (`bool`, *optional*): leave out of checkpoints the weights that the model was made with and
+            that have not changed, see [`~TransRecModel.save_pretrained`]: of all, the model at the end included; of
+            none; or, if not given, of those of a run whose towers are frozen, in whole or in part, and not of the
+            model at the end.
         activation_store (`str`, *optional*): folder where the states of the frozen blocks are computed once per item
             and kept, see [`ActivationStore`]; without it they are computed in every step.
         item_chunk_size (`int`, *optional*): texts, and images, that are encoded at a time in a training step; their
@@ -76,6 +94,24 @@ class TransRecTrainingArguments(TrainingArguments):
     trainable_blocks: int | None = field(
         default=None, metadata={"help": "Blocks trained at the top of each tower; 0 freezes them [all]."}
     )
+    tuning: str | None = field(
+        default=None,
+        metadata={"help": "What is trained [everything, or as trainable_blocks says].", "choices": TUNINGS},
+    )
+    adapter_size: int | None = field(
+        default=None, metadata={"help": "Rank or width of the adapters of tuning [8, bottleneck: 32]."}
+    )
+    bottleneck_places: str = field(
+        default="houlsby",
+        metadata={"help": "Where adapters of tuning bottleneck are.", "choices": BOTTLENECK_PLACES},
+    )
+    bottleneck_parallel: bool = field(
+        default=False, metadata={"help": "They read what the layers read, not what these say."}
+    )
+    thin_checkpoints: bool | None = field(
+        default=None,
+        metadata={"help": "Checkpoints name unchanged weights instead of holding them [while training, if frozen]."},
+    )
     activation_store: str | None = field(
         default=None, metadata={"help": "Folder that keeps the states of the frozen blocks [computed in every step]."}
     )
@@ -100,7 +136,8 @@ class TransRecTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
-        for name in ("item_chunk_size", "item_cache_age", "max_eval_users"):
+        self.trainable_blocks = resolve_tuning(self.tuning, self.trainable_blocks, self.adapter_size)
+        for name in ("adapter_size", "item_chunk_size", "item_cache_age", "max_eval_users"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -17,6 +17,7 @@ from transformers.utils import PushInProgress
 from ..files import TRAINING_LOCK, locked, written_whole
 from ..publishing.checkpoint import remove_old_checkpoints
 from ..publishing.hub import PICKLES, upload_checkpoint
+from .tuning import thin_checkpoints
 
 
 class WholeCheckpoints(Trainer):
@@ -48,7 +49,8 @@ class WholeCheckpoints(Trainer):
                 partial.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             self._partial = str(partial)
-            super()._save_checkpoint(model, trial)
+            with thin_checkpoints(self.model, self.args):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(run_dir / name)

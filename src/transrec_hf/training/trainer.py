@@ -48,6 +48,7 @@ from .collator import DataCollatorForNextItem, TrainingWindows
 from .item_cache import ItemCache
 from .saving import WholeCheckpoints
 from .sharding import check_sharding, copy_of, load_whole_weights, own_class, whole_weights
+from .tuning import CostCallback, has_own_projections, tune
 
 
 logger = logging.get_logger(__name__)
@@ -167,11 +168,7 @@ class TransRecTrainer(WholeCheckpoints):
                 f"item_cache_age saves nothing with objective {config.objective!r}, which scores the items of a "
                 "history as well: leave it out, or train with 'cpc'"
             )
-        if args.trainable_blocks is not None:
-            if has_adapter(model):
-                raise ValueError("an adapter says itself what is trained: leave out trainable_blocks")
-            model.freeze_towers(args.trainable_blocks)
-
+        tune(model, args)
         self.catalogue, self.split, self.protocol = catalogue, split, protocol
         self.reports: dict[str, dict[str, Any]] = {}  # the last one of each split, for the card
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
@@ -197,12 +194,15 @@ class TransRecTrainer(WholeCheckpoints):
         self.store: ActivationStore | None = None
         transrec = model.get_base_model() if hasattr(model, "get_base_model") else model
         transrec.item_chunk_size = args.item_chunk_size
+        transrec.saves_thin = bool(args.thin_checkpoints)
         if args.torch_compile:
             transrec.compile_blocks(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.item_cache: ItemCache | None = None
         if args.item_cache_age is not None:
             self.item_cache = ItemCache(len(catalogue), config.hidden_size, args.item_cache_age, args.device)
         self.add_callback(EpochCallback)
+        self.cost = CostCallback()
+        self.add_callback(self.cost)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -230,7 +230,8 @@ class TransRecTrainer(WholeCheckpoints):
     def prepare_model(self) -> None:
         """Give new projections their data-dependent start, see [`standardize_projections`]; `train` begins with it."""
         self.is_prepared = True
-        prepare = standardize_for if has_adapter(self.model) else standardize_projections
+        keeps_own = has_adapter(self.model) and not has_own_projections(self.model)
+        prepare = standardize_for if keeps_own else standardize_projections
         if self.source.processor is not None:
             with self.autocast_smart_context_manager(), whole_weights(self.model):
                 prepare(self.model, self.source, seed=self.args.seed)

@@ -1,0 +1,229 @@
+"""Tuning modes: which weights a run trains, and what that costs; which checkpoints of it are thin."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..model.modeling_transrec import TransRecModel
+from ..model.towers_transrec import tower_blocks
+from ..model.tuning_transrec import as_expression, names_as_patterns
+from ..publishing.results import describe_device
+
+
+logger = logging.get_logger(__name__)
+
+PEFT_TUNINGS = ("lora", "dora", "ia3", "ln_tuning")
+TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck")
+SIZES = {"lora": 8, "dora": 8, "bottleneck": 32}
+"""Rank, or width, of adapters where no other is given."""
+PAPER_BLOCKS = 2
+
+
+def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int | None) -> int | None:
+    """
+    The blocks at the top of each tower that a tuning mode trains, as `trainable_blocks` has them.
+
+    Raises:
+        `ValueError`: If the options contradict each other.
+    """
+    if tuning is not None and tuning not in TUNINGS:
+        raise ValueError(f"tuning must be one of {TUNINGS}, got {tuning!r}")
+    if size is not None and tuning not in SIZES:
+        raise ValueError(f"adapter_size is the rank or width of tuning {', '.join(SIZES)}: leave it out")
+    if tuning == "top_k_blocks":
+        if trainable_blocks == 0:
+            raise ValueError(
+                "tuning='top_k_blocks' trains at least one block: set trainable_blocks, or tuning='frozen'"
+            )
+        return PAPER_BLOCKS if trainable_blocks is None else trainable_blocks
+    if tuning is not None and trainable_blocks is not None and (tuning, trainable_blocks) != ("frozen", 0):
+        raise ValueError(
+            f"trainable_blocks={trainable_blocks} means tuning='top_k_blocks', and tuning is {tuning!r}: leave one out"
+        )
+    return 0 if tuning == "frozen" else trainable_blocks
+
+
+def is_target(module: nn.Module, tuning: str, pads_as_tensorflow: bool) -> bool:
+    """Whether a module of a block is one that this kind of adapter goes on."""
+    if tuning == "ln_tuning":
+        return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    if isinstance(module, nn.Conv2d):  # not depthwise, whose groups no rank divides
+        return module.groups == 1 and (not pads_as_tensorflow or module.kernel_size == (1, 1))
+    return isinstance(module, nn.Linear)
+
+
+def target_modules(model: TransRecModel, tuning: str) -> str:
+    """
+    A regular expression of the modules that adapters go on: in the blocks of all towers and in the user encoder the
+    linear layers, ordinary or pointwise convolutions, or layer norms.
+
+    Raises:
+        `ValueError`: If there are none.
+    """
+    wanted = []
+    names = {module: name for name, module in model.named_modules()}
+    for tower in model.item_encoder.towers.values():
+        pads = bool(getattr(tower.config, "tf_padding", False))
+        wanted += [names[module] for module in tower_blocks(tower).modules() if is_target(module, tuning, pads)]
+    wanted += [names[module] for module in model.user_encoder.modules() if is_target(module, tuning, False)]
+    if not wanted:
+        raise ValueError(f"tuning={tuning!r} finds no layer to adapt in this model: take another one")
+    return as_expression(names_as_patterns(wanted, set(names.values()) - set(wanted)))
+
+
+def trained_whole(model: TransRecModel) -> list[str]:
+    """Modules that are trained whole beside adapters: projections, pooling, ID vectors, priors and scales."""
+    encoder = model.item_encoder
+    modules = [encoder.projection(name) for name in model.config.modalities]
+    for owner, name in (
+        *((encoder, name) for name in ("text_pooling", "item_embedding", "modality_scale")),
+        *((model, name) for name in ("content_prior", "logit_scale", "popularity_weight")),
+    ):
+        modules += [getattr(owner, name)] if hasattr(owner, name) else []
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module] for module in modules]
+
+
+def adapter_config(model: TransRecModel, tuning: str, size: int | None = None) -> Any:
+    """
+    The configuration of a PEFT adapter on towers and user encoder, whose places are found by structure.
+
+    Args:
+        model ([`TransRecModel`]): The model.
+        tuning (`str`): One of `PEFT_TUNINGS`.
+        size (`int`, *optional*): The rank of `"lora"` and `"dora"`; 8 if not given.
+
+    Raises:
+        `ImportError`: If PEFT is not installed.
+    """
+    try:
+        from peft import IA3Config, LNTuningConfig, LoraConfig
+    except ImportError as error:
+        raise ImportError(f"tuning={tuning!r} needs PEFT: pip install 'transrec-hf[peft]'") from error
+    common: dict[str, Any] = {
+        "target_modules": target_modules(model, tuning),
+        "modules_to_save": trained_whole(model) or None,
+    }
+    if tuning == "ia3":
+        return IA3Config(feedforward_modules=[], **common)
+    if tuning == "ln_tuning":
+        return LNTuningConfig(**common)
+    rank = SIZES[tuning] if size is None else size
+    return LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=tuning == "dora", **common)
+
+
+def tune(model: Any, args: Any) -> None:
+    """
+    Freeze and adapt a model as `args.tuning` and `args.trainable_blocks` say. An adapter that a run before has added
+    stays.
+
+    Args:
+        model ([`TransRecModel`]): Changed in place.
+        args ([`TransRecTrainingArguments`]): The arguments.
+
+    Raises:
+        `ValueError`: If the model brings an adapter, which says itself what is trained.
+    """
+    if args.tuning is not None and getattr(model, "tuned_by", None) == args.tuning:
+        return
+    if getattr(model, "peft_config", None):
+        if args.trainable_blocks is not None or args.tuning is not None:
+            name = "trainable_blocks" if args.tuning is None else "tuning"
+            raise ValueError(f"an adapter says itself what is trained: leave out {name}")
+        return
+    if args.tuning in PEFT_TUNINGS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # PEFT means layer norms
+                model.add_adapter(adapter_config(model, args.tuning, args.adapter_size))
+        model.tuned_by = args.tuning
+    elif args.tuning == "bottleneck":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            size = SIZES["bottleneck"] if args.adapter_size is None else args.adapter_size
+            model.add_bottlenecks(size, args.bottleneck_places, args.bottleneck_parallel)
+    elif args.trainable_blocks is not None or args.tuning == "full":
+        model.freeze_towers(args.trainable_blocks)
+
+
+def has_own_projections(model: Any) -> bool:
+    """Whether the adapter of a model brings projections of its own, so that they may follow the catalogue at hand."""
+    encoder: Any = getattr(model, "item_encoder", None)
+    names = [] if encoder is None else model.config.modalities
+    return bool(names) and all(hasattr(encoder.projection(name), "modules_to_save") for name in names)
+
+
+@contextmanager
+def thin_checkpoints(model: Any, args: Any) -> Iterator[None]:
+    """
+    Inside, checkpoints of the run are thin, if `args.thin_checkpoints` says so or leaves it open: then if something of
+    a tower is frozen, nothing is pushed, and the model does not come from the run's own folder, which is tidied up.
+    """
+    before = getattr(model, "saves_thin", False)
+    if args.thin_checkpoints is None and isinstance(model, TransRecModel) and not args.push_to_hub:
+        towers = model.item_encoder.towers.values()
+        is_frozen = any(not parameter.requires_grad for tower in towers for parameter in tower.parameters())
+        origins = [model.config._name_or_path, *(source["name"] for source in model.config.weights_from or [])]
+        folders = [Path(name).resolve() for name in origins if os.path.isdir(name)]
+        inside = any(folder.is_relative_to(Path(args.output_dir).resolve()) for folder in folders)
+        model.saves_thin = is_frozen and not inside
+    try:
+        yield
+    finally:
+        if hasattr(model, "saves_thin"):
+            model.saves_thin = before
+
+
+class Cost(NamedTuple):
+    """What a run trains, and what that costs."""
+
+    trainable_parameters: int
+    parameters: int
+    peak_memory_gb: float | None
+    seconds_per_1000_users: float
+
+    def __str__(self) -> str:
+        memory = "" if self.peak_memory_gb is None else f", {self.peak_memory_gb:.1f} GB of memory at most"
+        share = 100 * self.trainable_parameters / max(1, self.parameters)
+        return (
+            f"Trained {self.trainable_parameters:,} of {self.parameters:,} parameters ({share:.1f} %)"
+            f"{memory}, {self.seconds_per_1000_users:.2f} seconds for 1,000 users"
+        )
+
+
+class CostCallback(TrainerCallback):
+    """Measures the training steps alone, without evaluation and saving, and tells their cost at the end."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self.started = 0.0, 0, 0.0
+        self.cost: Cost | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.monotonic() - self.started
+        self.steps += 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        users = self.steps * state.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        self.cost = Cost(
+            sum(size for size, trained in sizes if trained),
+            sum(size for size, _ in sizes),
+            describe_device(args.device)["peak_memory_gb"],
+            1000 * self.seconds / max(1, users),
+        )
+        logger.info("%s", self.cost)
