@@ -14,6 +14,7 @@ from ..publishing.card import verdict
 logger = logging.get_logger(__name__)
 
 SLICE_TITLES = {
+    "domain": "domain",
     "target": "target in training",
     "target_modality": "modality of the target",
     "history_length": "length of the history",

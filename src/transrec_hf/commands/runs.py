@@ -31,7 +31,9 @@ from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits
 from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
+from ..training.mixing import MixedTrainer
 from ..training.planning import Plan, plan_run
+from ..training.stages import UserEncoderFirst
 from ..training.trainer import TransRecTrainer, last_complete_checkpoint
 from ..training.transfer import INITS, Start, check_init, choose_start, start_from
 from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
@@ -51,6 +53,29 @@ class RunArguments(TransRecTrainingArguments):
     _argument_group_name = "training"
     resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
     results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
+
+
+@dataclass
+class PretrainArguments(RunArguments):
+    """[`RunArguments`], and what else is trained on."""
+
+    more_data: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Further domains, as data: each batch is of one of them."}
+    )
+    mixing_temperature: float = option(
+        0.5, "Power of a domain's number of batches by which it is drawn: 1 draws each window alike, 0 each domain."
+    )
+
+    user_encoder_epochs: float = option(
+        0, "Epochs at the beginning in which the user encoder alone learns, on items as they are."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.user_encoder_epochs < 0:
+            raise ValueError(f"user_encoder_epochs must be 0 or more, got {self.user_encoder_epochs}")
+        if not 0 <= self.mixing_temperature <= 1:
+            raise ValueError(f"mixing_temperature must be between 0 and 1, got {self.mixing_temperature}")
 
 
 @dataclass
@@ -101,10 +126,12 @@ def pretrain(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec pretrain my_source --text_model sentence-transformers/all-MiniLM-L6-v2 \\
             --vision_model google/mobilenet_v2_1.0_224 --trainable_blocks 2 --output_dir runs/my_source
 
+        transrec pretrain films --more_data games yelp --text_model sentence-transformers/all-MiniLM-L6-v2
+
     The folder output_dir then holds the model with its processor, data statistics and card, report.json on the test
     targets, and learning_curve.png.
     """
-    return run_training(*_parse(RunArguments, argv, pretrain, output_dir="runs/pretrain"))
+    return run_training(*_parse(PretrainArguments, argv, pretrain, output_dir="runs/pretrain"))
 
 
 def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -240,6 +267,19 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
     return start
 
 
+def prepare_domain(
+    name: str, data_args: DataArguments, split_args: SplitArguments, model: TransRecModel
+) -> tuple[Catalogue, Split]:
+    """Read and check a further domain of a run. Raises [`DataError`]."""
+    catalogue, sequences = dataclasses.replace(data_args, data=name, items=None, interactions=None).load()
+    check_fits(model, catalogue)
+    with bad_input(f"{name}: bad options"):
+        split = split_args.apply(sequences, model.config.max_position_embeddings)
+    if "image" in model.config.modalities:
+        catalogue.check_images()
+    return catalogue, split
+
+
 def run_training(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -262,13 +302,21 @@ def run_training(
     check_output_dir(args.output_dir, resumes=args.resume or args.resume_from_checkpoint is not None)
     with args.main_process_first(desc="reading the data"):  # the others find it in the cache
         catalogue, split, model, processor = prepare_run(model_args, data_args, split_args, args.seed)
+        domains = {data_args.name: (catalogue, split)}
+        for name in (args.more_data or []) if isinstance(args, PretrainArguments) else []:
+            domains[name] = prepare_domain(name, data_args, split_args, model)
     try:
         with bad_input("bad options"):
             if isinstance(args, FinetuneArguments) and args.init != "auto":
                 check_init(model, args.init)
-            trainer = TransRecTrainer(
-                model, args, catalogue=catalogue, split=split, processing_class=processor, protocol=split_args.protocol
-            )
+            options: dict[str, Any] = {"processing_class": processor, "protocol": split_args.protocol}
+            if isinstance(args, PretrainArguments) and len(domains) > 1:
+                options |= {"domains": domains, "temperature": args.mixing_temperature}
+                trainer: TransRecTrainer = MixedTrainer(model, args, **options)
+            else:
+                trainer = TransRecTrainer(model, args, catalogue=catalogue, split=split, **options)
+            if isinstance(args, PretrainArguments) and args.user_encoder_epochs:
+                trainer.add_callback(UserEncoderFirst(args.user_encoder_epochs))
             trainer.fill_store()
     except DataError:
         with suppress(OSError):
@@ -286,7 +334,7 @@ def run_training(
     trainer.save_model()
 
     vectors = None
-    if model_args.text_model or model_args.vision_model:
+    if (model_args.text_model or model_args.vision_model) and len(domains) == 1:
         vectors = content_vectors(
             model_args.text_model,
             model_args.vision_model,

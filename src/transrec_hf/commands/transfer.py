@@ -210,8 +210,9 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue) -> None:
     """Refuse a target on which the source was trained, as its own files tell. Raises [`DataError`]."""
     known = ItemStatistics.from_pretrained(checkpoint)
     shared = 0.0 if known is None else float((known.rows(catalogue.item_ids) >= 0).mean())
-    told = read_json(Path(checkpoint) / STATISTICS_NAME).get("source") if Path(checkpoint).is_dir() else None
-    if shared > 0.5 or (told == catalogue.source and not DataArguments(data=target).is_demo):  # which have one name
+    told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
+    sources = told.get("sources") or [told.get("source")]
+    if shared > 0.5 or (catalogue.source in sources and not DataArguments(data=target).is_demo):  # which have one name
         raise DataError(f"{target}: the source {checkpoint} was trained on it. Leave one of the two out.")
 
 

@@ -174,7 +174,7 @@ class TransRecTrainer(WholeCheckpoints):
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
         self.is_prepared = False  # for the items at hand
-        self.train_counts = split.train.item_counts(len(catalogue))
+        self.item_ids, self.train_counts = catalogue.item_ids, split.train.item_counts(len(catalogue))
         super().__init__(
             model,
             args,
@@ -238,13 +238,17 @@ class TransRecTrainer(WholeCheckpoints):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of training windows, of items as the store has them."""
-        self.data_collator = DataCollatorForNextItem(
+        self.data_collator = self.make_collator()
+        return super().get_train_dataloader()
+
+    def make_collator(self) -> DataCollatorForNextItem:
+        """What makes batches of training windows."""
+        return DataCollatorForNextItem(
             self.source,
             self.model.config,
             log_popularity(self.train_counts),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-        return super().get_train_dataloader()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         accelerator_args = super()._build_accelerator_args(**kwargs)
@@ -512,5 +516,5 @@ class TransRecTrainer(WholeCheckpoints):
             if self.args.should_save:
                 (folder / PICKLED_ARGS_NAME).unlink()  # a pickle; the same is written as JSON
                 if needs_item_statistics(self.accelerator.unwrap_model(self.model)):
-                    ItemStatistics(self.catalogue.item_ids, self.train_counts).save(folder)
+                    ItemStatistics(self.item_ids, self.train_counts).save(folder)
                 self._describe(folder)

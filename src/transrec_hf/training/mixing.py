@@ -1,0 +1,235 @@
+"""Pre-training on several platforms: batches of one domain each, under the statistics of that domain."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data.catalogue import Catalogue
+from ..data.interactions import Sequences, Split
+from ..model.item_encoder_transrec import WhitenedProjection
+from ..model.modeling_transrec import TransRecModel
+from .arguments import TransRecTrainingArguments
+from .collator import TrainingWindows
+from .trainer import TransRecTrainer
+
+
+class MixedWindows(Dataset):
+    """The training windows of several domains, one after the other; each says which `domain` it is of."""
+
+    def __init__(self, parts: Sequence[TrainingWindows]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+
+    def set_epoch(self, epoch: int) -> None:
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        domain = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return {**self.parts[domain][index - int(self.starts[domain])], "domain": domain}
+
+
+class OneDomainABatch(Sampler):
+    """
+    Windows in an order of which each batch is of one domain. An epoch has as many batches as the domains have
+    together; a domain is drawn by its number of batches to the power of `temperature`: 1 draws each window alike, 0
+    each domain.
+
+    Args:
+        windows ([`MixedWindows`]): The windows.
+        batch_size (`int`): Of the batches.
+        temperature (`float`, *optional*, defaults to 0.5): See above.
+        seed (`int`, *optional*, defaults to 0): Of the order, with the epoch.
+    """
+
+    def __init__(self, windows: MixedWindows, batch_size: int, temperature: float = 0.5, seed: int = 0):
+        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self.batches = np.array([-(-len(part) // batch_size) for part in windows.parts])
+        weights = self.batches.astype(float) ** temperature
+        self.shares = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return int(self.batches.sum()) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.windows.parts[0].epoch])
+        waiting: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.windows.parts]
+        for domain in rng.choice(len(self.shares), size=self.batches.sum(), p=self.shares):
+            while len(waiting[domain]) < self.batch_size:
+                again = self.windows.starts[domain] + rng.permutation(len(self.windows.parts[domain]))
+                waiting[domain] = np.concatenate([waiting[domain], again])
+            yield from waiting[domain][: self.batch_size].tolist()
+            waiting[domain] = waiting[domain][self.batch_size :]
+
+
+class MixedTrainer(TransRecTrainer):
+    """
+    A [`TransRecTrainer`] on several domains. Each batch is of one of them, whose popularity the loss reads and by
+    whose statistics a whitened item map whitens. Reports pool the users of all domains, and tell the domains apart in
+    a slice.
+
+    Args:
+        domains (`dict[str, tuple[Catalogue, Split]]`): By name, at least one. The statistics of the first one stay
+            with the model.
+        temperature (`float`, *optional*, defaults to 0.5): See [`OneDomainABatch`].
+        kwargs: Of [`TransRecTrainer`].
+
+    Raises:
+        `ValueError`: If the model learns vectors by item ID, which are of one catalogue, or several processes train.
+    """
+
+    def __init__(
+        self,
+        model: TransRecModel,
+        args: TransRecTrainingArguments,
+        *,
+        domains: dict[str, tuple[Catalogue, Split]],
+        temperature: float = 0.5,
+        **kwargs: Any,
+    ):
+        if model.config.num_items is not None:
+            raise ValueError(
+                "ID vectors are of one catalogue: leave out hybrid or id_baseline, or train on one domain"
+            )
+        if args.world_size > 1 or args.item_cache_age is not None:
+            raise ValueError("several domains train in one process and without item_cache_age")
+        make: Callable[..., Any] = TransRecTrainer
+        own = {name: value for name, value in kwargs.items() if name in ("processing_class", "protocol")}
+        self.parts: dict[str, TransRecTrainer] = {
+            name: make(model, copy.copy(args), catalogue=catalogue, split=split, **own)
+            for name, (catalogue, split) in domains.items()
+        }
+        first = next(iter(self.parts.values()))
+        super().__init__(model, args, catalogue=first.catalogue, split=first.split, **kwargs)
+        self.temperature = temperature
+        self.item_ids = np.concatenate([part.item_ids for part in self.parts.values()])
+        self.train_counts = np.concatenate([part.train_counts for part in self.parts.values()])
+        self.train_dataset: Any = MixedWindows([part.train_dataset for part in self.parts.values()])  # type: ignore[misc]
+        self.whitening: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def fill_store(self) -> None:
+        for part in self.parts.values():
+            part.fill_store()
+
+    def prepare_model(self) -> None:
+        """As in one domain, one after the other; the statistics of each are kept."""
+        self.is_prepared = True
+        for name, part in self.parts.items():
+            part.prepare_model()
+            self.whitening[name] = [
+                {statistic: getattr(module, statistic).clone() for statistic in module.statistics}
+                for module in self._whitened()
+            ]
+        self.use(next(iter(self.parts)))
+
+    def _whitened(self) -> list[WhitenedProjection]:
+        return [module for module in self.model.modules() if isinstance(module, WhitenedProjection)]
+
+    @torch.no_grad()
+    def use(self, name: str) -> None:
+        """Give the model the statistics of a domain."""
+        for module, statistics in zip(self._whitened(), self.whitening[name], strict=True):
+            for statistic, value in statistics.items():
+                getattr(module, statistic).copy_(value)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one domain each."""
+        collators = [part.make_collator() for part in self.parts.values()]
+
+        def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+            domains = {feature.pop("domain") for feature in features}
+            (domain,) = domains
+            return {**collators[domain](features), "domain": domain}
+
+        self.data_collator = collate
+        return super(TransRecTrainer, self).get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return OneDomainABatch(self.train_dataset, self.args.train_batch_size, self.temperature, seed)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.use(list(self.parts)[inputs.pop("domain")])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def report(
+        self,
+        sequences: Sequences | None = None,
+        split: str = "test",
+        baselines: bool = True,
+        content_vectors: torch.Tensor | None = None,
+        max_users: int | None = None,
+    ) -> dict[str, Any]:
+        """Of the validation or the test targets of all domains: see [`TransRecTrainer.report`]."""
+        if not self.is_prepared:
+            self.prepare_model()
+        reports = {}
+        for name, part in self.parts.items():
+            self.use(name)
+            part.is_prepared = True
+            targets = part.split.validation if split == "validation" else part.split.test
+            reports[name] = part.report(targets, split, baselines, None, max_users)
+        self.use(next(iter(self.parts)))
+        self.reports[split] = pooled(reports)
+        return self.reports[split]
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Those of the first domain, the counts of all, and their names."""
+        of = [part.statistics for part in self.parts.values()]
+        counts = {name: sum(part[name] for part in of) for name in of[0] if name.startswith("num_")}
+        return {**of[0], **counts, "source": ", ".join(self.parts), "sources": [part["source"] for part in of]}
+
+
+def pooled(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """
+    One report of the users of several domains. Its metrics are means over all users, its intervals those of a sum of
+    independent means; its slices are the domains.
+    """
+    users = {name: report["protocol"]["num_users"] for name, report in reports.items()}
+    shares = {name: count / sum(users.values()) for name, count in users.items()}
+    first = next(iter(reports.values()))
+
+    def mean(part: str) -> dict[str, float]:
+        return {key: sum(shares[name] * report[part][key] for name, report in reports.items()) for key in first[part]}
+
+    metrics = mean("metrics")
+
+    def interval(metric: str) -> tuple[float, float]:
+        squares = [0.0, 0.0]
+        for name, report in reports.items():
+            for end in (0, 1):
+                squares[end] += (shares[name] * (report["intervals"][metric][end] - report["metrics"][metric])) ** 2
+        return metrics[metric] - squares[0] ** 0.5, metrics[metric] + squares[1] ** 0.5
+
+    result = {
+        "protocol": {
+            **first["protocol"],
+            "num_users": sum(users.values()),
+            "num_items": sum(report["protocol"]["num_items"] for report in reports.values()),
+        },
+        "metrics": metrics,
+        "intervals": {metric: interval(metric) for metric in first["intervals"]},
+        "slices": {
+            "domain": {name: {"num_users": users[name], **report["metrics"]} for name, report in reports.items()}
+        },
+        "repeats": mean("repeats"),
+        "recommendations": mean("recommendations"),
+    }
+    if "baselines" in first:
+        result["baselines"] = {
+            baseline: pooled({name: report["baselines"][baseline] for name, report in reports.items()})
+            for baseline in first["baselines"]
+        }
+    return result

@@ -1,0 +1,30 @@
+"""Training in two stages: the user encoder on items as they are, then everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+
+class UserEncoderFirst(TrainerCallback):
+    """
+    Leaves the item encoder as it is for the first epochs of a run: its gradients are dropped before the optimizer sees
+    them.
+
+    Args:
+        epochs (`float`): How many.
+    """
+
+    def __init__(self, epochs: float):
+        self.epochs = epochs
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if model is None or (state.epoch or 0.0) >= self.epochs:
+            return
+        for name, parameter in model.named_parameters():
+            if "item_encoder." in name:
+                parameter.grad = None

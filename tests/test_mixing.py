@@ -1,0 +1,144 @@
+"""Pre-training on several domains: batches, statistics and reports of one domain each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from testing_utils import make_catalogue, make_config, make_processor, make_split
+from torch.utils.data import DataLoader
+
+from transrec_hf import DataError, TransRecModel, TransRecTrainingArguments, load_catalogue
+from transrec_hf.commands.runs import pretrain
+from transrec_hf.commands.transfer import check_no_source
+from transrec_hf.data import demo
+from transrec_hf.data.demo import demo_world
+from transrec_hf.training.collator import TrainingWindows
+from transrec_hf.training.mixing import MixedTrainer, MixedWindows, OneDomainABatch
+from transrec_hf.training.stages import UserEncoderFirst
+
+
+DESIGN = {"item_map": "whitened", "similarity": "cosine", "content_prior": True, "popularity_prior": True}
+
+
+def mixed_trainer(folder, **fields):
+    torch.manual_seed(0)
+    model = TransRecModel(make_config("text", **{**DESIGN, **fields}))
+    args = TransRecTrainingArguments(
+        str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    domains = {
+        "small": (make_catalogue(9, kinds=("text",)), make_split(num_users=5, num_items=9)),
+        "large": (make_catalogue(14, kinds=("text",)), make_split(num_users=20, num_items=14, seed=1)),
+    }
+    return MixedTrainer(model, args, domains=domains, processing_class=make_processor("text"))
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 10 / 11), (0.5, 0.76), (0.0, 0.5)])
+def test_batches_are_of_one_domain_drawn_by_the_temperature(temperature, share):
+    sizes = (80, 800)
+    parts = [TrainingWindows(make_split(num_users=size, num_items=9).train, 6) for size in sizes]
+    windows = MixedWindows(parts)
+    sampler = OneDomainABatch(windows, 8, temperature)
+    order = list(sampler)
+    assert len(order) == len(sampler) == sum(-(-len(part) // 8) for part in parts) * 8
+    domains = np.array([windows[index]["domain"] for index in order]).reshape(-1, 8)
+    assert (domains == domains[:, :1]).all()
+    assert abs(domains[:, 0].mean() - share) < 0.1
+    assert list(sampler) == order
+    windows.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_each_batch_meets_the_statistics_of_its_domain(tmp_path, monkeypatch):
+    trainer = mixed_trainer(tmp_path)
+    trainer.prepare_model()
+    means = {name: statistics[0]["mean"] for name, statistics in trainer.whitening.items()}
+    assert not torch.equal(means["small"], means["large"])
+    assert isinstance(trainer.get_train_dataloader(), DataLoader)
+    seen = []
+    forward = TransRecModel.forward
+
+    def spy(self, *args, **kwargs):
+        here = self.item_encoder.text_projection.mean
+        domain = next(name for name, mean in means.items() if torch.equal(mean, here))
+        popularity = trainer.parts[domain].source.log_popularity
+        rows = kwargs["items"].item_rows
+        assert torch.allclose(kwargs["log_popularity"], popularity[rows])
+        seen.append(domain)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransRecModel, "forward", spy)
+    trainer.train()
+    assert set(seen) == {"small", "large"}
+    assert torch.equal(trainer.model.item_encoder.text_projection.mean, means["small"])
+
+
+def test_reports_pool_the_users_and_tell_the_domains_apart(tmp_path):
+    trainer = mixed_trainer(tmp_path)
+    report = trainer.report()
+    domains = report["slices"]["domain"]
+    assert {name: part["num_users"] for name, part in domains.items()} == {"small": 5, "large": 20}
+    expected = (5 * domains["small"]["mrr"] + 20 * domains["large"]["mrr"]) / 25
+    assert report["metrics"]["mrr"] == pytest.approx(expected) and report["protocol"]["num_users"] == 25
+    low, high = report["intervals"]["mrr"]
+    assert low < expected < high and set(report["baselines"]) == {"popularity", "repeat_last", "co_occurrence"}
+
+
+def test_id_vectors_are_of_one_catalogue(tmp_path):
+    with pytest.raises(ValueError, match="ID vectors are of one catalogue"):
+        mixed_trainer(tmp_path, num_items=9)
+
+
+def test_the_user_encoder_learns_first(tmp_path):
+    """In an epoch of its own it moves, and the item encoder does not; in the next one both do."""
+    trainer = mixed_trainer(tmp_path)
+    trainer.add_callback(UserEncoderFirst(1))
+    trainer.args.num_train_epochs, trainer.args.load_best_model_at_end = 1, False
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+
+    def moved():
+        changed = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
+        return {name.split(".")[0] for name in changed}
+
+    trainer.train()
+    assert "user_encoder" in moved() and "item_encoder" not in moved()
+    trainer.args.num_train_epochs = 2
+    trainer.train()
+    assert {"user_encoder", "item_encoder"} <= moved()
+
+
+def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
+    monkeypatch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
+    monkeypatch.chdir(tmp_path)
+    demo_world().target.save("other")
+    options = ["--data", "demo:source", "--more_data", "other", "--output_dir", "run", "--num_train_epochs", "1"]
+    options += [
+        "--per_device_train_batch_size",
+        "16",
+        "--use_cpu",
+        "--trainable_blocks",
+        "0",
+        "--disable_tqdm",
+        "True",
+    ]
+    report = pretrain(options)
+    assert report["protocol"]["num_users"] == 70 and "domain: other" in capsys.readouterr().out
+    told = json.loads((tmp_path / "run" / "data_statistics.json").read_text())
+    assert told["num_items"] == 88 and len(told["sources"]) == 2
+    with pytest.raises(DataError, match="was trained on it"):
+        check_no_source("run", "other", load_catalogue("other"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        pretrain([*options[:3], "empty", "--output_dir", "none", *options[6:]])
+    assert not (tmp_path / "none").exists()
