@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -21,6 +22,7 @@ from transformers import ViTImageProcessorPil
 
 import transrec_cli
 from transrec_hf import DataError, HubError, Recommender, TransRecConfig, TransRecModel, TransRecProcessor
+from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.items.preparing import ItemSource
 from transrec_hf.items.store import prefix_key
 from transrec_hf.publishing.card import describe_checkpoint, model_card
@@ -334,6 +336,7 @@ def test_only_what_belongs_to_a_checkpoint_is_pushed(hub: LocalHub, folder: Path
         (folder / name).write_bytes(PICKLE)
     (folder / "old.txt").write_bytes(pickle.dumps(print, protocol=0))  # text, and a pickle as well
     (folder / "LICENSE").write_text("MIT")
+    ItemStatistics(np.array(["a"]), np.array([1])).save(folder)
     (folder / "sub" / "extra.json").write_text("{}")
     os.mkfifo(folder / "pipe.json")
     hub.create("me/x")
@@ -341,7 +344,8 @@ def test_only_what_belongs_to_a_checkpoint_is_pushed(hub: LocalHub, folder: Path
     pushed = hub.files("me/x")
     assert not {"SECRET", "TOKEN", "root:"} & {content.decode(errors="ignore")[:5] for content in pushed.values()}
     assert PICKLE not in pushed.values()
-    assert {"config.json", "model.safetensors", "LICENSE", "again.json", "sub/extra.json"} <= pushed.keys()
+    ours = {"config.json", "model.safetensors", "item_statistics.parquet", "LICENSE", "again.json", "sub/extra.json"}
+    assert ours <= pushed.keys()
     assert not {"old.txt", "pipe.json", *links, "x", "x.md"} & pushed.keys()
     assert not [name for name in pushed if re.search(r"(^|/)[._](?!gitattributes)|checkpoint-", name)]
 

@@ -23,6 +23,7 @@ import torch
 from local_hub import LocalHub
 from safetensors.torch import load_file
 from testing_utils import make_config, make_model, make_trainer
+from transformers import logging
 
 from transrec_hf import DataError, ItemIndex, Recommender, TransRecModel, TransRecTrainer, files
 from transrec_hf.data.statistics import load_statistics, save_statistics
@@ -213,6 +214,14 @@ def test_a_link_is_replaced_and_not_followed(folder: Path, tmp_path: Path) -> No
     with whole_file(folder / "card") as partial:
         partial.write_text("theirs")
     assert (tmp_path / "target").read_text() == "mine" and (folder / "card").read_text() == "theirs"
+
+
+def test_what_other_weights_knew_of_their_items_goes_with_them(folder: Path) -> None:
+    for name in ("item_statistics.parquet", "item_index.json", "notes.parquet"):
+        (folder / name).write_text("old")
+    with written_whole(folder) as partial:
+        fill(partial, {**NEW, "item_index.safetensors": "new"})
+    assert texts(folder) == {**BOTH, "item_index.safetensors": "new", "notes.parquet": "old"}
 
 
 def test_replacing_all(folder: Path) -> None:
@@ -617,3 +626,17 @@ def _metadata(folder: Path) -> dict[str, str]:
 
     with safe_open(folder / "item_index.safetensors", "pt") as file:
         return file.metadata()
+
+
+def test_ids_of_format_1_in_another_order_are_found_by_the_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = Path(__file__).parent / "checkpoints" / "v0.1.0"
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    right = Recommender.from_pretrained(checkpoint, checkpoint / "items.parquet").recommend(["item-1"], 3)
+    path = tmp_path / "copy" / "item_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    found = Recommender.from_pretrained(tmp_path / "copy", checkpoint / "items.parquet").recommend(["item-1"], 3)
+    assert [item.item_id for item in found] == [item.item_id for item in right]
+    assert "made from another catalogue" in caplog.text

@@ -240,7 +240,7 @@ def _state(folder: Path) -> set[tuple[str, int, int]]:
     found = set()
     for entry in os.scandir(folder):
         if entry.name == JOURNAL or (
-            entry.name.endswith((".json", ".safetensors")) and not entry.name.startswith(".")
+            entry.name.endswith((".json", ".parquet", ".safetensors")) and not entry.name.startswith(".")
         ):
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
@@ -287,8 +287,13 @@ def _commit(partial: Path, folder: Path, replaces_all: bool) -> None:
 
 
 def _superseded(new: set[str], old: set[str]) -> set[str]:
-    """Files that would be read with the new ones: weights in another number of shards, the ids of an index."""
+    """
+    Files that would be read with the new ones: weights in another number of shards, the ids of an index of format 1,
+    what other weights knew of their items.
+    """
     gone = {"item_index.json"} if "item_index.safetensors" in new else set()
+    if "config.json" in new:
+        gone.add("item_statistics.parquet")
     for kind in ("model", "adapter_model"):
         pattern = re.compile(rf"{kind}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
         if any(pattern.fullmatch(name) for name in new):

@@ -17,6 +17,7 @@ from transformers.utils import cached_file, logging
 from ..data.catalogue import Catalogue
 from ..data.statistics import log_popularity
 from ..errors import MAX_EXAMPLES, DataError, one_line
+from ..files import whole_file
 from ..model.modeling_transrec import TransRecModel
 from .encoding import item_states, standardize_projections
 from .preparing import ItemSource
@@ -60,7 +61,8 @@ class ItemStatistics:
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_statistics.parquet`."""
         columns = {"item_id": pa.array(self.item_ids.tolist(), pa.string()), "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / ITEM_STATISTICS_NAME)
+        with whole_file(Path(folder) / ITEM_STATISTICS_NAME) as partial:
+            pq.write_table(pa.table(columns), partial)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ItemStatistics | None:

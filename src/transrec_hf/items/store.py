@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import InputError, one_line
+from ..files import whole_file
 from ..model.item_encoder_transrec import run_tower
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
@@ -142,13 +143,8 @@ class StoredStates:
             "lengths": torch.tensor([len(item) for item in states]),
             "keys": torch.from_numpy(self.keys[self.content_of[rows]].view(np.uint8).reshape(len(rows), KEY_BYTES)),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        try:
-            save_file(shard, path.with_suffix(".writing"))
-            os.replace(path.with_suffix(".writing"), path)
-        finally:
-            path.with_suffix(".writing").unlink(missing_ok=True)
+        with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
+            save_file(shard, partial)
 
 
 class ActivationStore:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..errors import DataError, bad_input
 from ..files import HEADS, partial_folder, read_whole
+from ..items.meeting import ITEM_STATISTICS_NAME
 from ..model.tuning_transrec import refuse_local
 
 
@@ -125,6 +126,8 @@ def _why_not(path: Path, folder: Path) -> str | None:
         return "not what its name says"
     with open(path, "rb") as file:
         start = file.read(16)
+        if name == ITEM_STATISTICS_NAME:
+            return None if start.startswith(b"PAR1") else "not what its name says"
         if suffix in BINARIES or name.startswith("events.out.tfevents."):
             known = start.startswith(BINARIES.get(suffix, b""))
             return None if known and not _is_pickle(path) else "not what its name says"
