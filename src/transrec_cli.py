@@ -222,6 +222,9 @@ def format_facts(name: str, facts: dict[str, Any]) -> str:
     for tower in facts["towers"]:
         origin = f"from {tower['name']}, licence {tower['licence']}" if tower["name"] else "not pre-trained"
         lines[f"{tower['modality']} tower"] = f"{tower['architecture']}, {origin}"
+    if facts["elsewhere"]:
+        names = (f"{part['name']} ({(part['revision'] or 'a folder')[:8]})" for part in facts["elsewhere"])
+        lines["thin"] = f"other weights are those of {', '.join(names)}"
     lines["objective"] = facts["objective"]
     lines["sizes"] = ", ".join(f"{size} {value:,}" for size, value in facts["sizes"].items())
     lines["parameters"] = ", ".join(f"{part} {count:,}" for part, count in facts["parameters"].items())

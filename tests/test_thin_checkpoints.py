@@ -22,9 +22,12 @@ from testing_utils import (
 )
 from transformers import AutoModel
 
-from transrec_hf import Recommender, TransRecConfig, TransRecModel
+from transrec_cli import format_facts
+from transrec_hf import DataError, Recommender, TransRecConfig, TransRecModel
 from transrec_hf.model.tuning_transrec import as_expression, names_as_patterns, weights_hash
+from transrec_hf.publishing.card import describe_checkpoint, model_card
 from transrec_hf.publishing.checkpoint import load_checkpoint
+from transrec_hf.publishing.hub import upload_checkpoint
 
 
 TEXT, IMAGE, SOURCE, TARGET = "me/text-tower", "me/image-tower", "me/source", "me/target"
@@ -193,3 +196,24 @@ def test_a_folder_is_refused_at_push(hub: LocalHub, tmp_path):
     assert not hub.repos or "model.safetensors" not in hub.files(TARGET)
     model.push_to_hub(TARGET)
     assert_same_weights(TransRecModel.from_pretrained(TARGET), model)
+
+
+def test_card_info_and_upload_say_where_the_weights_are(hub: LocalHub, tmp_path):
+    model = from_towers(push_towers(tmp_path))
+    model.save_pretrained(tmp_path / "thin", thin=True)
+    card = str(model_card(tmp_path / "thin"))
+    commit = hub.repos[f"models/{TEXT}"].branches["main"]
+    assert f"It is a thin checkpoint: weights that did not change in training are read from\n`{TEXT}`" in card
+    assert f"(commit `{commit[:7]}`)" in card
+    facts = describe_checkpoint(tmp_path / "thin")
+    assert [part["name"] for part in facts["elsewhere"]] == [TEXT, IMAGE]
+    assert f"other weights are those of {TEXT} ({commit[:8]}), {IMAGE} (" in format_facts("x", facts)
+    hub.create(TARGET)
+    upload_checkpoint(tmp_path / "thin", TARGET)
+    assert_same_weights(TransRecModel.from_pretrained(TARGET), model)
+
+    local = from_towers(save_towers(tmp_path / "local"))
+    local.save_pretrained(tmp_path / "of-folders", thin=True)
+    assert str(tmp_path) not in str(model_card(tmp_path / "of-folders"))
+    with pytest.raises(DataError, match="works on this machine only"):
+        upload_checkpoint(tmp_path / "of-folders", TARGET)

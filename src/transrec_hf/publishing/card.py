@@ -38,6 +38,7 @@ from .checkpoint import (
     describe_towers,
     load_evaluation,
     named_source,
+    other_weights,
     parameter_counts,
     read_config,
     read_json,
@@ -176,6 +177,7 @@ def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[st
         "config": config,
         "parameters": parameter_counts(config),
         "towers": towers,
+        "elsewhere": other_weights(folder),
         "data": name,
         "statistics": statistics,
         "split": split,
@@ -281,8 +283,9 @@ def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[str, Any]:
     """
-    What a checkpoint is and what it is worth, from its small files: `modalities`, `towers`, `sizes`, `parameters`,
-    `data`, `metrics` with `intervals`, and the `split` and `protocol` they were measured on. Fit for JSON.
+    What a checkpoint is and what it is worth, from its small files: `modalities`, `towers`, what of its weights is
+    `elsewhere`, `sizes`, `parameters`, `data`, `metrics` with `intervals`, and the `split` and `protocol` they were
+    measured on. Fit for JSON.
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
@@ -307,6 +310,7 @@ def _facts(folder: Path, local: bool) -> dict[str, Any]:
         "adapter": read_json(folder / "adapter_config.json").get("peft_type"),
         "modalities": list(config.modalities),
         "towers": evaluation.get("towers") or describe_towers(config),
+        "elsewhere": other_weights(folder),
         "user_encoder": config.user_encoder,
         "objective": config.objective,
         "sizes": {name: getattr(config, name) for name in sizes if getattr(config, name) is not None},

@@ -107,6 +107,12 @@ def describe_towers(
     return towers
 
 
+def other_weights(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Names and commits of the checkpoints that a thin one in a folder takes weights from; empty if it is whole."""
+    sources = read_json(Path(folder) / "config.json").get("weights_from") or []
+    return [{**named_source(source["name"]), "revision": source["revision"]} for source in sources]
+
+
 def towers_of_run(config: TransRecConfig) -> list[dict[str, Any]]:
     """As [`describe_towers`], for a model in training: of a fine-tuned one, what the parent's own files say."""
     parent = config._name_or_path
