@@ -25,6 +25,8 @@ from testing_utils import (
 )
 
 from transrec_hf import TransRecModel, TransRecTrainer, TransRecTrainingArguments
+from transrec_hf.commands.runs import FinetuneArguments
+from transrec_hf.items.meeting import set_item_vectors
 from transrec_hf.model.tuning_transrec import sub_layers
 from transrec_hf.training.tuning import PEFT_TUNINGS, TUNINGS, adapter_config, resolve_tuning, target_modules, tune
 
@@ -324,3 +326,13 @@ def test_places_for_peft():
         target_modules(empty, "lora")
     with pytest.raises(ValueError, match="neither a tower nor the user encoder has Transformer blocks"):
         empty.add_bottlenecks()
+
+
+def test_an_adapter_of_peft_goes_on_the_base_as_it_is_saved(base, tmp_path):
+    with pytest.raises(ValueError, match=r"tuning='lora' puts an adapter on the checkpoint as it is, and init='none'"):
+        FinetuneArguments(str(tmp_path), tuning="lora", init="none", use_cpu=True)
+    assert FinetuneArguments(str(tmp_path), tuning="lora", use_cpu=True).init == "all"
+    set_item_vectors(base, torch.zeros(5, 16))
+    with pytest.raises(ValueError, match=r"ID vectors of 12 items and not of the 5 here: take tuning='bottleneck'"):
+        tuned(base, "lora", tmp_path)
+    tuned(base, "bottleneck", tmp_path)

@@ -36,6 +36,7 @@ from ..training.planning import Plan, plan_run
 from ..training.stages import UserEncoderFirst
 from ..training.trainer import TransRecTrainer, last_complete_checkpoint
 from ..training.transfer import INITS, Start, check_init, choose_start, start_from
+from ..training.tuning import PEFT_TUNINGS
 from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
 from .parsing import parse_arguments
 from .reporting import format_plan, format_report, plot_learning_curve
@@ -86,13 +87,20 @@ class FinetuneArguments(RunArguments):
         "auto",
         "What of the checkpoint the run starts from: auto tries several starts, and validation chooses.",
         choices=("auto", *INITS),
-    )
+    )  # adapters of PEFT, which are saved without the checkpoint, go on all of it
     init_epochs: float = option(1, "Epochs of the short run from each start that auto tries.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_epochs <= 0:
             raise ValueError(f"init_epochs must be above 0, got {self.init_epochs}")
+        if self.tuning in PEFT_TUNINGS and self.init not in ("auto", "all"):
+            raise ValueError(
+                f"tuning={self.tuning!r} puts an adapter on the checkpoint as it is, and init={self.init!r} changes "
+                "it: leave out init, or take tuning='bottleneck'"
+            )
+        if self.tuning in PEFT_TUNINGS:
+            self.init = "all"
 
 
 @dataclass

@@ -123,6 +123,20 @@ def adapter_config(model: TransRecModel, tuning: str, size: int | None = None) -
     return LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=tuning == "dora", **common)
 
 
+def check_base_items(model: TransRecModel, tuning: str) -> None:
+    """Raises `ValueError` if the ID vectors of a model are not those of the checkpoint that it came from."""
+    base = model.config._name_or_path
+    if not base:
+        return
+    commit = getattr(model.config, "_commit_hash", None)
+    num_items = type(model.config).from_pretrained(base, revision=commit or "main").num_items
+    if num_items != model.config.num_items:
+        raise ValueError(
+            f"an adapter of tuning={tuning!r} is saved without its base {base}, which has ID vectors of "
+            f"{num_items or 'no'} items and not of the {model.config.num_items or 0} here: take tuning='bottleneck'"
+        )
+
+
 def tune(model: Any, args: Any) -> None:
     """
     Freeze and adapt a model as `args.tuning` and `args.trainable_blocks` say. An adapter that a run before has added
@@ -143,6 +157,7 @@ def tune(model: Any, args: Any) -> None:
             raise ValueError(f"an adapter says itself what is trained: leave out {name}")
         return
     if args.tuning in PEFT_TUNINGS:
+        check_base_items(model, args.tuning)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             with warnings.catch_warnings():
