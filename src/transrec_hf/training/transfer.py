@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ INITS = ("all", "half", "item_encoder", "user_encoder", *MODALITIES, "none")
 What of a checkpoint a run starts from: all of it; half way between it and a new model; its item encoder or its user
 encoder; what it learned of one modality; or nothing but its towers.
 """
-OF_ADAPTERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")  # in names, beside the model's
 AUTO_INITS = ("none", "half", "user_encoder", "item_encoder", "all")
 
 
@@ -99,14 +97,13 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     loaded, new = set(), set()
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[:2]) if name.startswith("item_encoder.") else name.split(".")[0]
-        plain = OF_ADAPTERS.sub("", name)
-        if is_kept(plain, init) or plain not in fresh:  # what an adapter adds starts as nothing anyway
+        if is_kept(name, init):
             loaded.add(part)
         else:
             new.add(part)
-            parameter.copy_(fresh[plain])
-        if init == "half" and not is_kept(plain, "none") and plain in fresh:
-            parameter.lerp_(fresh[plain].to(parameter), 0.5)
+            parameter.copy_(fresh[name])
+        if init == "half" and not is_kept(name, "none"):
+            parameter.lerp_(fresh[name].to(parameter), 0.5)
     whitened = model.config.item_map == "whitened"
     standardized = [
         name for name in model.config.modalities if whitened or f"item_encoder.{MODALITIES[name].projection}" in new
