@@ -36,7 +36,7 @@ from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.modalities_transrec import ItemPart
 from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
 from transrec_hf.training.item_cache import ItemCache
-from transrec_hf.training.trainer import part_of
+from transrec_hf.training.parameters import part_of
 
 
 ONE_BUCKET = 2**62  # tokens or images

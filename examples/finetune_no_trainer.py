@@ -31,7 +31,7 @@ from transrec_hf.data.demo import demo_world
 from transrec_hf.data.statistics import log_popularity
 from transrec_hf.items.encoding import standardize_projections
 from transrec_hf.training.collator import TrainingWindows
-from transrec_hf.training.trainer import parameter_groups
+from transrec_hf.training.parameters import parameter_groups
 
 
 def train(

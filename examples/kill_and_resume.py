@@ -36,7 +36,7 @@ from transformers import HfArgumentParser
 
 from transrec_hf import TransRecModel, TransRecTrainer, TransRecTrainingArguments, leave_one_out
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
-from transrec_hf.training.trainer import last_complete_checkpoint
+from transrec_hf.training.resuming import last_complete_checkpoint
 
 
 LOSSES_NAME = "losses.jsonl"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from testing_utils import (
+    BERT,
     DROPOUT,
     TEXT_TOWERS,
     VISION_TOWERS,
@@ -19,10 +22,12 @@ from testing_utils import (
     make_processor,
     make_trainer,
 )
+from transformers import DebertaV2Config, MPNetConfig, SwinConfig, XLNetConfig
 
 from transrec_hf import ItemSource, Recommender, TransRecModel, encode_catalogue
 from transrec_hf.data.catalogue import Catalogue
-from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.errors import InputError
+from transrec_hf.items.encoding import item_loader, standardize_projections
 from transrec_hf.items.preparing import TextPreparation
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
@@ -53,7 +58,8 @@ def gradients(model: TransRecModel, batch: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("trainable_blocks", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: next(iter(family.values())))
 def test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, family, trainable_blocks):
-    towers = {name: {**TEXT_TOWERS, **VISION_TOWERS}[tower]() for name, tower in family.items()}
+    kinds = {**TEXT_TOWERS, **VISION_TOWERS}
+    towers = {name: kinds[tower]() if isinstance(tower, str) else tower for name, tower in family.items()}
     model = make_frozen(trainable_blocks, config=make_config(**towers)).train()
     store = make_store(tmp_path, model, catalogue)
     store.fill()
@@ -62,6 +68,33 @@ def test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, f
     assert without.keys() == with_store.keys()
     for name, value in without.items():
         torch.testing.assert_close(with_store[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+TUPLES = {
+    "mpnet": lambda: {"text_config": MPNetConfig(**BERT, pad_token_id=0)},
+    "deberta_v2": lambda: {
+        "text_config": DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    },
+    "swin": lambda: {
+        "vision_config": SwinConfig(
+            image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 2], window_size=2
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("trainable_blocks", [0, 1])
+@pytest.mark.parametrize("family", TUPLES)
+def test_blocks_may_hand_on_tuples(tmp_path, catalogue, family, trainable_blocks):
+    """And what such towers register after their blocks, though all of them read it, is frozen with the lower ones."""
+    test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, TUPLES[family](), trainable_blocks)
+
+
+def test_a_tower_that_cannot_go_on_from_states_is_refused(tmp_path, catalogue):
+    config = XLNetConfig(vocab_size=13, d_model=16, n_layer=2, n_head=2, d_inner=24)  # its states are tokens by texts
+    model = make_frozen(config=make_config("text", text_config=config))
+    with pytest.raises(ValueError, match=r"XLNetModel cannot go on from stored states.*leave out activation_store"):
+        make_store(tmp_path, model, make_catalogue(kinds=("text",)))
 
 
 @pytest.mark.parametrize("pooling", TEXT_POOLINGS)
@@ -122,6 +155,112 @@ def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
     monkeypatch.undo()
     expected = encode_catalogue(model, ItemSource(all_items, processor))
     torch.testing.assert_close(encode_catalogue(model, again.source), expected)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def cut_off(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 8)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def write_foreign(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def write_lies(path: Path) -> None:
+    shard = load_file(path)
+    save_file(shard | {"lengths": shard["lengths"] + 1}, path)
+
+
+def write_words(path: Path) -> None:
+    path.write_text("no file of ours")
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_off, flip_a_bit, write_foreign, write_lies, write_words], ids=lambda f: f.__name__
+)
+def test_a_damaged_file_is_named(tmp_path, catalogue, damage):
+    model = make_frozen()
+    make_store(tmp_path, model, catalogue).fill()
+    path = shards(tmp_path)[0]
+    damage(path)
+    with pytest.raises(InputError, match=rf"{path.name}: a damaged file of an activation store.*Delete it"):
+        make_store(tmp_path, model, catalogue)
+    path.unlink()
+    store = make_store(tmp_path, model, catalogue)
+    assert len(store.missing_rows())
+    store.fill()
+    assert not len(store.missing_rows())
+
+
+def test_states_that_are_not_finite_are_not_stored(tmp_path, catalogue):
+    model = make_frozen()
+    model.item_encoder.text_model.embeddings.LayerNorm.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match=r"item item-\d+: the text tower says something that is not finite"):
+        make_store(tmp_path, model, catalogue).fill(batch_size=3)
+
+
+@pytest.mark.parametrize("trainable_blocks", [0, 1])
+def test_states_are_not_read_by_blocks_that_are_trained(tmp_path, catalogue, trainable_blocks):
+    model = make_frozen(trainable_blocks)
+    store = make_store(tmp_path, model, catalogue)
+    store.fill()
+    assert store.is_current
+    model.freeze_towers(None)
+    assert not store.is_current
+    with pytest.raises(RuntimeError, match="make a new ActivationStore when towers are unfrozen"):
+        encode_catalogue(model, store.source)
+
+
+def test_more_blocks_may_be_frozen_than_were_stored(tmp_path, catalogue, processor):
+    model = make_frozen(1, text_pooling="attention")
+    store = make_store(tmp_path, model, catalogue)
+    store.fill()
+    expected = encode_catalogue(model, ItemSource(catalogue, processor))
+    model.freeze_towers(0)
+    torch.testing.assert_close(encode_catalogue(model, store.source), expected)
+
+
+def test_a_trainer_makes_a_new_store_when_towers_are_unfrozen(tmp_path):
+    trainer = make_trainer(tmp_path / "run", trainable_blocks=0, activation_store=str(tmp_path / "store"))
+    trainer.evaluate()
+    trainer.model.freeze_towers(1)
+    trainer.train()
+    assert trainer.store is not None and trainer.store.depths == {"text": 1, "image": 1}
+
+
+def test_it_goes_to_workers_that_are_spawned_without_its_states(tmp_path, catalogue):
+    model = make_frozen()
+    store = make_store(tmp_path, model, catalogue)
+    store.fill()
+    sent = pickle.dumps(store.source.preparations)
+    for states in store.states.values():
+        assert states.files
+        assert not any(bytes(file.flatten()[:32].view(torch.uint8).numpy()) in sent for file in states.files.values())
+    rows = np.arange(len(catalogue))
+    for name, preparation in pickle.loads(sent).items():
+        own = rows[catalogue.has(name)]
+        found, expected = (which.states(own) for which in (preparation, store.states[name]))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_the_store_goes_to_workers_that_are_spawned(tmp_path, catalogue):
+    model = make_frozen()
+    store = make_store(tmp_path, model, catalogue)
+    store.fill()
+    loader = item_loader(store.source, np.arange(len(catalogue)), 4, num_workers=1)
+    loader.multiprocessing_context = "spawn"
+    assert torch.cat([batch.item_rows for batch in loader]).tolist() == list(range(len(catalogue)))
 
 
 def test_what_a_killed_process_left_is_not_read(tmp_path, catalogue, monkeypatch):

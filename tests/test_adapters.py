@@ -15,7 +15,7 @@ from torch import nn
 
 from transrec_hf import ItemSource, Recommender, TransRecModel, TransRecTrainer, TransRecTrainingArguments
 from transrec_hf.publishing.hub import PICKLES
-from transrec_hf.training.trainer import parameter_groups
+from transrec_hf.training.parameters import parameter_groups
 
 
 BASE, ADAPTER = "me/base", "me/adapter"
@@ -38,7 +38,14 @@ def with_adapter(model: TransRecModel, way: str, **options: Any) -> nn.Module:
 
 def trainer_of(model: nn.Module, output_dir: Path, **options: Any) -> TransRecTrainer:
     args = TransRecTrainingArguments(
-        str(output_dir), **{"num_train_epochs": 2, "per_device_train_batch_size": 5, "use_cpu": True, **options}
+        str(output_dir),
+        **{
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 5,
+            "use_cpu": True,
+            "eval_on_start": False,
+            **options,
+        },
     )
     data = {"catalogue": make_catalogue(), "split": make_split(), "processing_class": make_processor()}
     return TransRecTrainer(model, args, **data)  # type: ignore[arg-type]
@@ -156,7 +163,9 @@ def test_resumed_and_best_adapters_are_loaded(base: TransRecModel, tmp_path: Pat
         "the best one was loaded at the end"
     )
 
-    resumed = trainer_of(with_adapter(make_model(), way), tmp_path, learning_rate=0.01, num_train_epochs=4)
+    resumed = trainer_of(
+        with_adapter(TransRecModel.from_pretrained(BASE), way), tmp_path, learning_rate=0.01, num_train_epochs=4
+    )
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.epoch == 4
 
@@ -175,3 +184,91 @@ def test_index_with_an_adapter(hub: LocalHub, base: TransRecModel) -> None:
         item.item_id for item in recommender.recommend(HISTORY)
     ]
     assert_same_weights(found.model.item_encoder, recommender.model.item_encoder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_may_have_any_name(hub: LocalHub, base: TransRecModel, tmp_path: Path, way: str) -> None:
+    model: Any = base
+    if way == "get_peft_model":
+        model = get_peft_model(base, lora(), adapter_name="fashion")
+    else:
+        model.add_adapter(lora(), adapter_name="fashion")
+    trainer = trainer_of(model, tmp_path, learning_rate=0.01)
+    trainer.train()
+    trainer.save_model()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "fashion").exists()
+    items = ItemSource(make_catalogue(), make_processor())
+    mine, theirs = Recommender(model, items), Recommender.from_pretrained(str(tmp_path), make_catalogue())
+    assert torch.equal(theirs.item_embeds, mine.item_embeds)
+
+
+def test_of_several_adapters_the_active_one_is_trained_and_saved(base: TransRecModel, tmp_path: Path) -> None:
+    model = get_peft_model(base, lora(), adapter_name="one")
+    model.add_adapter("two", lora())
+    model.set_adapter("two")
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".one." in name}
+    trainer = trainer_of(model, tmp_path, learning_rate=0.01, num_train_epochs=1)
+    trainer.train()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    saved = load(next(tmp_path.glob("checkpoint-*/adapter_model.safetensors")).read_bytes())
+    name = next(name for name in saved if "lora_B" in name)
+    assert torch.equal(saved[name], model.state_dict()[name.replace(".weight", ".two.weight")])
+
+
+def test_several_adapters_at_a_time_are_refused(base: TransRecModel, tmp_path: Path) -> None:
+    options = {"modules_to_save": None}
+    model = get_peft_model(base, lora(**options), adapter_name="one")
+    model.add_adapter("two", lora(**options))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match="one adapter is trained at a time"):
+        trainer_of(model, tmp_path)
+
+
+def test_an_adapter_of_the_task_of_encoders_is_trained(base: TransRecModel, tmp_path: Path) -> None:
+    model = get_peft_model(base, lora(task_type="FEATURE_EXTRACTION"))
+    trainer = trainer_of(model, tmp_path, learning_rate=0.01)
+    before = trained(model)
+    trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in trained(model).items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_on_a_base_that_was_never_saved_is_refused(tmp_path: Path, way: str) -> None:
+    model = with_adapter(make_model(), way)
+    with pytest.raises(ValueError, match=r"the model under the adapter was never saved.*save_pretrained"):
+        trainer_of(model, tmp_path)
+    options = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": 1}
+    trainer = trainer_of(model, tmp_path, **options)
+    trainer.train()  # and then merged, say
+    with pytest.raises(ValueError, match="the model under the adapter was never saved"):
+        trainer.save_model()
+
+
+def test_an_adapter_of_one_tower_alone_is_refused(base: TransRecModel, tmp_path: Path) -> None:
+    base.item_encoder.text_model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"an adapter of text_model alone.*text_model\.\*query"):
+        trainer_of(base, tmp_path)
+
+
+def test_an_adapter_of_the_whole_model_may_be_in_one_tower(base: TransRecModel, tmp_path: Path) -> None:
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=r".*text_model.*query"))
+    trainer_of(model, tmp_path, num_train_epochs=1).train()
+    assert all("text_model" in name for name in trained(model))
+
+
+def test_a_merged_model_is_trained_again_when_told_so(base: TransRecModel, tmp_path: Path) -> None:
+    model = get_peft_model(base, lora(modules_to_save=None)).merge_and_unload()
+    with pytest.raises(ValueError, match=r"every parameter of the model is frozen.*requires_grad_\(True\)"):
+        trainer_of(model, tmp_path)
+    model.requires_grad_(True)
+    trainer_of(model, tmp_path, num_train_epochs=1).train()
+
+
+def test_an_adapter_of_another_shape_is_not_loaded(base: TransRecModel, tmp_path: Path) -> None:
+    trainer = trainer_of(get_peft_model(base, lora()), tmp_path, num_train_epochs=1)
+    trainer.train()
+    for other in (lora(r=2), lora(target_modules=["query"])):
+        again = trainer_of(get_peft_model(TransRecModel.from_pretrained(BASE), other), tmp_path, num_train_epochs=2)
+        with pytest.raises(ValueError, match="holds an"):
+            again.train(resume_from_checkpoint=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
+import datasets
 import pytest
 import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
 from transrec_hf import ItemSource
+from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.errors import DataError
 from transrec_hf.items import encoding
 from transrec_hf.items.encoding import (
@@ -15,6 +19,7 @@ from transrec_hf.items.encoding import (
     packed_linears,
     sort_by_length,
 )
+from transrec_hf.items.store import prefix_key
 
 
 def one_by_one(model, catalogue, processor):
@@ -186,3 +191,59 @@ def test_a_content_model_needs_a_processor(catalogue):
 def test_an_id_baseline_cannot_leave_its_catalogue(catalogue):
     with pytest.raises(ValueError, match="knows 5 items and the catalogue has 12"):
         encode_catalogue(make_model(make_config("", num_items=5)), catalogue)
+
+
+LONG = "red green blue " * 20
+
+
+def long_catalogue() -> Catalogue:
+    return Catalogue(datasets.Dataset.from_dict({"item_id": ["a", "b"], "text": [LONG, "red hat"]}))
+
+
+@pytest.mark.parametrize("tower", ["bert", "roberta"])
+def test_texts_are_cut_where_the_tower_has_no_more_positions(tower, caplog):
+    config = TEXT_TOWERS[tower]()  # 24 positions, of which RoBERTa leaves out one
+    limit = 24 if tower == "bert" else 23
+    model, processor = make_model(make_config("text", text_config=config)), make_processor("text")
+    processor.max_text_length = 64
+    vectors = encode_catalogue(model, ItemSource(long_catalogue(), processor))
+    assert processor.max_text_length == limit
+    assert f"1 texts have more than {limit} tokens" in caplog.text
+    cut = make_processor("text")
+    cut.max_text_length = limit
+    torch.testing.assert_close(encode_catalogue(model, ItemSource(long_catalogue(), cut)), vectors)
+
+
+def test_short_texts_are_no_reason_for_a_warning(catalogue, caplog):
+    processor = make_processor()
+    processor.max_text_length = 64
+    encode_catalogue(make_model(), ItemSource(catalogue, processor))
+    assert processor.max_text_length == 24 and not caplog.text
+
+
+def test_a_text_beyond_the_positions_is_a_sentence():
+    processor = make_processor("text")
+    processor.max_text_length = 64
+    with pytest.raises(ValueError, match="a text has 62 tokens, and the text tower has positions for 24: set"):
+        make_model(make_config("text")).get_item_features(**processor(text=[LONG]))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_length_that_leaves_nothing_of_a_text_is_refused(length):
+    processor = make_processor("text")
+    processor.max_text_length = length
+    with pytest.raises(ValueError, match=f"max_text_length is {length}, and 2 tokens of each text are special"):
+        processor(text=["red hat"])
+
+
+def test_a_quantised_model_encodes_and_is_told_from_others(catalogue, processor):
+    model = make_model()
+    model.freeze_towers(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        assert encode_catalogue(quantised, ItemSource(catalogue, processor)).isfinite().all()
+        keys = {
+            prefix_key(which.item_encoder.text_model, 2, "mean", "", torch.float32) for which in (model, quantised)
+        }
+    assert len(keys) == 2

@@ -10,6 +10,7 @@ from testing_utils import (
     DROPOUT,
     IMAGE_SIZE,
     LINES,
+    PATCHES,
     TEXT_TOWERS,
     VISION_TOWERS,
     VOCABULARY,
@@ -24,7 +25,7 @@ from testing_utils import (
     make_processor,
     make_tokenizer,
 )
-from transformers import AutoModel, CLIPConfig, CLIPModel, set_seed
+from transformers import AutoModel, CLIPConfig, CLIPModel, DINOv3ViTConfig, set_seed
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor
 from transrec_hf.items.preparing import ItemSource
@@ -769,3 +770,16 @@ def test_a_model_in_training_mode_repeats_itself_from_a_seed():
         losses.append(model(**make_batch(config)).loss.item())
     assert losses[0] == losses[1]
     assert model(**make_batch(config)).loss.item() != losses[0]
+
+
+def test_what_is_random_in_training_is_not_so_in_frozen_blocks():
+    """The rotation of positions of DINOv3 has no parameters of its own."""
+    sizes = {name: value for name, value in PATCHES.items() if "prob" not in name}
+    tower = DINOv3ViTConfig(**sizes, pos_embed_rescale=2.0)
+    model = make_model(make_config("image", vision_config=tower))
+    images = torch.randn(3, 3, 32, 32)
+    jittered = [model.train().get_image_features(images).pooler_output for _ in range(2)]
+    assert not torch.equal(*jittered)
+    model.freeze_towers(1)
+    still = [model.train().get_image_features(images).pooler_output for _ in range(2)]
+    assert torch.equal(*still)

@@ -20,7 +20,7 @@ from testing_utils import (
 from transformers import TrainerCallback
 
 from transrec_hf import TransRecTrainer
-from transrec_hf.training.trainer import last_complete_checkpoint
+from transrec_hf.training.resuming import last_complete_checkpoint
 
 
 class Stopped(Exception):

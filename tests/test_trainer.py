@@ -33,7 +33,7 @@ from transrec_hf import TransRecModel, TransRecProcessor, TransRecTrainer, Trans
 from transrec_hf.data.interactions import Split
 from transrec_hf.data.statistics import load_statistics
 from transrec_hf.errors import DataError
-from transrec_hf.training.trainer import last_complete_checkpoint
+from transrec_hf.training.resuming import last_complete_checkpoint
 
 
 def snapshot(model):
@@ -243,6 +243,16 @@ def test_options_of_the_trainer_work(tmp_path, arguments):
     assert len(losses) == trainer.state.max_steps
     assert all(0 <= loss < 30 for loss in losses)  # 0 where a last batch has a single user, and so no negative
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_towers_of_many_kinds_of_blocks_are_compiled(tmp_path, bf16):
+    """More often than dynamo compiles a code by default; with frozen blocks, autocast, and two runs in a process."""
+    config = make_config("image", vision_config=VISION_TOWERS["mobilenet_v1"]())
+    options = {"bf16": bf16, "trainable_blocks": 20, "torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = make_trainer(tmp_path, config, catalogue=make_catalogue(kinds=("image",)), max_steps=2, **options)
+    trainer.train()
+    assert all(0 < loss < 30 for loss in logged(trainer).values())
 
 
 @pytest.mark.parametrize(

@@ -246,14 +246,14 @@ def test_a_run_cannot_end_below_its_start(tmp_path, monkeypatch, values, is_star
         "num_train_epochs": len(values) - 1,
     }
     trainer = make_trainer(tmp_path, model=model, catalogue=source.catalogue, **options)
-    said, report = iter(values), trainer.report
+    said, rank = iter(values), trainer._rank
 
-    def reported(*args, **kwargs):
-        result = report(*args, **kwargs)
-        result["metrics"]["ndcg@10"] = next(said)
-        return result
+    def ranked(*args, **kwargs):
+        output = rank(*args, **kwargs)
+        output.metrics["eval_ndcg@10"] = next(said)
+        return output
 
-    monkeypatch.setattr(trainer, "report", reported)
+    monkeypatch.setattr(trainer, "_rank", ranked)
     trainer.train()
     assert trainer.state.best_metric == max(values)
     same = all(torch.equal(value.cpu(), start[name]) for name, value in model.state_dict().items())

@@ -31,7 +31,6 @@ from transrec_hf.files import locked, read_whole, recover, whole_file, written_w
 from transrec_hf.publishing.card import model_card, update_model_card
 from transrec_hf.publishing.checkpoint import (
     checkpoints_of,
-    last_complete_checkpoint,
     load_checkpoint,
     load_evaluation,
     remove_old_checkpoints,
@@ -40,6 +39,7 @@ from transrec_hf.publishing.checkpoint import (
 )
 from transrec_hf.publishing.hub import upload_checkpoint
 from transrec_hf.publishing.results import append_results, read_results
+from transrec_hf.training.resuming import last_complete_checkpoint
 
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
@@ -394,7 +394,8 @@ def old_checkpoint(folder: Path, seed: int) -> None:
     """A checkpoint of a run as far as a resume looks at it; the second one has files of other names."""
     with written_whole(folder / "checkpoint-4", replaces_all=True) as partial:
         baseline(seed).save_pretrained(partial)
-        (partial / f"rng_state_{seed}.pth").write_bytes(b"pickled")
+        for name in (f"rng_state_{seed}.pth", "optimizer.pt", "scheduler.pt"):
+            (partial / name).write_bytes(b"pickled")
         (partial / "trainer_state.json").write_text(json.dumps({"seed": seed}))
 
 

@@ -52,6 +52,10 @@ def printable(path: str | os.PathLike) -> str:
     return shortened(os.fsencode(path).decode("utf-8", "backslashreplace"), 4096)
 
 
+class NotFinite(ValueError):
+    """Training met a number that is not finite. The message names the step and the mend."""
+
+
 def describe(
     what: str, rows: np.ndarray | list[int], mend: str, label: Callable[[int], str] | None = None
 ) -> list[str]:

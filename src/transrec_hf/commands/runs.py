@@ -33,8 +33,9 @@ from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
 from ..training.mixing import MixedTrainer
 from ..training.planning import Plan, plan_run
+from ..training.resuming import last_complete_checkpoint
 from ..training.stages import UserEncoderFirst
-from ..training.trainer import TransRecTrainer, last_complete_checkpoint
+from ..training.trainer import TransRecTrainer
 from ..training.transfer import INITS, Start, check_init, choose_start, start_from
 from ..training.tuning import PEFT_TUNINGS
 from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option

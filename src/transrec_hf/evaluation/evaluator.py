@@ -36,17 +36,23 @@ class Ranking:
 
     Args:
         ranks (`torch.Tensor` of shape `(num_users,)`): Ranks from 1, float32 on the CPU, in the order of the users.
-        recommended (`torch.Tensor` of shape `(num_items,)`): How many users have the item in their first ten.
+        lists (`torch.Tensor` of shape `(num_users, 10)`):
+            The first ten items of each user, the best one first, as rows of the catalogue; -1 where there is none.
         candidates (`torch.Tensor` of shape `(num_items,)`): Boolean, the items that were ranked.
         sequences (`Sequences`): What the protocol keeps of the sequences.
         max_history (`int`, *optional*): `L` of the model, or of the model with which a baseline is compared.
     """
 
     ranks: torch.Tensor
-    recommended: torch.Tensor
+    lists: torch.Tensor
     candidates: torch.Tensor
     sequences: Sequences
     max_history: int | None
+
+    @property
+    def recommended(self) -> torch.Tensor:
+        """How many users have each item in their first ten: `(num_items,)`."""
+        return self.lists[self.lists >= 0].bincount(minlength=len(self.candidates))
 
 
 class RankingEvaluator:
@@ -240,7 +246,7 @@ class RankingEvaluator:
         users = np.argsort(sequences.lengths, kind="stable")[process::num_processes]
         block = min(MAX_USERS, max(1, MAX_SCORES // num_items))
         ranks = torch.zeros(len(sequences))
-        recommended = torch.zeros(num_items, dtype=torch.int64)
+        lists = torch.zeros(len(sequences), min(LIST_LENGTH, num_items), dtype=torch.int32)  # of rows, counted from 1
         for start in logging.tqdm(
             range(0, len(users), block), desc="Ranking", unit="block", delay=2, leave=False, disable=process > 0
         ):
@@ -258,12 +264,12 @@ class RankingEvaluator:
                 protect_target=self.protocol.protect_target,
             )
             ranks[torch.from_numpy(mine)] = block_ranks.cpu()
-            best = scores.topk(min(LIST_LENGTH, num_items), dim=1)
-            recommended += best.indices[best.values > -torch.inf].cpu().bincount(minlength=num_items)
+            best = scores.topk(lists.shape[1], dim=1)
+            lists[torch.from_numpy(mine)] = ((best.indices + 1) * (best.values > -torch.inf)).int().cpu()
         if accelerator is not None:
             ranks = accelerator.reduce(ranks.to(device), reduction="sum").cpu()
-            recommended = accelerator.reduce(recommended.to(device), reduction="sum").cpu()
-        return Ranking(check_finite(ranks), recommended, candidates, sequences, max_history)
+            lists = accelerator.reduce(lists.to(device), reduction="sum").cpu()
+        return Ranking(check_finite(ranks), lists - 1, candidates, sequences, max_history)
 
     def report(self, ranking: Ranking) -> dict[str, Any]:
         """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..model.configuration_transrec import FORMAT_1
@@ -24,6 +24,8 @@ from .preparing import ItemSource
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.get_logger(__name__)
 
 MAX_FITTED = 20_000  # items from which the statistics of a catalogue are taken
 # not of the public interface of PyTorch, whose compiler uses them
@@ -57,6 +59,24 @@ def item_loader(
 
 def _collate(source: ItemSource, rows: list[int]) -> ItemBatch:
     return source.batch(np.asarray(rows))
+
+
+def fit_texts(model: TransRecModel, source: ItemSource) -> None:
+    """
+    Cut texts where the model's text tower has no more positions, from now on: `max_text_length` of the processor is
+    lowered to their number, with a warning if texts are as long.
+    """
+    processor, limit = source.processor, model.item_encoder.positions
+    if processor is None or limit is None or processor.max_text_length <= limit:
+        return
+    is_long = [int((units > limit).sum()) for name, units in source.units().items() if MODALITIES[name].mask]
+    if any(is_long):
+        logger.warning(
+            f"{is_long[0]} texts have more than {limit} tokens, which is all that the text tower has positions for: "
+            f"they are cut. Set max_text_length={limit} to do so without this warning."
+        )
+        source.forget("text")
+    processor.max_text_length = limit
 
 
 def linear_dtype(layer: nn.Linear) -> torch.dtype:
@@ -144,6 +164,7 @@ def encode_catalogue(
     if source.processor is None:
         raise ValueError("encoding items needs the model's processor: ItemSource(catalogue, processor)")
     source.catalogue.require(model.config.modalities)
+    fit_texts(model, source)
 
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     rows = sort_by_length(source)[rank::world_size]
@@ -153,7 +174,7 @@ def encode_catalogue(
     model.eval()
     try:
         with packed_linears(model):
-            for batch in tqdm(loader, desc="Encoding items", disable=rank > 0 or len(loader) < 5, leave=False):
+            for batch in logging.tqdm(loader, desc="Encoding items", disable=rank > 0 or len(loader) < 5, leave=False):
                 vectors = model.get_item_features(batch.to(device, non_blocking=True))
                 embeds[batch.item_rows.to(device)] = vectors.float()
     finally:
@@ -215,7 +236,7 @@ def item_states(
     states = []
     with packed_linears(model):
         loader = item_loader(source, rows, 128, device=model.device)
-        for batch in tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
+        for batch in logging.tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
             part = batch.to(model.device).parts[name]
             masks: list[Any] = part.masks or [None] * len(part.values)
             buckets = [

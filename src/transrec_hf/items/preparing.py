@@ -159,6 +159,10 @@ class ItemSource:
             return TextPreparation(self.catalogue, self.processor)
         return ContentPreparation(self.catalogue, self.processor, name)
 
+    def forget(self, name: str) -> None:
+        """Prepare the contents of one modality anew, since its processor prepares them otherwise now."""
+        self._preparations.pop(name, None)
+
     def units(self) -> dict[str, np.ndarray]:
         """By modality, what the cost of each item is proportional to, `(n_items,)`: tokens, or 1 for any content."""
         return {name: preparation.units for name, preparation in self.preparations.items()}

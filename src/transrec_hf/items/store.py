@@ -7,26 +7,33 @@ import json
 import os
 import time
 import uuid
-from functools import partial
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import InputError, one_line
 from ..files import whole_file
-from ..model.item_encoder_transrec import run_tower
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
-from ..model.towers_transrec import frozen_depth, lower_states, tower_blocks
-from .encoding import item_loader, packed_linears, sort_by_length
+from ..model.towers_transrec import (
+    frozen_depth,
+    lower_states,
+    placeholder,
+    read_below,
+    resume_tower,
+    run_tower,
+    tower_blocks,
+)
+from .encoding import fit_texts, item_loader, packed_linears, sort_by_length
 from .fingerprints import adapter_settings, tower_settings
 from .preparing import ItemSource, bucket_by_tokens
 
@@ -51,14 +58,83 @@ def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preproce
     settings: list[Any] = [depth, pooling, str(computed), str(dtype), preprocessing]
     settings += [tower_settings(tower), adapter_settings(tower)]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    upper = {} if pooling else tower_blocks(tower)[depth:].state_dict(keep_vars=True)
-    first = next(iter(upper.values()), None)
+    upper = [] if pooling else list(tower_blocks(tower)[depth:].state_dict(keep_vars=True).values())
+    below, in_upper = True, {id(tensor) for tensor in upper}
     for name, tensor in tower.state_dict(keep_vars=True).items():
-        if tensor is first:
-            break
+        below = below and id(tensor) not in in_upper
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if not below and (id(tensor) in in_upper or not is_frozen):
+            continue  # what is registered after the blocks, and frozen, the lower ones may read
         digest.update(name.encode())
+        if not isinstance(tensor, Tensor):  # of a quantised layer
+            digest.update(repr(tensor).encode())
+            continue
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def checksum(shard: dict[str, Tensor]) -> str:
+    """Of all that is in a file of the store."""
+    value = 0
+    for name in sorted(shard):
+        value = zlib.crc32(shard[name].contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def read_shard(path: Path, check: bool = False) -> dict[str, Tensor]:
+    """A file of the store, not copied. Raises [`InputError`] if it is none or, asked to `check`, if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("crc32")
+            shard = {name: file.get_tensor(name) for name in ("states", "lengths", "keys")}
+        if check and found != checksum(shard):
+            raise ValueError("its checksum is another")
+        if len(shard["keys"]) != len(shard["lengths"]) or shard["lengths"].sum() != len(shard["states"]):
+            raise ValueError("its parts do not fit each other")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise InputError(
+            f"{path}: a damaged file of an activation store ({one_line(error)}). Delete it: what it held is computed "
+            "again."
+        ) from error
+    return shard
+
+
+@torch.no_grad()
+def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
+    """
+    Raises `ValueError` for a tower that cannot go on from stored states: one whose blocks hand on something else than
+    one state for each token, or image, or whose frozen blocks read parameters that are trained.
+    """
+    kind, was_training = type(tower).__name__, {module: module.training for module in tower.modules()}
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    mask: Any = None
+    if MODALITIES[name].mask is not None:
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=tower.device)
+        values = torch.arange(1, 6, device=tower.device).expand(2, 5) * mask
+    else:
+        values = torch.cat([placeholder(tower, None), placeholder(tower, None) + 1])
+    tower.eval()
+    try:
+        if trained and read_below(tower, depth, trained):
+            raise ValueError("frozen blocks read parameters that are trained")
+        with torch.autocast(tower.device.type, enabled=False):
+            expected = run_tower(tower, values, mask).last_hidden_state[1:]
+            states = lower_states(tower, depth, values, mask)[1:]
+            if mask is not None:  # one of two texts, without its padding
+                mask, states, expected = mask[1:, :3], states[:, :3], expected[:, :3]
+            found = resume_tower(tower, depth, states, mask).last_hidden_state
+        tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
+        if (found - expected).abs().max() > tolerance * expected.abs().max():  # what is not finite is seen later
+            raise ValueError("from the states of its blocks it goes on otherwise")
+    except Exception as error:
+        raise ValueError(
+            f"{kind} cannot go on from stored states, so its part of the activation store would be wrong "
+            f"({one_line(error)}): leave out activation_store"
+        ) from error
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
 
 
 class StoredStates:
@@ -70,19 +146,19 @@ class StoredStates:
         folder (`Path`): Of the files.
         source ([`ItemSource`]): The items.
         name (`str`): The modality.
+        depth (`int`): Blocks of the tower after which they are.
         ragged (`bool`): There are as many states for an item as it has tokens; else one.
     """
 
-    def __init__(self, folder: Path, source: ItemSource, name: str, ragged: bool):
-        self.folder, self.ragged = folder, ragged
+    def __init__(self, folder: Path, source: ItemSource, name: str, depth: int, ragged: bool):
+        self.folder, self.depth, self.ragged = folder, depth, ragged
         rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
         contents = (source.catalogue.encoded(name, row) or b"" for row in rows.tolist())
         digests = b"".join(hashlib.sha256(content).digest()[:KEY_BYTES] for content in contents)
         self.keys, codes = np.unique(np.frombuffer(digests, dtype=f"V{KEY_BYTES}"), return_inverse=True)
         self.content_of = np.full(len(source), -1)
         self.content_of[rows] = codes
-        self.files: list[Tensor] = []
-        self.known: set[Path] = set()
+        self.files: dict[Path, Tensor] = {}
         self.file_of = np.full(len(self.keys), -1, dtype=np.int32)
         self.starts, self.lengths = np.zeros((2, len(self.keys)), dtype=np.int64)
 
@@ -91,27 +167,26 @@ class StoredStates:
         """Stored states of each item, `(n_items,)`, 0 where it lacks the modality."""
         return np.where(self.content_of < 0, 0, self.lengths[self.content_of])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of the files their names: a process that is spawned maps them itself, and nothing is copied."""
+        return {**vars(self), "files": list(self.files)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.files = {path: read_shard(path)["states"] for path in state["files"]}
+
     def refresh(self) -> None:
         """Map the files that were added. Raises [`InputError`] for one that is damaged."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - self.known):
-            try:
-                shard = load_file(path)
-                stored, lengths = shard["keys"], shard["lengths"].numpy()
-                if len(stored) != len(lengths) or lengths.sum() != len(shard["states"]):
-                    raise ValueError("its parts do not fit each other")
-            except (SafetensorError, KeyError, ValueError, OSError) as error:
-                raise InputError(
-                    f"{path}: a damaged file of an activation store ({one_line(error)}). Delete it: what it held is "
-                    "computed again."
-                ) from error
-            keys = np.ascontiguousarray(stored.numpy()).view(f"V{KEY_BYTES}").ravel()
+        for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.files)):
+            shard = read_shard(path, check=True)
+            lengths = shard["lengths"].numpy()
+            keys = np.ascontiguousarray(shard["keys"].numpy()).view(f"V{KEY_BYTES}").ravel()
             contents = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
             wanted = self.keys[contents] == keys
             self.file_of[contents[wanted]] = len(self.files)
             self.starts[contents[wanted]] = (np.cumsum(lengths) - lengths)[wanted]
             self.lengths[contents[wanted]] = lengths[wanted]
-            self.files.append(shard["states"])
-            self.known.add(path)
+            self.files[path] = shard["states"]
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Which of the catalogue rows have a content that is not stored yet: boolean, `(n,)`."""
@@ -120,21 +195,21 @@ class StoredStates:
 
     def states(self, rows: np.ndarray) -> list[Tensor]:
         """The states of each catalogue row, `(states of the item, ...)`, not copied."""
-        contents = self.content_of[rows]
+        contents, files = self.content_of[rows], list(self.files.values())
         where = zip(self.file_of[contents], self.starts[contents], self.lengths[contents], strict=True)
-        return [self.files[file][start : start + length] for file, start, length in where]
+        return [files[file][start : start + length] for file, start, length in where]
 
     def __call__(self, rows: np.ndarray, slots: Tensor, max_tokens: int) -> ItemPart:
         states = self.states(rows)
         if not self.ragged:
-            return ItemPart(slots, [torch.cat(states)], stored=True)
+            return ItemPart(slots, [torch.cat(states)], stored=self.depth)
         lengths = np.array([len(item) for item in states])
         buckets = bucket_by_tokens(lengths, max_tokens)
         values = [pad_sequence([states[i] for i in bucket], batch_first=True) for bucket in buckets]
         masks = [
             torch.from_numpy(np.arange(lengths[bucket].max()) < lengths[bucket][:, None]).long() for bucket in buckets
         ]
-        return ItemPart(slots[torch.from_numpy(np.concatenate(buckets))], values, masks, stored=True)
+        return ItemPart(slots[torch.from_numpy(np.concatenate(buckets))], values, masks, stored=self.depth)
 
     def write(self, rows: np.ndarray, states: list[Tensor], dtype: torch.dtype) -> None:
         """Add a file with the states of the given catalogue rows, each `(states of the item, ...)`."""
@@ -144,7 +219,7 @@ class StoredStates:
             "keys": torch.from_numpy(self.keys[self.content_of[rows]].view(np.uint8).reshape(len(rows), KEY_BYTES)),
         }
         with whole_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
-            save_file(shard, partial)
+            save_file(shard, partial, {"crc32": checksum(shard)})
 
 
 class ActivationStore:
@@ -164,7 +239,7 @@ class ActivationStore:
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the stored states.
 
     Raises:
-        `ValueError`: if a tower has no frozen block.
+        `ValueError`: if a tower has no frozen block, or cannot go on from states.
         [`InputError`]: if a file of the store is damaged.
 
     Example:
@@ -186,10 +261,12 @@ class ActivationStore:
         source: ItemSource,
         dtype: torch.dtype = torch.float32,
     ):
+        fit_texts(model, source)
         self.model, self.contents, self.dtype = model, source, dtype
         encoder = model.item_encoder
         self.depths = {name: frozen_depth(tower) for name, tower in encoder.towers.items()}
         self.states: dict[str, StoredStates] = {}
+        self.pooled: dict[str, bool] = {}
         for name, tower in encoder.towers.items():
             if not self.depths[name]:
                 raise ValueError(
@@ -198,19 +275,28 @@ class ActivationStore:
                 )
             if not source.present[:, COLUMNS[name]].any():
                 continue
-            pooled = encoder.is_stored_pooled(name)
+            check_resumes(name, tower, self.depths[name])
+            self.pooled[name] = pooled = encoder.is_stored_pooled(name)
             preprocessing = source.processor.fingerprint(name)  # type: ignore[union-attr]
             key = prefix_key(
                 tower, self.depths[name], encoder.pooling_strategy if pooled else None, preprocessing, dtype
             )
             ragged = MODALITIES[name].mask is not None and not pooled
-            self.states[name] = StoredStates(Path(folder) / f"{name}-{key}", source, name, ragged)
+            self.states[name] = StoredStates(Path(folder) / f"{name}-{key}", source, name, self.depths[name], ragged)
         self.refresh()
 
     @property
     def source(self) -> ItemSource:
         """The items with their stored states in place of what the towers' frozen blocks would read."""
         return self.contents.with_preparations({**self.states})
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the same blocks are frozen as when it was made."""
+        encoder = self.model.item_encoder
+        frozen = {name: encoder.is_stored_pooled(name) for name in self.states}
+        depths = {name: frozen_depth(tower) for name, tower in encoder.towers.items()}
+        return depths == self.depths and frozen == self.pooled
 
     def refresh(self) -> None:
         """Map the files that are there now."""
@@ -252,8 +338,15 @@ class ActivationStore:
         self.model.eval()
         try:
             with packed_linears(self.model):
-                for batch in tqdm(loader, desc="Storing frozen states", disable=not show_progress):
+                for batch in logging.tqdm(loader, desc="Storing frozen states", disable=not show_progress):
                     for name, states in self._states_of(batch).items():
+                        for row, state in states:
+                            if not state.isfinite().all():
+                                raise InputError(
+                                    f"item {self.contents.catalogue.item_ids[rows[row]]}: the {name} tower says "
+                                    f"something that is not finite in {self.dtype}. Look at its weights, or leave out "
+                                    "bf16."
+                                )
                         waiting[name] += [(int(rows[row]), state) for row, state in states]
                         num_bytes += sum(state.nbytes for _, state in states)
                     if num_bytes > FILE_BYTES or time.monotonic() - written > FILE_SECONDS:
@@ -282,10 +375,10 @@ class ActivationStore:
             masks: list[Any] = part.masks or [None] * len(part.values)
             for values, mask in zip(part.values, masks, strict=True):
                 for contents in values.split(size):
-                    if encoder.is_stored_pooled(name):
+                    if self.pooled[name]:
                         reached = encoder.pool(run_tower(tower, contents, mask), mask)
                     else:
-                        reached = lower_states(tower, depth, partial(run_tower, tower, contents, mask))
+                        reached = lower_states(tower, depth, contents, mask)
                     reached = reached.to(self.dtype).cpu()
                     if self.states[name].ragged:
                         states += [item[real] for item, real in zip(reached, mask.bool().cpu(), strict=True)]

@@ -12,7 +12,16 @@ from transformers.activations import ACT2FN
 
 from .configuration_transrec import TransRecConfig
 from .modalities_transrec import COLUMNS, MODALITIES
-from .towers_transrec import build_tower, frozen_depth, is_frozen, mend_convolutions, resumed_from, tower_width
+from .towers_transrec import (
+    build_tower,
+    check_tower,
+    frozen_depth,
+    is_frozen,
+    resume_tower,
+    run_tower,
+    text_positions,
+    tower_width,
+)
 
 
 CONTENT_RMS = 0.1
@@ -166,6 +175,7 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.modalities = config.modalities
         self.pooling_strategy = config.text_pooling
+        self.positions: int | None = None  # of the tower that reads texts
         if config.num_items is not None:
             self.item_embedding = nn.Embedding(config.num_items, config.hidden_size)
         for modality in (MODALITIES[name] for name in self.modalities):
@@ -173,8 +183,10 @@ class ItemEncoder(nn.Module):
                 width = getattr(config, modality.config)
             else:
                 tower = towers.get(modality.tower) or build_tower(getattr(config, modality.config))
+                check_tower(tower, modality.name, modality.mask is not None)
                 setattr(self, modality.tower, tower)
                 width = tower_width(tower)
+                self.positions = text_positions(tower) if modality.mask else self.positions
             if modality.mask is not None and config.text_pooling == "attention":
                 self.text_pooling = AttentionPooling(config, width)
                 width = self.text_pooling.output_size
@@ -205,31 +217,46 @@ class ItemEncoder(nn.Module):
         """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""
         return is_frozen(self.towers[name]) and not (MODALITIES[name].mask and self.pooling_strategy == "attention")
 
-    def encode(self, name: str, values: Tensor, mask: Tensor | None = None, stored: bool = False) -> Tensor:
+    def encode(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
         """
         Contents of one modality to vectors `(n, hidden_size)`.
 
         Args:
             name (`str`): The modality.
             values (`Tensor` of shape `(n, ...)`): The contents as the tower reads them, vectors if there is none; or,
-                if `stored`, states of an [`ActivationStore`], pooled if they are `(n, width)`.
+                if `stored`, states after so many blocks, which an [`ActivationStore`] has, pooled if they are
+                `(n, width)`.
             mask (`Tensor` of shape `(n, length)`, *optional*): Which positions are real.
-            stored (`bool`, *optional*, defaults to `False`): See `values`.
+            stored (`int`, *optional*, defaults to 0): See `values`.
+
+        Raises:
+            `RuntimeError`: If blocks are trained whose states were stored when they were frozen.
+            `ValueError`: If a text has more tokens than the tower has positions.
         """
         return self.projection(name)(self.state(name, values, mask, stored))
 
-    def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: bool = False) -> Tensor:
+    def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
         """What the projection of a modality reads: pooled states `(n, width)`; see [`~ItemEncoder.encode`]."""
         if name not in self.towers:
             return values.to(next(self.projection(name).parameters()).dtype)
         tower = self.towers[name]
-        if stored and values.dim() == 2:
+        is_pooled = stored > 0 and values.dim() == 2
+        if stored > frozen_depth(tower) or (is_pooled and not is_frozen(tower)):
+            raise RuntimeError(
+                f"the states of the {name} tower are those after {stored} frozen blocks, but some of what is before "
+                "them is trained now: make a new ActivationStore when towers are unfrozen"
+            )
+        if is_pooled:
             return values.to(tower.dtype)
+        if mask is not None and self.positions is not None and mask.shape[1] > self.positions:
+            raise ValueError(
+                f"a text has {mask.shape[1]} tokens, and the {name} tower has positions for {self.positions}: set "
+                f"max_text_length={self.positions} of the processor"
+            )
         if not stored:
             output = run_tower(tower, values, mask)
         else:
-            with resumed_from(tower, frozen_depth(tower), values.to(tower.dtype)):
-                output = run_tower(tower, placeholder(tower, values, mask), mask)
+            output = resume_tower(tower, stored, values.to(tower.dtype), mask)
         return self.pool(output, mask)
 
     def pool(self, output: Any, mask: Tensor | None) -> Tensor:
@@ -273,22 +300,4 @@ class ItemEncoder(nn.Module):
         return sum(rows) / has.sum(dim=1, keepdim=True) + missing  # type: ignore[operator]
 
 
-def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
-    if mask is not None:
-        return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
-    if getattr(tower.config, "tf_padding", False):
-        mend_convolutions(tower)
-    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)}, **kwargs)
-
-
-def placeholder(tower: PreTrainedModel, states: Tensor, mask: Tensor | None) -> Tensor:
-    """Contents for the layers below the blocks, whose output nothing reads when a tower resumes from stored states."""
-    if mask is not None:
-        return torch.zeros_like(mask)
-    config = tower.config  # one blank image: those layers do not look at the number of images
-    size = getattr(config, "image_size", 32)
-    return torch.zeros(1, config.num_channels, size, size, dtype=tower.dtype, device=states.device)
-
-
-__all__ = ["ItemEncoder", "WhitenedProjection", "run_tower"]
+__all__ = ["ItemEncoder", "WhitenedProjection"]

@@ -76,13 +76,14 @@ class ItemPart:
         rows (`Tensor` of shape `(n,)`): The item of each content, as a row of the batch, in the order of the buckets.
         values (`list[Tensor]`): Buckets of contents, `(n_i, ...)`, as the modality's tower reads them.
         masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, which positions are real.
-        stored (`bool`, *optional*, defaults to `False`): The values are states of an [`ActivationStore`].
+        stored (`int`, *optional*, defaults to 0): Blocks of the tower after which the values are states, which an
+            [`ActivationStore`] has; 0 for contents.
     """
 
     rows: Tensor
     values: list[Tensor]
     masks: list[Tensor] | None = None
-    stored: bool = False
+    stored: int = 0
 
     def select(self, keep: Tensor) -> ItemPart | None:
         """The contents of the items where `keep` `(n_items,)` is true; `None` if there are none."""

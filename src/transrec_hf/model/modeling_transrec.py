@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import TransRecConfig
-from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection, run_tower
+from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection
 from .loss_transrec import (
     SharedItems,
     batch_slots,
@@ -42,6 +42,7 @@ from .towers_transrec import (
     evaluate_frozen,
     keep_running_statistics,
     load_tower,
+    run_tower,
     tower_blocks,
     training_batch_norms,
 )
@@ -197,6 +198,11 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             kwargs: of `torch.compile`, e.g. `mode="max-autotune-no-cudagraphs"`.
         """
+        # a code may be compiled 8 times, but all layers of transformers enter by one, and those of MobileNet are of 27
+        # kinds, each of which is compiled with and without gradients and autocast
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 1024)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
         lists = [tower_blocks(tower) for tower in self.item_encoder.towers.values()]
         for block in [block for blocks in (*lists, self.user_encoder.layers) for block in blocks]:
             block.compile(fullgraph=True, dynamic=True, **kwargs)

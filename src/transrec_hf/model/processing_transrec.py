@@ -214,7 +214,16 @@ class TransRecProcessor(ProcessorMixin):
         """
         Token ids of each text, cut after `max_text_length` tokens. A tokenizer reads all of what it cuts, so a text is
         cut before as well, far beyond what the tokens need.
+
+        Raises:
+            `ValueError`: If there is no room for a token of the text.
         """
+        special = self.tokenizer.num_special_tokens_to_add()
+        if self.max_text_length <= special:
+            raise ValueError(
+                f"max_text_length is {self.max_text_length}, and {special} tokens of each text are special: make it "
+                f"{special + 1} or more"
+            )
         limit = max(MAX_CHARACTERS, 256 * self.max_text_length)
         keeps_end = getattr(self.tokenizer, "truncation_side", "right") == "left"
         texts = [text[-limit:] if keeps_end else text[:limit] for text in texts]

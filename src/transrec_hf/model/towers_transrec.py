@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
@@ -17,6 +18,22 @@ from .configuration_transrec import check_sizes
 logger = logging.get_logger(__name__)
 
 
+def tower_class(config: Any) -> type[PreTrainedModel]:
+    """
+    The class of a tower of a configuration.
+
+    Raises:
+        `ValueError`: If [`AutoModel`] has none, or one that is no encoder.
+    """
+    kind = type(config).__name__
+    if type(config) not in AutoModel._model_mapping:
+        raise ValueError(f"AutoModel knows no model for {kind}: a tower is an encoder that it can load")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder with a decoder, which reads more than an item: take a plain encoder")
+    found = AutoModel._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found  # Funnel has one with a decoder as well
+
+
 def without_dormant_parts(config: Any) -> dict[str, bool]:
     """
     Leave out what nothing here reads and so would never get a gradient: the mask token, in the configuration, and a
@@ -24,16 +41,43 @@ def without_dormant_parts(config: Any) -> dict[str, bool]:
     """
     if getattr(config, "use_mask_token", False):
         config.use_mask_token = False
-    accepts = "add_pooling_layer" in inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    accepts = "add_pooling_layer" in inspect.signature(tower_class(config).__init__).parameters
     return {"add_pooling_layer": False} if accepts else {}
 
 
 def build_tower(config: Any) -> PreTrainedModel:
     """A tower with fresh weights for any configuration that [`AutoModel`] knows."""
-    if not AutoModel._model_mapping[type(config)]._supports_sdpa:
+    if not tower_class(config)._supports_sdpa:
         # a convolutional tower refuses an attention implementation that was chosen for the whole model
         config._attn_implementation = "eager"
     return AutoModel.from_config(config, **without_dormant_parts(config))
+
+
+@torch.no_grad()
+def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
+    """
+    Raises `ValueError` for a tower that does not make states of a text, or of an image, alone: it is given one, unless
+    it has no weights yet.
+    """
+    if tower.device.type == "meta":
+        return
+    mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if is_text else None
+    modes = {module: module.training for module in tower.modules()}
+    tower.eval()
+    try:
+        states = run_tower(tower, placeholder(tower, mask), mask).last_hidden_state
+        if is_text and states.shape != (1, 4, tower_width(tower)):
+            raise ValueError(f"4 tokens have states of the shape {tuple(states.shape)}")
+    except Exception as error:
+        what = "4 tokens" if is_text else "an image"
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(
+            f"{type(tower).__name__} cannot be the {name} tower, which makes states of {what} alone ({reason}): take "
+            "another encoder"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
@@ -41,6 +85,7 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}  # neither code nor pickles of others
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     config = getattr(config, part, None) or config
+    tower_class(config)
     check_sizes(config, part)
     if "/" in str(config._attn_implementation):
         raise ValueError(f"{name_or_path} names the code of {config._attn_implementation}, which is not run")
@@ -64,7 +109,19 @@ def tower_width(tower: PreTrainedModel) -> int:
         return config.hidden_size
     if hasattr(config, "hidden_sizes"):
         return config.hidden_sizes[-1]
-    return [module for module in tower.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
+    convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError(f"{type(config).__name__} does not say how wide its output is, so it cannot be a tower")
+    return convolutions[-1].out_channels
+
+
+def text_positions(tower: nn.Module) -> int | None:
+    """Tokens that a text tower has positions for; `None` where positions are relative, and so without an end."""
+    for name, module in tower.named_modules():
+        if name.endswith(("position_embeddings", "position_embedding")) and isinstance(module, nn.Embedding):
+            before = module.padding_idx  # where there is one, RoBERTa's family counts from the next
+            return module.num_embeddings - (0 if before is None else before + 1)
+    return None
 
 
 def tower_blocks(tower: nn.Module) -> nn.ModuleList:
@@ -90,19 +147,41 @@ def frozen_depth(tower: nn.Module) -> int:
     return len(blocks)
 
 
+def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
+    if mask is not None:
+        return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
+    if getattr(tower.config, "tf_padding", False):
+        mend_convolutions(tower)
+    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)}, **kwargs)
+
+
+def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
+    """Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or an image."""
+    if mask is not None:
+        return torch.zeros_like(mask)
+    config = tower.config  # one image: those layers do not look at the number of images
+    size = getattr(config, "image_size", 64)
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(1, config.num_channels, *sides, dtype=tower.dtype, device=tower.device)
+
+
 class _Reached(Exception):
-    """Carries the states out of a tower that need not run further."""
+    """Carries what a block hands on out of a tower that need not run further."""
 
 
-def lower_states(tower: PreTrainedModel, depth: int, run: Callable[[], Any]) -> Tensor:
-    """States after the first `depth` blocks of a tower when `run()` runs it; what lies above them does not run."""
+def lower_output(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tensor | None = None) -> Any:
+    """
+    What the first `depth` blocks of a tower hand on to the next one: the states of contents or, in some families, a
+    tuple that begins with them. What lies above the blocks does not run.
+    """
 
-    def stop(module: nn.Module, args: Any, output: Tensor) -> None:
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(output)
 
     hook = tower_blocks(tower)[depth - 1].register_forward_hook(stop)
     try:
-        run()
+        run_tower(tower, values, mask)
     except _Reached as reached:
         return reached.args[0]
     finally:
@@ -110,19 +189,79 @@ def lower_states(tower: PreTrainedModel, depth: int, run: Callable[[], Any]) -> 
     raise RuntimeError(f"{type(tower).__name__} did not run its block {depth - 1}")
 
 
+def lower_states(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The states of contents `(n, ...)` after the first `depth` blocks of a tower."""
+    output = lower_output(tower, depth, values, mask)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def resume_tower(tower: PreTrainedModel, depth: int, states: Tensor, mask: Tensor | None = None) -> Any:
+    """What a tower says of contents of which the states after its first `depth` blocks are known, `(n, ...)`."""
+    contents = placeholder(tower, mask)
+    known = vars(tower).setdefault("_handed_on", {})
+    if depth not in known:  # what its blocks hand on besides states: nothing, or what is the same for all contents
+        with torch.no_grad():
+            output = lower_output(tower, depth, contents[:1], None if mask is None else mask[:1])
+        rest = None if isinstance(output, Tensor) else tuple(output[1:])
+        known[depth] = rest and tuple(None if isinstance(part, Tensor) else part for part in rest)
+    output = states if known[depth] is None else (states, *known[depth])
+    with resumed_from(tower, depth, output):
+        return run_tower(tower, contents, mask)
+
+
 @contextmanager
-def resumed_from(tower: PreTrainedModel, depth: int, states: Tensor) -> Iterator[None]:
-    """Inside, the first `depth` blocks of a tower do nothing but hand `states` on to the next one."""
+def resumed_from(tower: PreTrainedModel, depth: int, output: Any) -> Iterator[None]:
+    """Inside, the first `depth` blocks of a tower do nothing but hand `output` on to the next one."""
     lower = tower_blocks(tower)[:depth]
     compiled = [block._compiled_call_impl for block in lower]
     for block in lower:
-        block.forward, block._compiled_call_impl = lambda *args, **kwargs: states, None
+        block.forward, block._compiled_call_impl = lambda *args, **kwargs: output, None
     try:
         yield
     finally:
         for block, call in zip(lower, compiled, strict=True):
             del block.forward
             block._compiled_call_impl = call
+
+
+def freeze_below(tower: PreTrainedModel, trainable_blocks: int | None) -> None:
+    """
+    Train the top blocks of a tower and whatever follows them, and nothing else; all of it if `trainable_blocks` is
+    `None`. What is registered after the blocks and read by the frozen ones too, as a table of relative positions, is
+    frozen with them.
+    """
+    tower.requires_grad_(trainable_blocks is None)
+    if not trainable_blocks:
+        return
+    blocks = tower_blocks(tower)
+    depth = max(0, len(blocks) - trainable_blocks)
+    first = next(blocks[depth].parameters())
+    reached = False
+    for parameter in tower.parameters():  # in order of registration, which is that of execution but for what follows
+        reached = reached or parameter is first
+        parameter.requires_grad_(reached)
+    in_blocks = set(blocks.parameters())
+    after = [parameter for parameter in tower.parameters() if parameter.requires_grad and parameter not in in_blocks]
+    if depth and after and tower.device.type != "meta":
+        for parameter in read_below(tower, depth, after):
+            parameter.requires_grad_(False)
+
+
+def read_below(tower: PreTrainedModel, depth: int, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Which of the parameters, all of them trained, have a part in the states after the first `depth` blocks."""
+    modes = {module: module.training for module in tower.modules()}
+    tower.eval()
+    mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
+    try:
+        with torch.enable_grad():
+            states = lower_states(tower, depth, placeholder(tower, mask), mask)
+            if not states.requires_grad:
+                return []
+            found = torch.autograd.grad(states.float().sum(), parameters, allow_unused=True)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [parameter for parameter, part in zip(parameters, found, strict=True) if part is not None]
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -150,13 +289,31 @@ def keep_running_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches
 
 
-def evaluate_frozen(module: nn.Module) -> None:
-    """Put every sub-module without a trainable parameter in evaluation mode: no dropout, no batch-norm updates."""
-    if is_frozen(module) and next(module.parameters(), None) is not None:
-        module.eval()
-        return
+def evaluate_frozen(item_encoder: nn.Module) -> None:
+    """
+    Put what is frozen in each part of an item encoder in evaluation mode: no dropout, no batch-norm updates. That
+    includes what has no parameters among the frozen modules below the first trained one: the rotation of positions in
+    DINOv3 is a random one in training.
+    """
+    for part in item_encoder.children():
+        _evaluate_frozen(part)
+
+
+def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | None:
+    """
+    As above inside one module. Whether all that is registered so far is frozen, `None` if there is nothing yet, goes
+    in as `below` and comes out for what follows.
+    """
+    parameters = list(module.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        if parameters or below:
+            module.eval()
+        return True if parameters and below is None else below
+    if own := list(module.parameters(recurse=False)):
+        below = below is not False and not any(parameter.requires_grad for parameter in own)
     for child in module.children():
-        evaluate_frozen(child)
+        below = _evaluate_frozen(child, below)
+    return False
 
 
 def mend_convolutions(tower: nn.Module) -> None:
@@ -168,12 +325,4 @@ def mend_convolutions(tower: nn.Module) -> None:
                 setattr(module, name, getattr(base, name))
 
 
-__all__ = [
-    "build_tower",
-    "frozen_depth",
-    "load_tower",
-    "lower_states",
-    "resumed_from",
-    "tower_blocks",
-    "tower_width",
-]
+__all__ = ["build_tower", "freeze_below", "frozen_depth", "load_tower", "resume_tower", "tower_blocks", "tower_width"]

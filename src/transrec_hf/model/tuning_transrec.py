@@ -15,7 +15,7 @@ from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .modalities_transrec import MODALITIES
-from .towers_transrec import load_tower, tower_blocks
+from .towers_transrec import freeze_below, load_tower
 
 
 ACCESS = ("cache_dir", "local_files_only", "token")
@@ -316,14 +316,7 @@ class TunableModel(ThinCheckpoints):
                 `None` trains them whole. Projections, pooling and the user encoder are always trained.
         """
         for tower in self.item_encoder.towers.values():
-            tower.requires_grad_(trainable_blocks is None)
-            if trainable_blocks:
-                blocks = tower_blocks(tower)
-                first = next(blocks[max(0, len(blocks) - trainable_blocks)].parameters())
-                reached = False
-                for parameter in tower.parameters():  # in order of registration, which is that of execution
-                    reached = reached or parameter is first
-                    parameter.requires_grad_(reached)
+            freeze_below(tower, trainable_blocks)
         self.train(self.training)
 
     def add_bottlenecks(self, size: int = 32, places: str = "houlsby", parallel: bool = False) -> None:

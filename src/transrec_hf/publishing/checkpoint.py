@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -406,18 +406,6 @@ def checkpoints_of(run_dir: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run by their steps, whatever the clock said when they were written."""
     folders = (path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
     return sorted((path for path in folders if path.is_dir()), key=steps_of)
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint of a run with the most steps from which training can go on; `None` if there is none."""
-    for checkpoint in reversed(checkpoints_of(output_dir)):
-        recover(checkpoint)
-        names = {path.name for path in checkpoint.iterdir()}
-        whole = any(name.endswith(".safetensors") for name in names) and bool(names & {"config.json", ADAPTER_NAME})
-        with suppress(DataError):
-            if whole and read_json(checkpoint / "trainer_state.json"):
-                return str(checkpoint)
-    return None
 
 
 def remove_old_checkpoints(run_dir: str | os.PathLike, limit: int | None, current: int, best: str | None) -> None:

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SchedulerType
 
 from ..model.configuration_transrec import BOTTLENECK_PLACES
 from .tuning import TUNINGS, resolve_tuning
+
+
+RANKS = "evaluation ranks items, and keeps no outputs of the model"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "average_tokens_across_devices": ((True,), "the objective is always that of the batch of all processes"),
+    "batch_eval_metrics": ((False,), RANKS),
+    "bf16_full_eval": ((False,), "evaluation computes as training does: set bf16"),
+    "ddp_static_graph": ((None, False), "a batch may lack a modality, so the graph is not always the same"),
+    "debug": (([],), "a run stops at its first loss or gradient that is not finite, and names the step"),
+    "deepspeed": ((None,), "models are sharded by FSDP: take examples/accelerate_configs/fsdp2.yaml"),
+    "eval_accumulation_steps": ((None,), RANKS),
+    "eval_do_concat_batches": ((True,), RANKS),
+    "eval_use_gather_object": ((False,), RANKS),
+    "fp16_full_eval": ((False,), "evaluation computes as training does: set fp16"),
+    "include_for_metrics": (([],), "compute_metrics gets the recommended items and the targets"),
+    "include_num_input_tokens_seen": (("no",), "a batch is made of items, and images have no tokens"),
+    "label_names": ((None,), "targets are the next items of the sequences"),
+    "label_smoothing_factor": ((0.0,), "no objective smooths its targets"),
+    "length_column_name": (("length",), "users are drawn whatever the length of their sequences"),
+    "liger_kernel_config": ((None,), "Liger has no kernels for this model"),
+    "logging_nan_inf_filter": ((False,), "a run stops at its first loss that is not finite, and hides none"),
+    "neftune_noise_alpha": ((None,), "noise on tokens is made for language models: set hidden_dropout_prob"),
+    "optim_target_modules": ((None,), "it belongs to optimizers that make their own groups of parameters"),
+    "parallelism_config": ((None,), "processes share the batch, not the model: start several, or shard it by FSDP"),
+    "prediction_loss_only": ((False,), RANKS),
+    "remove_unused_columns": ((False,), "sequences have no columns"),
+    "train_sampling_strategy": (("random", "sequential"), "users are drawn whatever the length of their sequences"),
+    "use_cache": ((False,), "nothing is generated token by token"),
+    "use_liger_kernel": ((False,), "Liger has no kernels for this model"),
+}
+"""Arguments of `TrainingArguments` that mean nothing here: the values that they may have, and why no other."""
+OWN_GROUPS = ("adalomo", "apollo", "galore", "lomo")
+"""Optimizers that make their own groups of parameters, and so cannot give each part of a model its rate."""
 
 
 @dataclass
@@ -21,9 +55,10 @@ class TransRecTrainingArguments(TrainingArguments):
     > Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `per_device_train_batch_size=128`,
     > `num_train_epochs=10`, `eval_strategy="epoch"`, `save_strategy="epoch"`, `save_total_limit=2`,
     > `load_best_model_at_end=True`, `metric_for_best_model="ndcg@10"`, `eval_on_start=True`,
-    > `remove_unused_columns=False`,
+    > `remove_unused_columns=False`, `logging_nan_inf_filter=False`,
     > `restore_callback_states_from_checkpoint=True`. With `torch_compile=True` each block is compiled, see
-    > [`~TransRecModel.compile_blocks`], and not the whole model.
+    > [`~TransRecModel.compile_blocks`], and not the whole model. Schedules that follow a metric raise it where more of
+    > it is better. What would do nothing is refused, see [`~TransRecTrainingArguments.check`].
 
     Args:
         tower_learning_rate (`float`, *optional*, defaults to 1e-4): peak rate of the text and vision towers.
@@ -73,7 +108,8 @@ class TransRecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What 'best' means."})
     eval_on_start: bool = field(default=True, metadata={"help": "Rank before training: the start may be the best."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads ids."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: there are no columns."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: NaN ends a run."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Go on counting evaluations without gain where the checkpoint was."}
     )
@@ -134,12 +170,46 @@ class TransRecTrainingArguments(TrainingArguments):
         if self.eval_strategy == "no":
             self.eval_on_start = False
         super().__post_init__()
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            given: dict[str, Any] = self.lr_scheduler_kwargs or {}  # type: ignore[has-type]
+            self.lr_scheduler_kwargs = {"mode": self.better, **given}
+        self.check()
+
+    @property
+    def better(self) -> str:
+        """Whether more or less of `metric_for_best_model` is better, `"max"` or `"min"`."""
+        return "max" if self.greater_is_better else "min"
+
+    def check(self) -> None:
+        """
+        Refuse what cannot be done, or would do nothing.
+
+        Raises:
+            `ValueError`: With the argument and the mend.
+        """
+        for name, (possible, why) in REFUSED.items():
+            if (value := getattr(self, name)) not in possible:
+                raise ValueError(f"{name}={value!r} is not possible: {why}. Leave it out.")
+        if self.optim.value.startswith(OWN_GROUPS):
+            raise ValueError(
+                f"optim={self.optim.value!r} makes its own groups of parameters, and so cannot give each part of the "
+                "model its rate: take 'adamw_torch', say"
+            )
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ValueError("dispatch_batches is not possible: each process makes its batches itself. Leave it out.")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: leave it out, or set bf16")
+        if (mode := (self.lr_scheduler_kwargs or {}).get("mode", self.better)) != self.better:
+            raise ValueError(f"a schedule with mode={mode!r} cuts the rate when the metric gets better: leave it out")
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
         self.trainable_blocks = resolve_tuning(self.tuning, self.trainable_blocks, self.adapter_size)
-        for name in ("adapter_size", "item_chunk_size", "item_cache_age", "max_eval_users"):
+        names = ("adapter_size", "item_chunk_size", "item_cache_age", "max_eval_users", "early_stopping_patience")
+        for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("early_stopping_patience counts evaluations, and eval_strategy is 'no': set 'epoch'")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             strategy = self.hub_strategy.value
             raise ValueError(

@@ -14,6 +14,7 @@ from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from ..errors import NotFinite
 from ..files import TRAINING_LOCK, locked, written_whole
 from ..publishing.checkpoint import remove_old_checkpoints
 from ..publishing.hub import PICKLES, upload_checkpoint
@@ -59,6 +60,8 @@ class WholeCheckpoints(Trainer):
                 with written_whole(run_dir / name, replaces_all=True) as folder:
                     for path in (partial / name).iterdir():
                         path.rename(folder / path.name)
+        except NotFinite:
+            raise
         except Exception as error:
             raise OSError(
                 f"{run_dir / name} could not be written and was removed ({error}): make room and resume from the last "

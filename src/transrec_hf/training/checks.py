@@ -1,0 +1,75 @@
+"""What a trainer is given: of the right classes, and with a metric that there is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..evaluation.evaluator import LIST_LENGTH
+from ..evaluation.metrics import DEFAULT_KS, ranking_metrics
+from .adapters import base_of
+from .arguments import TransRecTrainingArguments
+
+
+COVERAGE = f"coverage@{LIST_LENGTH}"
+INSTEAD = {
+    "compute_loss_func": "override compute_loss for another objective",
+    "data_collator": "batches are made of the catalogue: override get_train_dataloader for others",
+    "eval_dataset": "give split, whose validation targets are ranked; evaluate(...) takes other sequences",
+    "preprocess_logits_for_metrics": "compute_metrics gets the recommended items and the targets",
+    "tokenizer": "give processing_class, the processor of the model",
+    "train_dataset": "give split, whose training sequences are trained on",
+}
+"""Arguments of `Trainer` that have no place here, and what to do instead."""
+
+
+def check_kind(what: str, value: Any, kind: str, mend: str) -> None:
+    """Raises `TypeError` for a value that is of another class; by name, since a checkpoint may bring ours with it."""
+    if not any(base.__name__ == kind for base in type(value).__mro__):
+        raise TypeError(f"{what} must be a {kind}, not a {type(value).__name__}: {mend}")
+
+
+def check_objects(
+    model: Any, args: Any, catalogue: Any, split: Any, processor: Any, model_init: Any, others: dict[str, Any]
+) -> None:
+    """Raises `TypeError` for whatever is not what [`TransRecTrainer`] takes."""
+    for name in others.keys() & INSTEAD.keys():
+        raise TypeError(f"TransRecTrainer takes no {name}: {INSTEAD[name]}")
+    if (model is None) == (model_init is None):
+        raise TypeError("give either a model or model_init, which makes one")
+    if model is not None:
+        check_kind("model", base_of(model), "TransRecModel", "make one with TransRecModel(config) or from_pretrained")
+    check_kind("args", args, "TransRecTrainingArguments", "it takes the same options, and those of this model")
+    check_kind("catalogue", catalogue, "Catalogue", "make one with Catalogue(dataset), or load_domain(folder)")
+    check_kind("split", split, "Split", "make one with leave_one_out(sequences)")
+    if processor is not None:
+        check_kind(
+            "processing_class", processor, "TransRecProcessor", "make one with TransRecProcessor(tokenizer, ...)"
+        )
+    options: dict[str, Any] = (others.get("optimizer_cls_and_kwargs") or (None, {}))[1]
+    if wrong := options.keys() & {"lr", "weight_decay", "params"}:
+        raise TypeError(f"each part of the model has its own {min(wrong)}: leave it to the arguments of the run")
+
+
+def check_metric(args: TransRecTrainingArguments, sets: Iterable[str] = ()) -> None:
+    """
+    Raises `ValueError` if evaluations will not have `metric_for_best_model`, or it is taken for a loss.
+
+    Args:
+        args ([`TransRecTrainingArguments`]): The arguments.
+        sets (`Iterable[str]`, *optional*): Names of the sets of sequences, if there are several.
+    """
+    name = args.metric_for_best_model
+    if name is None:
+        return
+    metrics = [*ranking_metrics(torch.ones(1), DEFAULT_KS), COVERAGE]
+    known = [f"{key}_{metric}" for key in sets for metric in metrics] or metrics
+    if name.removeprefix("eval_") not in known:
+        near = difflib.get_close_matches(name.removeprefix("eval_"), known, n=1)
+        listed = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"no evaluation has metric_for_best_model={name!r}: {listed}")
+    if not args.greater_is_better:
+        raise ValueError(f"more of {name} is better: leave out greater_is_better=False")
