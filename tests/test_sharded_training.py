@@ -38,7 +38,7 @@ CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 FSDP = pytest.param(
     "fsdp2",
     id="FSDP2",
-    marks=pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs"),
+    marks=pytest.mark.skip(reason="known fault: FSDP2 on CPUs hangs, one process begins its forward unsharded"),
 )
 ZERO = pytest.param(
     "deepspeed_zero2",
