@@ -645,7 +645,7 @@ BAD_INPUT: dict[str, Case] = {
     "nothing to store": with_data(
         "bad options: .*nothing to store: lower trainable_blocks",
         *("--text_model", "bert", "--activation_store", "store"),
-        interactions={"user_id": ["u"] * 4, "item_id": list("abca"), "timestamp": [1, 2, 3, 4]},
+        interactions={"user_id": list("uuuuvvvv"), "item_id": list("abcaabca"), "timestamp": [1, 2, 3, 4] * 2},
     ),
     "no users": with_data("max_train_users must be 1 or more", "--max_train_users", "0"),
     "checkpoint of another architecture": with_checkpoint("architecture 'bert', not 'transrec'", name="bert"),
@@ -772,14 +772,14 @@ def test_a_full_disk_leaves_no_half_checkpoint(
 def test_a_full_disk_at_the_last_save_keeps_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    describe = TransRecTrainer._describe
+    describe = TransRecTrainer.describe
 
     def full(self: TransRecTrainer, folder: Path) -> None:
         describe(self, folder)
         if "checkpoint" not in str(folder.relative_to(tmp_path)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(TransRecTrainer, "_describe", full)
+    monkeypatch.setattr(TransRecTrainer, "describe", full)
     assert command("pretrain", "demo:target", "--output_dir", tmp_path, *QUICK) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}

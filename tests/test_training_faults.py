@@ -303,7 +303,7 @@ def parts(folder: Path) -> dict[str, Any]:
         ("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.1}), r"each part of the model has its own lr"),
         ("model_init", make_model, r"give either a model or model_init"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_wrong_objects_are_named(tmp_path, name, value, sentence):
     given = {**parts(tmp_path / "run"), name: value}
