@@ -98,7 +98,7 @@ class TransRecTrainer(TrainerBase):
         self.reports: dict[str, dict[str, Any]] = {}  # the last one of each split, for the card
         self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
-        self.train_counts = split.train.item_counts(len(catalogue))
+        self.item_ids, self.train_counts = catalogue.item_ids, split.train.item_counts(len(catalogue))
         self.items = ItemSource(catalogue, processing_class, token_budget(args.device))
         if model is not None:
             self.adopt(model)
@@ -483,7 +483,7 @@ class TransRecTrainer(TrainerBase):
     def save_beside(self, folder: Path) -> None:
         """Write what belongs beside the weights of a checkpoint."""
         if needs_item_statistics(self.accelerator.unwrap_model(self.model)):
-            ItemStatistics(self.catalogue.item_ids, self.train_counts).save(folder)
+            ItemStatistics(self.item_ids, self.train_counts).save(folder)
         self.describe(folder)
 
     def describe(self, folder: Path) -> None:
