@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
@@ -162,6 +164,16 @@ class MixedTrainer(TransRecTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.use(list(self.parts)[inputs.pop("domain")])
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _rank(self, sequences: Sequences, split: str, prefix: str, max_users: int | None = None) -> PredictionOutput:
+        """The pooled metrics of all domains. Items of several catalogues make no lists: evaluate alone uses it."""
+        if prefix != "eval" and not prefix.startswith("eval_"):
+            raise ValueError("several domains make no lists together: predict with a trainer of one domain")
+        started = time.time()
+        report = self.report(sequences, split, baselines=False, max_users=max_users)
+        metrics = {f"{prefix}_{name}": value for name, value in report["metrics"].items()}
+        metrics |= speed_metrics(prefix, started, num_samples=report["protocol"]["num_users"])
+        return PredictionOutput(predictions=np.empty(0), label_ids=None, metrics=metrics)
 
     def report(
         self,
