@@ -191,3 +191,16 @@ def test_wrong_usage(transrec: Run, checkpoint: Path) -> None:
     assert transrec("fly")[0] == 2
     code, _, err = transrec("card", checkpoint, checkpoint, "--id", "me/one")
     assert code == 2 and "give one PATH" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [(["--disable_tqdm"], True), (["--disable_tqdm=no"], False), (["--disable_tqdm", "yes"], True)],
+)
+def test_a_switch_that_may_be_unset_stands_alone(given: list[str], parsed: bool, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    from transrec_hf.commands.parsing import parse_arguments
+
+    (arguments,) = parse_arguments([TrainingArguments], ["--output_dir", str(tmp_path), *given, "--seed", "1"])
+    assert arguments.disable_tqdm is parsed and arguments.seed == 1

@@ -116,7 +116,11 @@ class _Parser(HfArgumentParser):
         raise DataError(message)
 
     def tidy(self, later: Mapping[str, Collection[str]]) -> None:
-        """Hide the `--no_` twins of switches from `--help`, and move options under the headings of its end."""
+        """Let `bool | None` options stand alone, hide `--no_` twins from `--help`, move options to its end."""
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:
+            if bool in get_args(hints.get(action.dest)) and action.nargs is None:
+                action.nargs, action.const = "?", True
         heading_of = {name: title for title, names in later.items() for name in names}
         moved: dict[str, list[argparse.Action]] = {title: [] for title in later}
         for group in self._action_groups:
