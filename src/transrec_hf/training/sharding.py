@@ -30,6 +30,19 @@ def check_sharding(plugin: Any) -> None:
 
 
 @contextmanager
+def one_unit(model: Any) -> Iterator[None]:
+    """
+    Inside, accelerate shards a model as one unit. It would make the input embeddings a unit of their own whatever the
+    wrapping policy is, and processes that read a different number of buckets of texts would wait for each other.
+    """
+    model.get_input_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
+
+
+@contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Inside, each process has all weights of a model that FSDP has sharded, and may run any part of it any time."""
     if not isinstance(model, FSDPModule):

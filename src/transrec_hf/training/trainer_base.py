@@ -25,7 +25,7 @@ from ..publishing.checkpoint import load_evaluation
 from .adapters import check_base, has_adapter, lift_adapter, load_adapter_weights
 from .resuming import NEW_RUN
 from .saving import WholeCheckpoints
-from .sharding import copy_of, load_whole_weights, own_class
+from .sharding import copy_of, load_whole_weights, one_unit, own_class
 
 
 logger = logging.get_logger(__name__)
@@ -122,6 +122,10 @@ class TrainerBase(WholeCheckpoints):
         self.train_started = time.time()
         self.check_batch(batch_size or self.args.train_batch_size)  # `auto_find_batch_size` comes by for each size
         return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with one_unit(self.model):
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         names = [set(group) for group in self.optimizer.param_groups]
