@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 
 import recipes
 from common import Results, interleaved, ratios
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     domain = Domain.load(options)
     trainings = {name: Training(domain, recipe, options.seed) for name, recipe in variants.items()}
     seconds = interleaved(
-        {name: lambda training=training: training.steps(options.steps) for name, training in trainings.items()},
+        {name: partial(training.steps, options.steps) for name, training in trainings.items()},
         options.repeats,
     )
     for name, recipe in variants.items():

@@ -6,6 +6,7 @@ Cost against data size: seconds of an epoch with 1, 2, 4 and 8 eighths of the us
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import numpy as np
 import recipes
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
         domain.split.train = train.select(np.sort(order[: len(order) * eighths // 8]))
         trainings[eighths] = Training(domain, OURS, options.seed)
     seconds = interleaved(
-        {f"{eighths}/8": lambda t=training: t.steps(t.steps_per_epoch) for eighths, training in trainings.items()},
+        {f"{eighths}/8": partial(training.steps, training.steps_per_epoch) for eighths, training in trainings.items()},
         options.repeats,
         warm_up=0,
     )

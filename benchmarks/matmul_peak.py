@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,15 +45,20 @@ def useful_flop(config: BertConfig, lengths: np.ndarray) -> float:
     return float(config.num_hidden_layers * (linear + 4 * width * (lengths.astype(float) ** 2).sum()))
 
 
+def packed_product(b_packed: torch.Tensor, a: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Of oneDNN, whose weight is packed once."""
+    return torch.ops.mkldnn._linear_pointwise(a, b_packed, None, "none", [], "")
+
+
 def matmul_rate(dtype: torch.dtype) -> float:
     """FLOP per second of the best square product, by whichever library has it, MKL or oneDNN."""
     best = 0.0
     for size in SIZES:
         a, b = torch.randn(2, size, size).to(dtype)
-        products = [torch.matmul]
+        products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.matmul]
         if has_packed_linears(dtype):
             b_packed = torch.ops.mkldnn._reorder_linear_weight(b)
-            products.append(lambda a, _, b=b_packed: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+            products.append(partial(packed_product, b_packed))
         for product in products:
             product(a, b)
             started = time.perf_counter()
@@ -66,7 +73,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
     rows = np.random.default_rng(options.seed).permutation(len(catalogue))[: options.num_items]
     catalogue = catalogue.select(np.sort(rows))
     processor = TransRecProcessor.from_towers(options.text_model, max_text_length=options.max_text_length)
-    lengths = catalogue.tokens(processor.tokenizer, processor.max_text_length).lengths
+    source = ItemSource(catalogue, processor)
+    lengths = source.units()["text"]
     small = AutoConfig.from_pretrained(options.text_model)
     base = BertConfig(vocab_size=small.vocab_size)
     for name, config in ((f"{small.hidden_size} wide, {small.num_hidden_layers} layers", small), ("BERT-base", base)):
@@ -76,7 +84,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
             peaks: list[float] = []
 
             def encode(model: TransRecModel = model) -> None:
-                encode_catalogue(model, ItemSource(catalogue, processor), batch_size=512)
+                encode_catalogue(model, source, batch_size=512)
 
             def peak(dtype: torch.dtype = dtype, peaks: list[float] = peaks) -> None:
                 peaks.append(matmul_rate(dtype))

@@ -79,7 +79,16 @@ class Recipe:
 
 
 OFFICIAL = Recipe()
-OURS = Recipe(*[True] * 5, batch_size=256, learning_rate=5e-4, warm_up_steps=50)
+OURS = Recipe(
+    unique=True,
+    buckets=True,
+    bf16=True,
+    store=True,
+    every_position=True,
+    batch_size=256,
+    learning_rate=5e-4,
+    warm_up_steps=50,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +188,8 @@ class Training:
             with self.autocast():
                 standardize_projections(self.model, self.source, seed=seed)
         self.preparation_seconds = time.perf_counter() - started
-        towers, rest = [], []
+        towers: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (towers if part_of(name) == "tower" else rest).append(parameter)

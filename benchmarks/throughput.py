@@ -8,6 +8,7 @@ rounds. The filling of our store is not part of it: it is reported apart, in sec
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import recipes
 from common import Results, interleaved, ratios
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     def train(name: str) -> None:
         found[name].append(trainings[name].steps(options.steps))
 
-    seconds = interleaved({name: lambda name=name: train(name) for name in trainings}, options.repeats)
+    seconds = interleaved({name: partial(train, name) for name in trainings}, options.repeats)
     rates = {}
     for name, dtype in (("official", "fp32"), ("ours", "bf16")):
         counts = found[name][-options.repeats :]

@@ -52,14 +52,14 @@ def run(options: argparse.Namespace, results: Results) -> None:
         seconds += training.preparation_seconds
         learn("ours", training, options.our_epochs, results, seconds, first=options.frozen_epochs + 1)
     if options.official_steps:
-        training, seconds = Training(domain, OFFICIAL, options.seed), []
+        training, times = Training(domain, OFFICIAL, options.seed), []
         for step in range(-1, options.official_steps):
             started = time.perf_counter()
             training.steps(1)
             if step >= 0:
-                seconds.append(time.perf_counter() - started)
-        results.add("official", "step", seconds, "s", dtype="fp32")
-        results.add("official", "epoch", statistics.median(seconds) * training.steps_per_epoch, "s", dtype="fp32")
+                times.append(time.perf_counter() - started)
+        results.add("official", "step", times, "s", dtype="fp32")
+        results.add("official", "epoch", statistics.median(times) * training.steps_per_epoch, "s", dtype="fp32")
 
 
 def learn(

@@ -219,7 +219,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(num_workers, persistent_
 def test_windows_cover_every_step_once(lines):
     windows = TrainingWindows(make_sequences(lines), LENGTH)
     collator = id_collator()
-    steps = []
+    steps: list[tuple[tuple[int, ...], int]] = []
     for row in range(len(windows)):
         batch = collator([windows[row]])
         assert batch["history_index"].shape[1] <= LENGTH
@@ -292,7 +292,12 @@ def test_an_item_that_the_processor_cannot_read_is_refused():
 def test_texts_are_tokenised_once_and_those_that_a_policy_hides_not_at_all(monkeypatch):
     catalogue, processor = make_catalogue(), make_processor()
     calls = []
-    monkeypatch.setattr(processor, "tokenize", lambda texts: calls.append(texts) or [[1]] * len(texts))
+
+    def tokenize(texts):
+        calls.append(texts)
+        return [[1]] * len(texts)
+
+    monkeypatch.setattr(processor, "tokenize", tokenize)
     source = ItemSource(catalogue.with_policy("one_per_item"), processor)
     assert (source.units()["text"] > 0).tolist() == source.catalogue.has("text").tolist()
     source.units()
@@ -313,12 +318,17 @@ def test_a_tokenizer_that_pads_on_the_left_is_padded_on_the_right():
     assert flat["attention_mask"][:, 0].all() and not flat["attention_mask"].all()
 
 
-def test_only_the_batch_of_items_is_read():
+def test_only_the_batch_of_items_is_read(monkeypatch):
     """Images are decoded when a batch needs them, not before, and each once."""
     catalogue = make_catalogue(kinds=("image",))
     decoded = []
     read = catalogue.read
-    catalogue.read = lambda row, names: decoded.append(int(row)) or read(row, names)
+
+    def decode(row, names):
+        decoded.append(int(row))
+        return read(row, names)
+
+    monkeypatch.setattr(catalogue, "read", decode)
     make_collator(make_config("image"), catalogue)(features([[1, 2, 1], [2, 1]]))
     assert decoded == [1, 2]
 

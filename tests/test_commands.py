@@ -94,7 +94,7 @@ def launch(verb: str, folder: Path, *arguments: Any) -> Any:
         "if os.environ['RANK'] == '0':\n"
         "    pathlib.Path(returned).write_text(json.dumps(value))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", driver]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(driver)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, VERBS[verb][0], verb, returned, *arguments], check=True, env=environment)
     return json.loads(returned.read_text())
@@ -534,8 +534,8 @@ def test_two_processes_have_the_same_report(workplace: Path, tmp_path: Path) -> 
     trainer = tmp_path / "trainer"
     place = ("--from_checkpoint", workplace / "source", "--data", workplace / "target", "--output_dir", trainer)
     report = launch("finetune", tmp_path, *place, *QUICK)
-    place = ("--checkpoint", trainer, "--data", workplace / "target")
-    for again in (run("evaluate", *place), launch("evaluate", tmp_path, *place)):
+    held_out = ("--checkpoint", trainer, "--data", workplace / "target")
+    for again in (run("evaluate", *held_out), launch("evaluate", tmp_path, *held_out)):
         assert again["metrics"] == pytest.approx(report["metrics"], abs=1e-6)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from transrec_hf.data.catalogue import Catalogue, load_catalogue
-from transrec_hf.data.contents import READERS
+from transrec_hf.data.contents import READERS, Vectors
 from transrec_hf.data.statistics import data_statistics
 from transrec_hf.errors import BadContent, DataError, InputError
 from transrec_hf.model.modalities_transrec import MODALITIES
@@ -48,7 +48,8 @@ def test_vectors_of_every_type_are_the_same(kind: pa.DataType) -> None:
     catalogue = shop(kind=kind)
     assert catalogue.has("features").tolist() == [True, False, True, True]
     assert list(catalogue.contents) == ["text", "features"]
-    assert catalogue.contents["features"].size == 3
+    vectors = catalogue.contents["features"]
+    assert isinstance(vectors, Vectors) and vectors.size == 3
     read = catalogue.read(0)
     assert list(read) == ["text", "features"] and read["features"].dtype == np.float32
     assert read["features"].tolist() == VECTORS[0] and list(catalogue.read(1)) == ["text"]

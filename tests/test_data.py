@@ -379,7 +379,7 @@ def test_blocks_do_not_change_splits_and_statistics(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_of_defects_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [f"i{row % 4}" for row in range(60)]
+    items: list[str | None] = [f"i{row % 4}" for row in range(60)]
     items[33], items[58], times = "gone", None, [float(row) for row in range(60)]
     times[41] = 0.5
     events = pa.table([["u"] * 60, items, times], EVENT_NAMES)
@@ -553,7 +553,7 @@ def test_temporal_split_never_looks_ahead(times: list[list[int]], draw: st.DataO
         return history + period[:1] if history and period else None
 
     expected = [
-        [view for user in times if (view := [time for time in user if time < validation_from])],
+        [early for user in times if (early := [time for time in user if time < validation_from])],
         [view for user in times if (view := first_of(user, validation_from, test_from))],
         [view for user in times if (view := first_of(user, test_from, 10))],
     ]

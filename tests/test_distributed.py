@@ -105,7 +105,7 @@ def loss_and_gradients(objective: str, case: str, rank: int | None = None) -> di
     content = {"modalities": ("text", "image")} if objective in ("in_batch", "bce") else {}
     ids = {} if content else {"modalities": "", "num_items": len(CATALOGUE)}
     config = make_config(**content, **ids, objective=objective, **OBJECTIVES[objective])
-    model = make_model(config).train()
+    model: torch.nn.Module = make_model(config).train()
     batches = [batch_of(config, lines) for lines in CASES[case]]
     if rank is None:
         batch = join(batches, config, NEGATIVES if objective == "sampled_softmax" else None)

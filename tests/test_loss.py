@@ -106,9 +106,9 @@ IN_BATCH_CASES = {
 
 @pytest.mark.parametrize("lines", IN_BATCH_CASES.values(), ids=IN_BATCH_CASES.keys())
 def test_unique_item_loss_equals_the_slot_wise_loss(lines):
-    case = random_case(lines)
-    expected = slot_wise_loss(*case[:2], lines, case[2])
-    assert unique_item_loss(*case[:2], lines, case[2]).item() == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    states, items, popularity = random_case(lines)
+    expected = slot_wise_loss(states, items, lines, popularity)
+    assert unique_item_loss(states, items, lines, popularity).item() == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
 @given(
@@ -117,9 +117,9 @@ def test_unique_item_loss_equals_the_slot_wise_loss(lines):
 )
 @settings(deadline=None, max_examples=50)
 def test_unique_item_loss_equals_the_slot_wise_loss_on_any_batch(lines, seed):
-    case = random_case(lines, seed=seed)
-    expected = slot_wise_loss(*case[:2], lines, case[2])
-    assert unique_item_loss(*case[:2], lines, case[2]).item() == pytest.approx(expected, abs=2e-6, rel=2e-6)
+    states, items, popularity = random_case(lines, seed=seed)
+    expected = slot_wise_loss(states, items, lines, popularity)
+    assert unique_item_loss(states, items, lines, popularity).item() == pytest.approx(expected, abs=2e-6, rel=2e-6)
 
 
 def test_users_who_share_all_items_give_no_nan():

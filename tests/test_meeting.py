@@ -179,8 +179,8 @@ def test_a_trainer_and_a_recommender_meet_a_catalogue(tmp_path):
 def test_an_index_belongs_to_a_model_whatever_the_statistics(tmp_path):
     model, source = TransRecModel(make_config("text", **DESIGN)), ItemSource(make_catalogue(9), make_processor("text"))
     before = encoder_hash(model, source.processor)
-    model.item_encoder.text_projection.mean += 1
+    model.item_encoder.text_projection.get_buffer("mean").add_(1)
     assert encoder_hash(model, source.processor) == before
     standardize_projections(model, source)
-    model.item_encoder.text_projection.axes += 1
+    model.item_encoder.text_projection.get_buffer("axes").add_(1)
     assert encoder_hash(model, source.processor) != before

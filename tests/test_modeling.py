@@ -88,7 +88,7 @@ def has_no_use(name: str, gradient: torch.Tensor | None) -> bool:
     # what a key's bias adds to all scores of a query is cancelled by the softmax; the towers have one nevertheless
     if name.endswith(("key.bias", "k_proj.bias", "k_lin.bias")) and "_model." in name:
         return gradient is None
-    return gradient is None or gradient.abs().max() < 1e-8
+    return gradient is None or bool(gradient.abs().max() < 1e-8)
 
 
 def assert_every_parameter_learns(config: TransRecConfig, batch: dict) -> None:
@@ -650,7 +650,7 @@ def test_what_comes_before_the_top_blocks_is_frozen_and_what_follows_is_not():
 def test_frozen_blocks_build_no_graph(half_frozen):
     """Their activations need no gradient, so nothing is kept for a backward pass."""
     lower, upper = lower_and_upper(half_frozen, 1)
-    needed = {}
+    needed: dict[str, list[bool]] = {}
     for name, blocks in (("lower", lower), ("upper", upper)):
         for block in blocks:
             block.register_forward_hook(

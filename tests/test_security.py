@@ -225,7 +225,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
 # Sizes
 
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "layers": {"num_hidden_layers": 10**8},
     "width": {"hidden_size": 10**9},
     "no width": {"hidden_size": 0},

@@ -139,7 +139,7 @@ def test_what_is_not_as_it_was_is_refused(tmp_path):
 
 
 def test_config_of_a_stranger(tmp_path):
-    good = {"name": "a", "revision": None, "sha256": "0" * 64, "prefix": "", "weights": []}
+    good: dict[str, object] = {"name": "a", "revision": None, "sha256": "0" * 64, "prefix": "", "weights": []}
     TransRecConfig(num_items=3, weights_from=[good])
     for key, value in {"revision": "main", "sha256": "0", "name": 3, "weights": "a", "prefix": "(a+)+"}.items():
         with pytest.raises(Exception, match=f"weights_from: {key} must"):

@@ -98,8 +98,8 @@ def test_fractions_of_a_second_order_and_are_then_dropped() -> None:
 )
 def test_dates_are_read_as_python_reads_them(moment, zone, separator, precision) -> None:
     text = moment.replace(tzinfo=zone).isoformat(separator, precision)
-    expected = datetime.fromisoformat(text)
-    expected = expected.replace(tzinfo=expected.tzinfo or timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)
+    read = datetime.fromisoformat(text)
+    expected = read.replace(tzinfo=read.tzinfo or timezone.utc) - datetime(1970, 1, 1, tzinfo=timezone.utc)
     times = Timestamps(pa.chunked_array([[text, None]]))
     assert times.are_dates and not times.wrong.any() and times.missing.tolist() == [False, True]
     assert times.numbers[0] == expected // timedelta(microseconds=1)

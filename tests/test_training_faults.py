@@ -514,7 +514,7 @@ def test_a_search_makes_a_new_model_and_optimizer_for_each_trial(tmp_path, monke
 
 
 def test_a_search_optimises_the_metric_of_the_best_model(tmp_path, monkeypatch):
-    asked = {}
+    asked: dict[str, object] = {}
 
     def search(self, hp_space, compute_objective, n_trials, direction, **kwargs):
         asked.update(direction=direction, value=compute_objective({"eval_ndcg@10": 0.5, "eval_mrr": 0.1}))

@@ -113,8 +113,8 @@ def test_every_parameter_gets_a_gradient(config, encoder):
 
 def test_order_matters_to_all_but_the_mean(config, encoder):
     vectors, *others = make_histories([3])
-    last = [encoder(vectors[:, order], *others)[0, -1] for order in ([0, 1, 2], [1, 0, 2])]
-    assert torch.allclose(*last, atol=1e-6) == (config.user_encoder == "mean")
+    one, other = (encoder(vectors[:, order], *others)[0, -1] for order in ([0, 1, 2], [1, 0, 2]))
+    assert torch.allclose(one, other, atol=1e-6) == (config.user_encoder == "mean")
 
 
 def test_modalities_matter_to_all_but_the_mean(config, encoder):
@@ -364,7 +364,7 @@ def timed_sequences() -> Sequences:
 def test_a_collator_gives_the_time_of_each_item_read(objective, timed_sequences):
     fields = {"objective": objective, "num_positives": 2, "user_encoder": "hstu"}
     windows = TrainingWindows(timed_sequences, LONGEST, 2 if objective == "cpc" else 1)
-    features = list(windows)
+    features = [windows[row] for row in range(len(windows))]
     assert "timestamps" not in make_collator(make_config("", num_items=12, **fields))(features)
     batch = make_collator(make_config("", num_items=12, time_buckets=4, **fields))(features)
     time_of = {(f["user"], i): t for f in features for i, t in enumerate(f["timestamps"].tolist())}

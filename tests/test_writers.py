@@ -66,9 +66,9 @@ def _steps(folder: Path, stop: Callable[[], None], at: int) -> Callable[[], int]
             if inside and not reads:
                 step()
 
-    def counted_fsync(descriptor: int) -> None:
+    def counted_fsync(fd: Any) -> None:
         step()
-        fsync(descriptor)
+        fsync(fd)
 
     os.fsync = counted_fsync
     sys.addaudithook(hook)

@@ -20,7 +20,7 @@ from recbole.utils import init_seed
 from serving import serve
 
 
-np.float = float  # RecBole's metrics name it, numpy has dropped it
+setattr(np, "float", float)  # noqa: B010 - RecBole's metrics name it, numpy has dropped it
 METRICS = {"hit@10": "hit_rate@10", "ndcg@10": "ndcg@10"}
 
 

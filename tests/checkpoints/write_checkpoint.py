@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from testing_utils import make_catalogue, make_model, make_processor, make_split
 
-from transrec_hf import Recommender, TransRecModel, __version__
+from transrec_hf import ItemSource, Recommender, TransRecModel, __version__
 from transrec_hf.data.statistics import data_statistics, save_statistics
 
 
@@ -24,11 +24,10 @@ HISTORIES = [["item-3", "item-7", "item-5"], ["item-1"]]
 
 def outputs(model: TransRecModel, recommender: Recommender) -> dict[str, torch.Tensor]:
     """What must stay the same: vectors of the items, states of the users, scores of the recommendations."""
-    assert recommender.item_modalities is not None
     rows = [[recommender.item_ids.tolist().index(item_id) for item_id in history] for history in HISTORIES]
     index = torch.tensor([row + [-1] * (3 - len(row)) for row in rows])
     with torch.no_grad():
-        states = model.get_user_features(recommender.item_embeds, index, recommender.item_modalities)
+        states = model.get_user_features(recommender.item_embeds, index, recommender.present)
     scores = [[item.score for item in found] for found in recommender.recommend_batch(HISTORIES, top_k=5)]
     return {"item_embeds": recommender.item_embeds, "states": states[index >= 0], "scores": torch.tensor(scores)}
 
@@ -36,7 +35,7 @@ def outputs(model: TransRecModel, recommender: Recommender) -> dict[str, torch.T
 def main() -> None:
     folder = Path(__file__).parent / f"v{__version__}"
     catalogue, model, processor = make_catalogue(), make_model(seed=1), make_processor()
-    recommender = Recommender(model, catalogue, processor)
+    recommender = Recommender(model, ItemSource(catalogue, processor))
     recommender.save_pretrained(folder)
     save_statistics(data_statistics(catalogue, make_split()), folder)
     for code in folder.glob("*.py"):
