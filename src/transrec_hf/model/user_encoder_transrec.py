@@ -19,7 +19,7 @@ from .configuration_transrec import TransRecConfig
 def last_state(states: Tensor, history_index: Tensor) -> Tensor:
     """States `(n_users, length, hidden_size)` at each user's last real position: `(n_users, hidden_size)`."""
     last = (history_index >= 0).sum(dim=1).clamp(min=1) - 1
-    return states[torch.arange(len(states), device=states.device), last]
+    return states[torch.arange(states.shape[0], device=states.device), last]  # `len` would be a constant of a graph
 
 
 def eager_attention_forward(
