@@ -36,15 +36,18 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     PartialState._reset_state()
 
 
-def test_the_examples_run_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.fixture
+def one_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a program asks for, it trains for one."""
     init = TransRecTrainingArguments.__init__
 
     def short(self: TransRecTrainingArguments, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **{**kwargs, "num_train_epochs": 1})
 
     monkeypatch.setattr(TransRecTrainingArguments, "__init__", short)
+
+
+def test_the_examples_run_one_after_the_other(one_epoch: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("pretrain", "finetune", "finetune_no_trainer", "recommend"):
         load_example(name).main()
     printed = capsys.readouterr().out
@@ -53,6 +56,19 @@ def test_the_examples_run_one_after_the_other(
     assert made == {path.name for path in (tmp_path / "runs").iterdir()}
     TransRecModel.from_pretrained("runs/finetune_no_trainer")
     assert Recommender.from_pretrained("runs/recommender").recommend(["target-item-0001"], top_k=1)
+
+
+def test_a_search_goes_on_where_it_was(one_epoch: None, capsys: pytest.CaptureFixture) -> None:
+    optuna = pytest.importorskip("optuna")
+    example = load_example("search")
+    assert 0 <= example.main(n_trials=1).objective <= 1
+    again = example.main(n_trials=1)
+    assert {"learning_rate", "tower_learning_rate", "trainable_blocks", "num_hidden_layers"} <= set(
+        again.hyperparameters
+    )
+    trials = optuna.load_study(study_name="demo", storage="sqlite:///runs/search.db").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    assert trials[0].params != trials[1].params and capsys.readouterr().out.count("best ndcg@10") == 2
 
 
 def arguments(folder: str, **options: Any) -> TransRecTrainingArguments:

@@ -156,9 +156,9 @@ def test_the_example_recommends_without_torch(tmp_path: Path, capsys: pytest.Cap
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "assert not {'torch', 'transformers', 'transrec_hf'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", program, ROOT / "examples" / "onnx_only.py", tmp_path / "onnx"]
+    command = [sys.executable, "-c", program, str(ROOT / "examples" / "onnx_only.py"), str(tmp_path / "onnx")]
     done = subprocess.run(
-        [*command, tmp_path / "items.parquet", *history],
+        [*command, str(tmp_path / "items.parquet"), *history],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": ""},
