@@ -25,12 +25,14 @@ LENGTH = 6  # of a history
 PER_POSITION = ("bce", "bpr")
 
 lines_of_users = st.lists(st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12), min_size=1, max_size=5)
-any_objective = st.sampled_from(OBJECTIVES)
+any_objective = st.sampled_from([name for name in OBJECTIVES if name != "masked"])
 
 
-def id_collator(objective="in_batch", num_positives=3, num_negatives=2, **options):
+def id_collator(objective="in_batch", num_positives=3, num_negatives=2, mask_probability=0.15, **options):
     """Of an ID baseline, which reads no content: quick."""
     fields = {"objective": objective, "num_positives": num_positives, "num_negatives": num_negatives}
+    fields["mask_probability"] = mask_probability
+    fields["is_causal"] = objective != "masked"
     config = make_config("", num_items=NUM_ITEMS, max_position_embeddings=LENGTH, **fields)
     return make_collator(config, CATALOGUE, **options)
 
@@ -152,6 +154,35 @@ def test_histories_shorter_than_the_positives_keep_one_item():
 def test_a_sequence_of_one_item_is_refused(objective):
     with pytest.raises(ValueError, match="at least two items"):
         id_collator(objective)(features([[1, 2], [3]]))
+
+
+# Hidden items
+
+
+@given(lines=lines_of_users, seed=st.integers(0, 99), probability=st.sampled_from([0.01, 0.15, 0.9]))
+@settings(deadline=None, max_examples=100)
+def test_targets_of_masked_are_items_of_the_history(lines, seed, probability):
+    batch = id_collator("masked", seed=seed, mask_probability=probability)(features(lines))
+    history, target = batch["history_index"], batch["target_index"]
+    assert to_ids(batch, "history_index") == padded([line[-LENGTH:] for line in lines])
+    assert history.shape == target.shape and "negative_index" not in batch
+    hidden = target >= 0
+    assert torch.equal(target[hidden], history[hidden])
+    assert hidden.any(dim=1).all()  # every user teaches something
+
+
+def test_the_last_item_is_hidden_where_none_would_be():
+    batch = id_collator("masked", mask_probability=1e-9)(features([[3, 4, 5], [6, 7]]))
+    assert to_ids(batch, "target_index") == [[-1, -1, 5], [-1, 7, -1]]
+
+
+def test_so_many_items_are_hidden_and_other_ones_in_another_epoch():
+    lines = [list(range(6))] * 2000
+    first, second = (to_ids(id_collator("masked")(features(lines, epoch)), "target_index") for epoch in (0, 1))
+    assert first != second
+    shares = (np.array(first) >= 0).mean(axis=0)
+    np.testing.assert_allclose(shares[:-1], 0.15, atol=0.03)
+    assert shares[-1] == pytest.approx(0.15 + 0.85**6, abs=0.03)
 
 
 # Negatives

@@ -50,6 +50,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "bpr": {"num_negatives": 2},
     "full_softmax": {},
     "sampled_softmax": {},
+    "masked": {"is_causal": False},
 }
 RUNS: dict[str, dict[str, Any]] = {
     "mixed items": {},

@@ -272,6 +272,7 @@ OBJECTIVES = {
     "bpr": {"num_negatives": 2},
     "full_softmax": {},
     "sampled_softmax": {"num_negatives": 6},
+    "masked": {"is_causal": False, "mask_probability": 0.5},
 }
 
 

@@ -232,7 +232,7 @@ def test_a_trainer_lowers_the_loss(name, modalities, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("objective", configuration_transrec.OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name in configuration_transrec.OBJECTIVES if name != "masked"])
 def test_every_objective_takes_every_causal_encoder(objective):
     for name in ("gru", "hstu", "mean"):
         config = make_config("", num_items=12, objective=objective, **ENCODERS[name])

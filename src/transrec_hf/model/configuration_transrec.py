@@ -17,7 +17,7 @@ from .modalities_transrec import MODALITIES
 
 
 TEXT_POOLINGS = ("mean", "cls", "attention")
-OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax")
+OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax", "masked")
 SIMILARITIES = ("dot", "cosine")
 ITEM_MAPS = ("linear", "whitened")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
@@ -33,6 +33,8 @@ BOTTLENECK_PLACES = ("houlsby", "pfeiffer")
 FORMAT_VERSION = 2
 """The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
 WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
+AMONG_ALL = ("in_batch", "full_softmax", "masked")
+"""Objectives that score the items of all processes."""
 MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 256, 2**16, 2**24
 RANGES: dict[str, tuple[float, float]] = {
     "num_items": (1, 2**31 - 1),
@@ -53,6 +55,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "projection_hidden_size": (1, MAX_SIZE),
     "num_positives": (1, MAX_WIDTH),
     "num_negatives": (0, MAX_SIZE),
+    "mask_probability": (0, 1),
 }
 """What a number may be, both ends included: checked before anything is made of that size."""
 STOCK = (
@@ -196,11 +199,14 @@ class TransRecConfig(PreTrainedConfig):
             Width of the user encoder with `content_prior`; `None` means `hidden_size`, which it is without the prior.
         objective (`str`, *optional*, defaults to `"in_batch"`):
             Training objective, a function of `loss_transrec`: `"in_batch"`, `"cpc"`, `"bce"`, `"bpr"`,
-            `"full_softmax"` or `"sampled_softmax"`.
+            `"full_softmax"`, `"sampled_softmax"`; or `"masked"`, the in-batch softmax of items that are hidden in a
+            history, for a bidirectional user encoder (BERT4Rec, arXiv 1904.06690).
         num_positives (`int`, *optional*, defaults to 5):
             Next items that are positives of a user in `"cpc"`.
         num_negatives (`int`, *optional*, defaults to 5):
             Negatives drawn per user (`"cpc"`), per position (`"bce"`, `"bpr"`) or per batch (`"sampled_softmax"`).
+        mask_probability (`float`, *optional*, defaults to 0.15):
+            Share of the items that `"masked"` hides; the last one of a history of which none would be.
         bottleneck (`dict`, *optional*):
             Bottleneck adapters in the Transformer blocks, see [`~TransRecModel.add_bottlenecks`]: `size`, `places` and
             `parallel`.
@@ -259,6 +265,7 @@ class TransRecConfig(PreTrainedConfig):
     objective: str = "in_batch"
     num_positives: int = 5
     num_negatives: int = 5
+    mask_probability: float | int = 0.15
     bottleneck: dict | None = None
     weights_from: list | None = None
 
@@ -305,7 +312,7 @@ class TransRecConfig(PreTrainedConfig):
     @property
     def num_targets(self) -> int:
         """How many next items the objective predicts from one history."""
-        return self.num_positives if self.objective == "cpc" else 1
+        return {"cpc": self.num_positives, "masked": 0}.get(self.objective, 1)
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
@@ -356,6 +363,7 @@ class TransRecConfig(PreTrainedConfig):
             or self.content_prior
             or self.popularity_prior
             or self.is_hybrid
+            or self.objective == "masked"
             or self.bottleneck
             or self.weights_from
         )
@@ -407,10 +415,15 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if self.objective != "cpc" and not self.is_causal:
+        if self.objective == "masked" and (self.is_causal or not self.mask_probability):
+            raise ValueError(
+                "objective 'masked' hides items that a user encoder finds out from both sides: set is_causal=False "
+                "and mask_probability above 0"
+            )
+        if self.objective not in ("cpc", "masked") and not self.is_causal:
             raise ValueError(
                 f"objective {self.objective!r} has a target at every position, which a bidirectional user encoder "
-                "would see: set is_causal=True, or objective='cpc'"
+                "would see: set is_causal=True, or objective='cpc' or 'masked'"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -212,6 +213,15 @@ class ItemEncoder(nn.Module):
         """All modules that only the contents of one modality pass."""
         pooling = [self.text_pooling] if hasattr(self, "text_pooling") and MODALITIES[name].mask is not None else []
         return [*([self.towers[name]] if name in self.towers else []), *pooling, self.projection(name)]
+
+    def zero_of_unused(self, modalities: Collection[str], present: Collection[str]) -> Tensor | float:
+        """
+        A zero that depends on every trainable parameter of the `modalities` that are not `present` in a batch, so that
+        each one gets a (zero) gradient in every step and data parallel training need not search for unused ones.
+        """
+        modules = [module for name in modalities if name not in present for module in self.parts_of(name)]
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return sum((parameter.sum() * 0.0 for parameter in parameters), start=0.0)
 
     def is_stored_pooled(self, name: str) -> bool:
         """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""

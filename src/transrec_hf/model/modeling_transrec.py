@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_transrec import TransRecConfig
+from .configuration_transrec import AMONG_ALL, WITH_NEGATIVES, TransRecConfig
 from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection
 from .loss_transrec import (
     SharedItems,
@@ -39,6 +39,7 @@ from .loss_transrec import (
 )
 from .modalities_transrec import MODALITIES, ItemBatch, ItemPart, combinations, with_all_columns
 from .towers_transrec import (
+    compile_each,
     evaluate_frozen,
     keep_running_statistics,
     load_tower,
@@ -47,7 +48,15 @@ from .towers_transrec import (
     training_batch_norms,
 )
 from .tuning_transrec import TunableModel
-from .user_encoder_transrec import USER_ENCODERS, ContentPrior, HSTUAttention, UserAttention, UserLayer, last_state
+from .user_encoder_transrec import (
+    USER_ENCODERS,
+    ContentPrior,
+    HSTUAttention,
+    UserAttention,
+    UserLayer,
+    hide_next,
+    last_state,
+)
 
 
 LOGIT_SCALE = 12.0  # of cosines at the start
@@ -198,14 +207,8 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             kwargs: of `torch.compile`, e.g. `mode="max-autotune-no-cudagraphs"`.
         """
-        # a code may be compiled 8 times, but all layers of transformers enter by one, and those of MobileNet are of 27
-        # kinds, each of which is compiled with and without gradients and autocast
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 1024)
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
-        lists = [tower_blocks(tower) for tower in self.item_encoder.towers.values()]
-        for block in [block for blocks in (*lists, self.user_encoder.layers) for block in blocks]:
-            block.compile(fullgraph=True, dynamic=True, **kwargs)
+        for blocks in (*map(tower_blocks, self.item_encoder.towers.values()), self.user_encoder.layers):
+            compile_each(blocks, **kwargs)
 
     def _in_chunks(self, encode: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """
@@ -340,9 +343,11 @@ class TransRecModel(TransRecPreTrainedModel):
         history_index: Tensor,
         present: Tensor | None = None,
         timestamps: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """
-        User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`].
+        User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`]. With the
+        objective `"masked"`, only that after the last item, which is the one that a hidden next item has.
 
         Args:
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`): item vectors.
@@ -351,19 +356,31 @@ class TransRecModel(TransRecPreTrainedModel):
             present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): which modalities each item has.
             timestamps (`Tensor` of shape `(n_users, length)`, *optional*): when each item was chosen, in the unit of
                 the data; read by models with `time_buckets` only.
+            hidden (`Tensor` of shape `(n_users, length)`, *optional*): boolean, items that are not to be seen; the
+                states are those at each position then.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"a history of {history_index.shape[1]} items is longer than max_position_embeddings="
                 f"{self.config.max_position_embeddings}: keep the last {self.config.max_position_embeddings}"
             )
+        mask = history_index >= 0
+        if self.config.objective == "masked":
+            if hidden is None:
+                index, hidden = hide_next(history_index, self.config.max_position_embeddings)
+                found = self.get_user_features(item_embeds, index, present, timestamps, hidden)[hidden]
+                is_last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+                return found.unsqueeze(1) * is_last.unsqueeze(-1)
+            mask = mask | hidden
+            history_index = history_index.masked_fill(hidden, -1)
         rows = history_index.clamp(min=0)
         combination = None
         if present is not None and len(self.config.modalities) > 1:
             combination = combinations(with_all_columns(present), self.config.modalities)[rows]
         # those of an index, say, are fp32 whatever the model is, and may end with the popularity of the items
         inputs = item_embeds[:, : self.config.hidden_size].to(self.dtype)[rows]
-        mask = history_index >= 0
+        if hidden is not None:
+            inputs = inputs * ~hidden.unsqueeze(-1)
         encode = partial(self.user_encoder, sequence_mask=mask, combination=combination, timestamps=timestamps)
         states = self.content_prior(inputs, mask, encode) if self.config.content_prior else encode(inputs)
         if self.config.similarity == "cosine":
@@ -412,7 +429,7 @@ class TransRecModel(TransRecPreTrainedModel):
         items = ItemBatch.from_inputs(**inputs) if items is None else items
         has_loss = return_loss and target_index is not None
         shared = None
-        if has_loss and self._across_ranks() and self.config.objective in ("in_batch", "full_softmax"):
+        if has_loss and self._across_ranks() and self.config.objective in AMONG_ALL:
             # each item of a rank is scored by all users of all ranks, so its vector has to be everywhere
             shared = share_items(items.item_rows)  # type: ignore[arg-type]
             items = items.select(shared.encoded)
@@ -430,7 +447,10 @@ class TransRecModel(TransRecPreTrainedModel):
         vectors = item_embeds[:, : self.config.hidden_size]
         if history_index is None:
             return TransRecOutput(item_embeds=vectors)
-        states = self.get_user_features(item_embeds, history_index, items.present, timestamps)
+        hidden = None
+        if target_index is not None and return_loss and self.config.objective == "masked":
+            hidden = target_index >= 0
+        states = self.get_user_features(item_embeds, history_index, items.present, timestamps, hidden)
         loss = None
         if has_loss:
             loss = self.compute_loss(
@@ -444,7 +464,7 @@ class TransRecModel(TransRecPreTrainedModel):
                 candidates,
             )
             if self.training:
-                loss = loss + self.zero_of_unused_towers(items)
+                loss = loss + self.item_encoder.zero_of_unused(self.config.modalities, items.parts)
         return TransRecOutput(loss=loss, item_embeds=vectors, last_hidden_state=states)
 
     def _across_ranks(self) -> bool:
@@ -469,12 +489,12 @@ class TransRecModel(TransRecPreTrainedModel):
         candidates = item_embeds if candidates is None else candidates
         mean = masked_mean_across_ranks if self._across_ranks() else masked_mean
         objective = self.config.objective
-        if objective in ("in_batch", "sampled_softmax") and log_popularity is None:
+        if objective in ("in_batch", "masked", "sampled_softmax") and log_popularity is None:
             raise ValueError(f"objective {objective!r} needs log_popularity, which DataCollatorForNextItem gives")
-        if objective not in ("in_batch", "full_softmax") and negative_index is None:
+        if objective in WITH_NEGATIVES and negative_index is None:
             raise ValueError(f"objective {objective!r} needs negative_index, which DataCollatorForNextItem gives")
-        if objective == "in_batch":
-            slots = batch_slots(history_index, target_index)
+        if objective in ("in_batch", "masked"):
+            slots = history_index if objective == "masked" else batch_slots(history_index, target_index)
             counts = count_slots(slots, len(item_embeds))
             if shared is not None:
                 counts, log_popularity = gather_counts(counts, log_popularity, shared)
@@ -489,16 +509,6 @@ class TransRecModel(TransRecPreTrainedModel):
         if objective == "cpc":
             return cpc(last_state(states, history_index), item_embeds, target_index, negative_index, mean)
         return {"bce": bce, "bpr": bpr}[objective](states, item_embeds, target_index, negative_index, mean)
-
-    def zero_of_unused_towers(self, items: ItemBatch) -> Tensor | float:
-        """
-        A zero that depends on every trainable parameter of the modalities that this batch lacks, so that each one gets
-        a (zero) gradient in every step and data parallel training need not search for unused ones.
-        """
-        unused = [name for name in self.config.modalities if name not in items.parts]
-        modules = [module for name in unused for module in self.item_encoder.parts_of(name)]
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return sum((parameter.sum() * 0.0 for parameter in parameters), start=0.0)
 
 
 __all__ = ["TransRecModel", "TransRecOutput", "TransRecPreTrainedModel", "last_state"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,6 +133,17 @@ def tower_blocks(tower: nn.Module) -> nn.ModuleList:
                 return module
         level = [child for module in level for child in module.children()]
     raise ValueError(f"{type(tower).__name__} has no list of blocks, so its top blocks cannot be told from the rest")
+
+
+def compile_each(blocks: Iterable[nn.Module], **kwargs: Any) -> None:
+    """Compile modules one by one, for any shape, in place; `kwargs` are those of `torch.compile`."""
+    # a code may be compiled 8 times, but all layers of transformers enter by one, and those of MobileNet are of 27
+    # kinds, each of which is compiled with and without gradients and autocast
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 1024)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=True, **kwargs)
 
 
 def frozen_depth(tower: nn.Module) -> int:

@@ -362,6 +362,24 @@ USER_ENCODERS: dict[str, type[UserEncoder | MeanUserEncoder]] = {
 }
 
 
+def hide_next(history_index: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """
+    Histories that end with a hidden item, the next one; of one of `longest` items the first is left out.
+
+    Args:
+        history_index (`Tensor` of shape `(n_users, length)`): Rows of items, `-1` for the padding on the right.
+        longest (`int`): Items that the user encoder reads.
+
+    Returns:
+        `Tensor`s of shape `(n_users, at most length + 1)`: The rows, `-1` for the hidden item, and where it is.
+    """
+    full = (history_index >= 0).sum(dim=1, keepdim=True) >= longest
+    padded = nn.functional.pad(history_index, (0, 1), value=-1)
+    index = torch.where(full, padded.roll(-1, dims=1), padded)[:, :longest]
+    ends = (index >= 0).sum(dim=1, keepdim=True)
+    return index, torch.arange(index.shape[1], device=index.device) == ends
+
+
 class ContentPrior(nn.Module):
     """
     User states that begin as content: the mean of the history's own item vectors, recent ones weighted more, plus what
@@ -402,4 +420,4 @@ class ContentPrior(nn.Module):
         return states * sequence_mask.unsqueeze(-1)
 
 
-__all__ = ["USER_ENCODERS", "ContentPrior", "UserEncoder", "last_state"]
+__all__ = ["USER_ENCODERS", "ContentPrior", "UserEncoder", "hide_next", "last_state"]

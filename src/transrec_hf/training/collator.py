@@ -24,7 +24,8 @@ class TrainingWindows(torch.utils.data.Dataset):
     Args:
         sequences ([`Sequences`]): the training sequences.
         max_history (`int`): items that the model reads.
-        num_targets (`int`, *optional*, defaults to 1): items after the last one read; `num_positives` for `"cpc"`.
+        num_targets (`int`, *optional*, defaults to 1): items after the last one read; see
+            [`~TransRecConfig.num_targets`].
     """
 
     def __init__(self, sequences: Sequences, max_history: int, num_targets: int = 1):
@@ -91,7 +92,7 @@ class DataCollatorForNextItem:
     `log_popularity` `(n_items,)`, `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)`
     for `"cpc"`) and, where the objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)`
     for `"bce"` and `"bpr"`, `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch; and
-    `timestamps` `(n_users, L)` for a model with `time_buckets`.
+    `timestamps` `(n_users, L)` for a model with `time_buckets`. The targets of `"masked"` are items of the history.
     """
 
     source: ItemSource
@@ -106,8 +107,12 @@ class DataCollatorForNextItem:
         windows = [self.split(np.asarray(feature["items"])) for feature in features]
         histories, targets = zip(*windows, strict=True)
         history, target = pad_right(histories), pad_right(targets)
+        seed = [self.seed, features[0].get("epoch", 0), *(int(feature.get("user", 0)) for feature in features)]
+        rng = np.random.default_rng(seed)
+        if self.config.objective == "masked":
+            target = np.where(self.hidden(rng, history != PADDING), history, PADDING)
         slots = np.concatenate([history, target], axis=1)
-        negative = self.negatives(features, slots, target)
+        negative = self.negatives(rng, slots, target)
 
         used = [slots.ravel(), negative.ravel()]
         if self.config.objective == "full_softmax":
@@ -128,25 +133,35 @@ class DataCollatorForNextItem:
         return batch
 
     def split(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A sequence's history and targets: shifted by one, or for `"cpc"` its last items and what is before them."""
+        """
+        A sequence's history and targets: shifted by one, for `"cpc"` its last items and what is before them, for
+        `"masked"` all items twice.
+        """
         if len(items) < 2:
             raise ValueError("a training sequence needs at least two items: a history and a target")
         length = self.config.max_position_embeddings
         if self.config.objective == "cpc":
             num_positives = min(self.config.num_positives, len(items) - 1)
             return items[:-num_positives][-length:], items[-num_positives:]
+        if self.config.objective == "masked":
+            return items[-length:], items[-length:]
         items = items[-(length + 1) :]
         return items[:-1], items[1:]
+
+    def hidden(self, rng: np.random.Generator, real: np.ndarray) -> np.ndarray:
+        """Which of the `real` `(n_users, L)` items of histories are hidden: in each at least one, then its last."""
+        hidden = real & (rng.random(real.shape) < self.config.mask_probability)
+        none = ~hidden.any(axis=1)
+        hidden[none, real[none].sum(axis=1) - 1] = True
+        return hidden
 
     @cached_property
     def _cumulative(self) -> np.ndarray:
         """Popularity, summed up over the catalogue."""
         return np.cumsum(np.exp(self.log_popularity.astype(np.float64)))
 
-    def negatives(self, features: Sequence[dict[str, Any]], slots: np.ndarray, target: np.ndarray) -> np.ndarray:
+    def negatives(self, rng: np.random.Generator, slots: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The catalogue rows of the negatives that the objective draws, empty if it draws none."""
-        seed = [self.seed, features[0].get("epoch", 0), *(int(feature.get("user", 0)) for feature in features)]
-        rng = np.random.default_rng(seed)
         num_items, num_negatives = len(self.source), self.config.num_negatives
         if self.config.objective == "cpc":
             return draw_negatives(rng, num_items, slots, num_negatives)
