@@ -90,7 +90,7 @@ def round_trip(args: argparse.Namespace) -> dict[str, Any]:
         return sum(file.size or 0 for file in HfApi().list_repo_tree(repo_id) if hasattr(file, "size"))
 
     def recommend(recommender: Recommender) -> list[list[str]]:
-        return [[item.item_id for item in found] for found in recommender.recommend_batch(histories, top_k=5)]
+        return [[item.item_id for item in found] for found in recommender.recommend(histories, k=5)]
 
     with tempfile.TemporaryDirectory() as folder:
         model = TransRecModel(demo_config())

@@ -212,7 +212,7 @@ def recommend(output_dir: Path) -> None:
         print(f"\n{sequences.user_ids[user]} chose")
         print(*(f"      {titles[row]}" for row in history), sep="\n")
         print("  and is recommended")
-        found = recommender.recommend(catalogue.item_ids[history].tolist(), top_k=5)
+        found = recommender.recommend(catalogue.item_ids[history].tolist(), k=5)
         for place, row in enumerate(catalogue.rows([item.item_id for item in found]), start=1):
             print(f"   {place}. {titles[row]}" + ("   <- chosen next" if row == target else ""))
 

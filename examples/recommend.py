@@ -15,7 +15,7 @@ def main() -> None:
     for user in range(3):
         history = platform.catalogue.item_ids[platform.sequences[user]["items"]].tolist()
         print(f"\n{platform.sequences.user_ids[user]} chose {', '.join(history)} and is recommended")
-        for item in recommender.recommend(history, top_k=5):
+        for item in recommender.recommend(history, k=5):
             print(f"  {item.item_id}  {item.score:6.3f}  {item.text or '[image]'}")
     recommender.save_pretrained("runs/recommender")  # with the items' vectors: a service needs no items
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from transrec_hf import ItemSource, Recommender, TransRecModel, load_catalogue
 from transrec_hf.data.statistics import load_statistics
-from transrec_hf.serving import recommender as recommender_module
+from transrec_hf.serving import building
 
 
 CHECKPOINTS = sorted(path for path in (Path(__file__).parent / "checkpoints").iterdir() if path.is_dir())
@@ -53,16 +53,16 @@ def test_gives_the_same_from_raw_items(checkpoint: Path, tmp_path: Path) -> None
         states = model.get_user_features(recommender.item_embeds, index, recommender.present)
     torch.testing.assert_close(states[index >= 0], stored["states"], **TOLERANCE)
 
-    found = recommender.recommend_batch(histories, top_k=5)
+    found = recommender.recommend(histories, k=5)
     assert [[item.item_id for item in items] for items in found] == recommendations["item_ids"]
     scores = torch.tensor([[item.score for item in items] for items in found])
     torch.testing.assert_close(scores, stored["scores"], **TOLERANCE)
 
 
 def test_gives_the_same_from_its_index(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(recommender_module, "encode_catalogue")  # neither the weights nor the items have changed
+    monkeypatch.delattr(building, "encode_catalogue")  # neither the weights nor the items have changed
     recommendations = json.loads((checkpoint / "recommendations.json").read_text())
-    found = Recommender.from_pretrained(checkpoint, checkpoint / "items.parquet").recommend_batch(
-        recommendations["histories"], top_k=5
+    found = Recommender.from_pretrained(checkpoint, checkpoint / "items.parquet").recommend(
+        recommendations["histories"], k=5
     )
     assert [[item.item_id for item in items] for items in found] == recommendations["item_ids"]

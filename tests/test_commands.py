@@ -265,7 +265,7 @@ def test_recommend_to_all_users(suffix: str, workplace: Path, tmp_path: Path) ->
     catalogue, sequences = load_domain(workplace / "target")
     recommender = Recommender.from_pretrained(workplace / "source", catalogue)
     for user in (0, 29):
-        found = recommender.recommend(catalogue.item_ids[sequences[user]["items"]].tolist(), top_k=3)
+        found = recommender.recommend(catalogue.item_ids[sequences[user]["items"]].tolist(), k=3)
         mine = [row for row in rows if row["user_id"] == sequences.user_ids[user]]
         assert [row["item_id"] for row in mine] == [item.item_id for item in found]
         assert [float(row["score"]) for row in mine] == pytest.approx([item.score for item in found], abs=1e-4)

@@ -55,7 +55,7 @@ def test_the_examples_run_one_after_the_other(one_epoch: None, tmp_path: Path, c
     made = {"pretrain", "finetune", "finetune_no_trainer", "recommender"}
     assert made == {path.name for path in (tmp_path / "runs").iterdir()}
     TransRecModel.from_pretrained("runs/finetune_no_trainer")
-    assert Recommender.from_pretrained("runs/recommender").recommend(["target-item-0001"], top_k=1)
+    assert Recommender.from_pretrained("runs/recommender").recommend(["target-item-0001"], k=1)
 
 
 def test_a_search_goes_on_where_it_was(one_epoch: None, capsys: pytest.CaptureFixture) -> None:

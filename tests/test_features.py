@@ -138,7 +138,7 @@ def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
     assert processor.modalities == ["text", "image", "features"] and processor.features_size == SIZE
     assert "features" in (tmp_path / "run" / "README.md").read_text()
     served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
-    assert len(served.recommend(["item-2", "item-0"], top_k=3)) == 3
+    assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
 
 
 def test_vectors_alone_are_a_model(tmp_path, source):

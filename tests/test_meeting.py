@@ -83,14 +83,14 @@ def test_a_recommender_knows_popularity_and_new_items(hybrid, tmp_path):
     model, processor = load_checkpoint(str(hybrid))
     source = ItemSource(make_catalogue(ITEMS), processor)
     source.log_popularity = ItemStatistics.from_pretrained(hybrid).log_popularity
-    expected = Recommender(model, source).recommend(["item-3", "item-4"], top_k=5)
+    expected = Recommender(model, source).recommend(["item-3", "item-4"], k=5)
     served = Recommender.from_pretrained(hybrid, make_catalogue(ITEMS))
-    assert served.recommend(["item-3", "item-4"], top_k=5) == expected
+    assert served.recommend(["item-3", "item-4"], k=5) == expected
     served.save_pretrained(tmp_path)
     again = Recommender.from_pretrained(tmp_path)
     assert [item.item_id for item in again.recommend(["item-3", "item-4"], 5)] == [item.item_id for item in expected]
     grown = Recommender.from_pretrained(tmp_path, make_catalogue(ITEMS + 2))
-    assert len(grown.recommend(["item-13"], top_k=20)) == ITEMS + 1
+    assert len(grown.recommend(["item-13"], k=20)) == ITEMS + 1
 
 
 def test_another_platform_has_no_id_vectors(hybrid):

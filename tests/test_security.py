@@ -617,12 +617,12 @@ def key_of(model: TransRecModel) -> str:
 @pytest.mark.parametrize("top_k", [-1, 0, None, 2.5, "3", True])
 def test_how_many_is_a_positive_number(folder: Path, top_k: Any) -> None:
     recommender = Recommender.from_pretrained(folder, make_catalogue())
-    with pytest.raises(DataError, match="top_k must be a whole number"):
+    with pytest.raises(DataError, match="k must be a whole number"):
         recommender.recommend(["item-1"], top_k)
 
 
 @pytest.mark.parametrize("with_catalogue", [True, False])
-@pytest.mark.parametrize("history", ["item-1", [["item-1"]], [None], [1.5], []])
+@pytest.mark.parametrize("history", ["item-1", [["item-1"], "item-1"], [None], [1.5], [[]]])
 def test_a_history_is_a_list_of_ids(folder: Path, history: Any, with_catalogue: bool) -> None:
     Recommender.from_pretrained(folder, make_catalogue()).save_pretrained(folder)
     recommender = Recommender.from_pretrained(folder, make_catalogue() if with_catalogue else None)
@@ -633,14 +633,15 @@ def test_a_history_is_a_list_of_ids(folder: Path, history: Any, with_catalogue: 
 
 def test_many_users_are_scored_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transrec_hf.serving import recommender as module
+    from transrec_hf.serving import search
 
     recommender = Recommender.from_pretrained(folder, make_catalogue())
     histories = [[f"item-{row % 12}"] for row in range(30)]
-    whole = recommender.recommend_batch(histories, 3)
-    monkeypatch.setattr(module, "SCORES", 12 * 7)
-    parts = recommender.recommend_batch(histories, 3)
+    whole = recommender.recommend(histories, 3)
+    monkeypatch.setattr(search, "SCORES", 12 * 7)
+    monkeypatch.setattr(module, "USERS", 10)
+    parts = recommender.recommend(histories, 3)
     assert [[item.item_id for item in user] for user in parts] == [[item.item_id for item in user] for user in whole]
-    assert recommender.recommend_batch([], 3) == []
 
 
 def test_a_terminal_that_cannot_show_a_character(folder: Path, tmp_path: Path) -> None:

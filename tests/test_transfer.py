@@ -131,7 +131,7 @@ def test_it_is_saved_and_loaded_whole(tmp_path):
 def test_a_recommender_and_an_evaluator_take_it():
     model, source = fitted()
     source.log_popularity = torch.linspace(-5, -1, ITEMS)
-    assert len(Recommender(model, source).recommend(["item-3", "item-4"], top_k=3)) == 3
+    assert len(Recommender(model, source).recommend(["item-3", "item-4"], k=3)) == 3
     report = RankingEvaluator(source, make_split().test).evaluate(model)
     assert 0 <= report["metrics"]["ndcg@10"] <= 1
 

@@ -384,7 +384,7 @@ def test_evaluator_and_recommender_read_the_same_times(timed_sequences):
     targets = [ids[user["items"][-1]] for user in timed_sequences]
 
     def places(times: list[list[int]]) -> list[int]:
-        found = [[item.item_id for item in items] for items in recommender.recommend_batch(histories, 12, True, times)]
+        found = [[item.item_id for item in items] for items in recommender.recommend(histories, 12, timestamps=times)]
         return [items.index(target) + 1 for items, target in zip(found, targets, strict=True)]
 
     assert places(times) == ranks

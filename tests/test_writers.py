@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from local_hub import LocalHub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from testing_utils import make_config, make_model, make_trainer
 from transformers import logging
 
@@ -358,7 +359,7 @@ def write_recommender(folder: Path, seed: int) -> None:
 
 
 def read_recommender(folder: Path) -> list[float]:
-    return [item.score for item in Recommender.from_pretrained(folder).recommend(["item-1"], top_k=3)]
+    return [item.score for item in Recommender.from_pretrained(folder).recommend(["item-1"], k=3)]
 
 
 def make_report(value: float) -> dict[str, Any]:
@@ -584,42 +585,50 @@ LIES = ("fewer", "more", "twice", "turned", "nested", "numbers", "nan", "width",
 @pytest.mark.parametrize(
     ("change", "index_format"),
     # format 1 cannot tell ids in another order without the catalogue, with which they are compared
-    [(lie, version) for lie in LIES for version in (1, 2) if (lie, version) != ("turned", 1)],
+    [(lie, version) for lie in LIES for version in (1, 2, 3) if (lie, version) != ("turned", 1)],
 )
 def test_an_index_that_lies_is_refused(tmp_path: Path, change: str, index_format: int) -> None:
-    from safetensors.torch import save_file
+    from transrec_hf.serving.index import _as_bytes, _contents_hash, encoder_hash
 
     model = baseline(1)
     model.save_pretrained(tmp_path)
     found = index(model)
     ids: Any = found.item_ids.tolist()
     embeds = found.item_embeds.clone()
+    metadata = {"catalogue_hash": "", "encoder_hash": encoder_hash(model, None, index_format)}
+    if index_format == 2:
+        tensors = {"item_embeds": embeds, "item_ids": _json(ids)}
+        metadata |= {"format": "2", "contents_hash": _contents_hash(tensors)}
+        save_file(tensors, tmp_path / "item_index.safetensors", metadata)
+        assert read_recommender(tmp_path)
+    elif index_format == 3:
+        found.save(tmp_path)
+        metadata = _metadata(tmp_path)
+        assert read_recommender(tmp_path)
     changes = {"fewer": ids[:-1], "more": [*ids, "x"], "twice": [ids[0], *ids[:-1]], "turned": ids[::-1]}
     ids = {**changes, "nested": [ids], "numbers": list(range(12))}.get(change, ids)
     if change == "nan":
         embeds[3, 2] = float("nan")
     embeds = embeds[:, :8].contiguous() if change == "width" else embeds
-    metadata = {"catalogue_hash": "", "encoder_hash": found.encoder_hash}
     tensors = {"item_embeds": embeds}
     if index_format == 1:
-        from transrec_hf.serving.index import encoder_hash
-
-        metadata["encoder_hash"] = encoder_hash(model, None, 1)
         (tmp_path / "item_index.json").write_text(json.dumps(ids))
+    elif index_format == 2:
+        tensors["item_ids"] = _json(ids)
     else:
-        found.save(tmp_path)
-        whole = load_file(tmp_path / "item_index.safetensors")
-        assert read_recommender(tmp_path)
-        tensors["item_ids"] = torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)
-        kept = {name: str(value) for name, value in _metadata(tmp_path).items()}
-        metadata = kept if change != "cut" else {**kept, "contents_hash": "0"}
-        assert whole.keys() == tensors.keys()
+        tensors["items"] = _as_bytes(pa.table({"item_id": ids}))
+    if change == "cut" and index_format > 1:
+        metadata["contents_hash"] = "0"
     save_file(tensors, tmp_path / "item_index.safetensors", metadata)
     if change == "cut":
         path = tmp_path / "item_index.safetensors"
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises((DataError, OSError), match=r"item_index|item index|no item index|damaged or cut off"):
         Recommender.from_pretrained(tmp_path)
+
+
+def _json(ids: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)
 
 
 def _metadata(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,20 @@ InputError = DataError
 
 class BadContent(InputError):
     """Why the content of one item cannot be used. Who knows the item adds which it is."""
+
+
+class UnknownItems(InputError):
+    """
+    Items that are not there. The message names some, and no place on this machine.
+
+    Attributes:
+        item_ids (`list[str]`): All of them.
+    """
+
+    def __init__(self, item_ids: Iterable[str], mend: str):
+        self.item_ids = list(dict.fromkeys(item_ids))
+        shown = [shortened(item_id) for item_id in self.item_ids[:MAX_EXAMPLES]]
+        super().__init__(f"{len(self.item_ids)} unknown item ids: {shown}. {mend}")
 
 
 def shortened(value: object, length: int = 80) -> str:

@@ -289,9 +289,9 @@ def _commit(partial: Path, folder: Path, replaces_all: bool) -> None:
 def _superseded(new: set[str], old: set[str]) -> set[str]:
     """
     Files that would be read with the new ones: weights in another number of shards, the ids of an index of format 1,
-    what other weights knew of their items.
+    changes to another index, what other weights knew of their items.
     """
-    gone = {"item_index.json"} if "item_index.safetensors" in new else set()
+    gone = {"item_index.json", "item_index.journal"} if "item_index.safetensors" in new else set()
     if "config.json" in new:
         gone.add("item_statistics.parquet")
     for kind in ("model", "adapter_model"):

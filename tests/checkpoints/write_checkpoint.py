@@ -28,7 +28,7 @@ def outputs(model: TransRecModel, recommender: Recommender) -> dict[str, torch.T
     index = torch.tensor([row + [-1] * (3 - len(row)) for row in rows])
     with torch.no_grad():
         states = model.get_user_features(recommender.item_embeds, index, recommender.present)
-    scores = [[item.score for item in found] for found in recommender.recommend_batch(HISTORIES, top_k=5)]
+    scores = [[item.score for item in found] for found in recommender.recommend(HISTORIES, k=5)]
     return {"item_embeds": recommender.item_embeds, "states": states[index >= 0], "scores": torch.tensor(scores)}
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         code.unlink()  # this tests the package, not the code that travels
     catalogue.items.to_parquet(folder / "items.parquet")
     save_file(outputs(model, recommender), folder / "outputs.safetensors")
-    found = [[item.item_id for item in items] for items in recommender.recommend_batch(HISTORIES, top_k=5)]
+    found = [[item.item_id for item in items] for items in recommender.recommend(HISTORIES, k=5)]
     (folder / "recommendations.json").write_text(
         json.dumps({"histories": HISTORIES, "item_ids": found}, indent=2) + "\n"
     )

@@ -16,11 +16,13 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
 from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
-from ..files import whole_file, written_whole
+from ..files import whole_file
 from ..items.preparing import ItemSource
 from ..publishing.checkpoint import load_checkpoint
-from ..serving.index import ItemIndex
-from ..serving.recommender import Recommendation, Recommender
+from ..serving.index import INDEX_NAME, ItemIndex
+from ..serving.live import LiveItems
+from ..serving.recommender import Recommender
+from ..serving.results import SCHEMA, Recommendation
 from .options import DataArguments, fit_to, option
 from .parsing import parse_arguments
 from .reporting import format_table
@@ -28,8 +30,6 @@ from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
 
 
 logger = logging.get_logger(__name__)
-
-SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 
 
 class History(NamedTuple):
@@ -94,21 +94,20 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     elif data_args.items or data_args.data:
         catalogue = data_args.load_items()
     known = None if catalogue is None else fit_to(catalogue, model, args.checkpoint)
-    index = None
-    if args.index is None or Path(args.index).is_dir():
-        index = ItemIndex.from_pretrained(args.index or args.checkpoint)
+    device = Accelerator(cpu=args.use_cpu).device
+    model = model.to(device)
+    index: ItemIndex | LiveItems | None = None
+    if args.index is None:
+        index = ItemIndex.from_pretrained(args.checkpoint)
+    elif (Path(args.index) / INDEX_NAME).is_file():
+        index = LiveItems.open(args.index, model.config.hidden_size, device)
     if catalogue is None and index is None:
         raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     histories = _histories(args, catalogue, sequences)
     if model.config.time_buckets and any(history.times is None for history in histories):
         raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
-    device = Accelerator(cpu=args.use_cpu).device
     source = None if catalogue is None else ItemSource(catalogue, processor)
-    recommender = Recommender(model.to(device), source, index=index, processor=processor, statistics=known)
-    if args.index is not None and recommender.index is not index:
-        with written_whole(args.index) as folder:
-            recommender.index.save(folder)
-
+    recommender = Recommender(model, source, index=index, processor=processor, statistics=known, folder=args.index)
     histories = _known(histories, recommender.item_ids.tolist(), args)
     blocks = _recommend(recommender, histories, args)
     if not args.output_file:
@@ -214,7 +213,7 @@ def _recommend(
         block = histories[start : start + args.batch_size]
         items = [history.items for history in block]
         times = [history.times or [] for history in block] if reads_time else None
-        found = recommender.recommend_batch(items, args.top_k, not args.include_history, times)
+        found = recommender.recommend(items, args.top_k, exclude_seen=not args.include_history, timestamps=times)
         yield list(zip(block, found, strict=True))
 
 

@@ -108,7 +108,7 @@ class Catalogue:
     def rows(self, item_ids: Iterable[str | int]) -> np.ndarray:
         """Catalogue rows, int64, of the given ids. Raises [`DataError`] for ids that are not in the catalogue."""
         wanted = [item_ids] if isinstance(item_ids, str) else [str(item_id) for item_id in item_ids]
-        rows = self._find(wanted)
+        rows = self.find(wanted)
         unknown = [item_id for item_id, row in zip(wanted, rows, strict=True) if row < 0]
         if unknown:
             shown = [shortened(item_id) for item_id in unknown[:MAX_EXAMPLES]]
@@ -118,7 +118,7 @@ class Catalogue:
             )
         return rows
 
-    def _find(self, item_ids: list[str]) -> np.ndarray:
+    def find(self, item_ids: list[str]) -> np.ndarray:
         """Catalogue rows, int64, -1 for unknown ids."""
         return np.array([self._row_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)
 
@@ -255,6 +255,20 @@ class Catalogue:
         other.contents = {name: content.select(rows) for name, content in self.contents.items()}
         other._file_rows = self._file_rows[rows]
         return other
+
+    def item_hashes(self) -> np.ndarray:
+        """The hash of what each item shows, `(N, 16)` uint8; the same from any file format and in any order."""
+        hashes = np.empty((len(self), 16), dtype=np.uint8)
+        shown = [(name.encode(), name, self.has(name)) for name in self.contents]
+        for row in range(len(self)):
+            digest = hashlib.blake2b(digest_size=16)
+            for key, name, has in shown:
+                if has[row]:
+                    part = self._content(name, row, encoded=True)
+                    digest.update(b"%s %d:" % (key, len(part)))
+                    digest.update(part)
+            hashes[row] = np.frombuffer(digest.digest(), dtype=np.uint8)
+        return hashes
 
     def content_hash(self) -> str:
         """SHA-256 over the ids and the visible content, in catalogue order; the same from any file format."""

@@ -231,7 +231,7 @@ def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
         codes, ids = encode_ids(block["item_id"], "item_id", place.name)
         defects.add("empty item_id", codes < 0, EMPTY_ID, first)
         if catalogue is not None:
-            found = catalogue._find(ids.to_pylist())
+            found = catalogue.find(ids.to_pylist())
             items[rows] = np.append(found, 0)[codes]  # 0 for code -1, which has its own defect
             label = partial(_cell, block["item_id"], "item_id")
             for place_of, mend in _mends(catalogue, ids, found):
@@ -267,7 +267,7 @@ def _mends(catalogue: Catalogue, ids: pa.StringArray, found: np.ndarray) -> Iter
         if left.any():
             near = np.zeros(len(ids), dtype=bool)
             unknown = np.flatnonzero(left)
-            near[unknown] = catalogue._find([changed(ids[row].as_py()) for row in unknown.tolist()]) >= 0
+            near[unknown] = catalogue.find([changed(ids[row].as_py()) for row in unknown.tolist()]) >= 0
             yield near, f"{catalogue.source} has them in another form: {mend}"
             left = left & ~near
     yield left, f"Add these items to {catalogue.source} or delete the rows."

@@ -1,18 +1,20 @@
-"""The vectors of a catalogue, their ids and what they were made from, in one file."""
+"""The vectors of a catalogue, their ids and columns, and what they were made from, in one file that is mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from transformers.utils import cached_file
 
 from ..errors import DataError, one_line
@@ -26,7 +28,8 @@ from ..model.processing_transrec import TransRecProcessor
 INDEX_NAME = "item_index.safetensors"
 IDS_NAME = "item_index.json"
 """The ids of an index of format 1, which had them in a file of their own."""
-FORMAT = 2
+FORMAT = 3
+MAX_CHECKED = 2**28  # bytes of vectors that are checked whenever they are read; of more by `verify` only
 
 
 def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, index_format: int = FORMAT) -> str:
@@ -75,9 +78,18 @@ class ItemIndex:
         item_ids (`np.ndarray` of shape `(n_items,)`): Ids, in catalogue order.
         item_embeds (`torch.Tensor` of shape `(n_items, hidden_size)`): Item vectors, fp32.
         item_modalities (`torch.Tensor` of shape `(n_items, n_modalities)`, *optional*): Which of them the model read.
-        catalogue_hash (`str`): See [`Catalogue.content_hash`].
+        catalogue_hash (`str`): See [`hash_of_items`]; up to format 2, [`Catalogue.content_hash`].
         encoder_hash (`str`): See [`encoder_hash`].
         format (`int`, *optional*): Of the file that it came from.
+        item_hashes (`np.ndarray` of shape `(n_items, 16)`, *optional*): Of the contents of each item; see
+            [`Catalogue.item_hashes`].
+        columns (`pa.Table`, *optional*): What else is known of the items, e.g. their texts and prices, row by row.
+        counts (`torch.Tensor` of shape `(n_items,)`, *optional*): How often each occurs in the training data.
+        hidden (`torch.Tensor` of shape `(n_items,)`, *optional*): Boolean, items that may stand in histories but are
+            not recommended.
+        statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by.
+        scan (`torch.Tensor` of shape `(n_items, any)`, *optional*): A smaller copy of the vectors, to look through.
+        state (`str`, *optional*): The hash of the contents of the file that it came from.
 
     Raises:
         [`DataError`]: If ids and vectors do not belong together, or one of them is none.
@@ -89,43 +101,95 @@ class ItemIndex:
     catalogue_hash: str
     encoder_hash: str
     format: int = FORMAT
+    item_hashes: np.ndarray | None = None
+    columns: pa.Table | None = None
+    counts: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scan: torch.Tensor | None = None
+    state: str = ""
 
     def __post_init__(self) -> None:
-        ids, embeds, modalities = self.item_ids, self.item_embeds, self.item_modalities
+        ids, embeds = self.item_ids, self.item_embeds
+        beside = [self.item_modalities, self.item_hashes, self.columns, self.counts, self.hidden, self.scan]
         wrong = None
         if ids.ndim != 1 or ids.dtype.kind not in "UTO" or not len(ids) or embeds.ndim != 2:
             wrong = "it holds no list of ids with a vector each"
-        elif len(ids) != len(embeds) or (modalities is not None and len(modalities) != len(ids)):
+        elif len(ids) != len(embeds) or any(part is not None and len(part) != len(ids) for part in beside):
             wrong = f"{len(ids)} ids, but {len(embeds)} vectors"
-        elif len(unique := np.unique(ids)) != len(ids):
-            wrong = f"only {len(unique)} of {len(ids)} ids differ"
-        elif not embeds.is_floating_point() or not (finite := embeds.isfinite().all(dim=1)).all():
-            row = int((~finite).nonzero()[0]) if embeds.is_floating_point() else 0
-            wrong = f"the vector of item {ids[row]!r} (row {row + 1}) is not finite"
-        elif modalities is not None and (modalities.dtype != torch.bool or modalities.ndim != 2):
+        elif self.item_modalities is not None and (
+            self.item_modalities.dtype != torch.bool or self.item_modalities.ndim != 2
+        ):
             wrong = "what was read of each item is not told by true and false"
+        elif embeds.nbytes <= MAX_CHECKED:
+            wrong = self._defect()
         if wrong:
             raise DataError(f"item index: {wrong}. Make it again: `Recommender(model, source)`.")
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write `item_index.safetensors`: vectors, ids and hashes in one file, which is old or new as a whole."""
-        tensors = {
-            "item_embeds": self.item_embeds.contiguous().cpu(),
-            "item_ids": torch.frombuffer(bytearray(json.dumps(self.item_ids.tolist()), "utf-8"), dtype=torch.uint8),
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def _defect(self) -> str | None:
+        """What is wrong with single ids or vectors."""
+        ids, embeds = self.item_ids, self.item_embeds
+        if (unique := len(set(ids.tolist()))) != len(ids):
+            return f"only {unique} of {len(ids)} ids differ"
+        if not embeds.is_floating_point() or not (finite := embeds.isfinite().all(dim=1)).all():
+            row = int((~finite).nonzero()[0]) if embeds.is_floating_point() else 0
+            return f"the vector of item {ids[row]!r} (row {row + 1}) is not finite"
+        return None
+
+    def verify(self) -> None:
+        """Check every id and vector, and of an index that came from a file its hash. Raises [`DataError`]."""
+        wrong = self._defect()
+        if not wrong and self.state and self.format == FORMAT and _contents_hash(self._tensors()) != self.state:
+            wrong = "its contents have changed since it was written"
+        if wrong:
+            raise DataError(f"item index: {wrong}. Make it again, or get it again.")
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All that it holds but for the hashes of what it was made from."""
+        ids = pa.table({"item_id": pa.array(self.item_ids, pa.string())})
+        tensors = {"item_embeds": self.item_embeds, "items": _as_bytes(ids)}
+        parts = {
+            "item_modalities": self.item_modalities,
+            "item_hashes": None if self.item_hashes is None else torch.from_numpy(self.item_hashes),
+            "columns": None if self.columns is None else _as_bytes(self.columns),
+            "counts": self.counts,
+            "hidden": self.hidden,
+            "scan": self.scan,
         }
-        if self.item_modalities is not None:
-            tensors["item_modalities"] = self.item_modalities.contiguous().cpu()
+        tensors |= {name: part for name, part in parts.items() if part is not None}
+        tensors |= {f"statistics.{name}": value for name, value in self.statistics.items()}
+        return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def save(self, folder: str | os.PathLike, columns: bool = True) -> str:
+        """
+        Write `item_index.safetensors`: all in one file, which is old or new as a whole, and its hash.
+
+        Args:
+            folder (`str`): Where to.
+            columns (`bool`, *optional*, defaults to `True`): Whether texts and other columns of the items go along.
+
+        Returns:
+            `str`: The hash of the contents.
+        """
+        tensors = replace(self, columns=self.columns if columns else None)._tensors()
         made_from = {"catalogue_hash": self.catalogue_hash, "encoder_hash": self.encoder_hash, "format": str(FORMAT)}
+        state = _contents_hash(tensors)
         with whole_file(Path(folder) / INDEX_NAME) as partial:
-            save_file(tensors, partial, {**made_from, "contents_hash": _contents_hash(tensors)})
+            save_file(tensors, partial, {**made_from, "contents_hash": state})
+        return state
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ItemIndex | None:
         """
-        The index in a folder or a repository of the Hub, `None` if there is none.
+        The index in a folder or a repository of the Hub, `None` if there is none. Its vectors are mapped into memory,
+        and read when they are used.
 
         Raises:
-            [`DataError`]: If it is damaged, or its parts do not belong together.
+            [`DataError`]: If it is damaged, or its parts do not belong together. Whether the contents of a file of
+                more than `MAX_CHECKED` bytes are those that were written is told by [`~ItemIndex.verify`] alone.
         """
         kwargs["_raise_exceptions_for_missing_entries"] = False
         file = cached_file(pretrained_model_name_or_path, INDEX_NAME, **kwargs)
@@ -138,9 +202,14 @@ class ItemIndex:
             index_format = int(made_from.get("format", 1))
             if index_format > FORMAT:
                 raise ValueError(f"format {index_format}, and this version of transrec-hf reads up to {FORMAT}")
+            state = made_from["contents_hash"] if index_format > 1 else ""
+            is_small = os.path.getsize(file) <= MAX_CHECKED
+            if index_format > 1 and (is_small or index_format == 2) and state != _contents_hash(tensors):
+                raise ValueError("its contents have changed since it was written")
+            hashes = (made_from["catalogue_hash"], made_from["encoder_hash"])
+            if index_format > 2:
+                return cls._from_tensors(tensors, *hashes, state)
             if index_format > 1:
-                if made_from["contents_hash"] != _contents_hash(tensors):
-                    raise ValueError("its contents have changed since it was written")
                 ids = json.loads(tensors["item_ids"].numpy().tobytes())
                 beside = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""), IDS_NAME)
                 if beside.is_file() and json.loads(beside.read_text(encoding="utf-8")) != ids:
@@ -152,12 +221,43 @@ class ItemIndex:
                 ids = json.loads(Path(ids_file).read_text(encoding="utf-8"))
             if not isinstance(ids, list) or not all(isinstance(item_id, str) for item_id in ids):
                 raise ValueError("its ids are not a list of strings")
-            hashes = (made_from["catalogue_hash"], made_from["encoder_hash"])
-            return cls(np.array(ids), tensors["item_embeds"], tensors.get("item_modalities"), *hashes, index_format)
-        except (LookupError, RecursionError, TypeError, ValueError) as error:
+            parts = (tensors["item_embeds"], tensors.get("item_modalities"))
+            return cls(np.array(ids), *parts, *hashes, index_format, state=state)
+        except (LookupError, RecursionError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{pretrained_model_name_or_path}: {INDEX_NAME} cannot be used ({one_line(error)})"
             ) from error
+
+    @classmethod
+    def _from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], catalogue_hash: str, encoder_hash: str, state: str = ""
+    ) -> ItemIndex:
+        ids = _from_bytes(tensors["items"])["item_id"].to_numpy(zero_copy_only=False)
+        hashes = tensors.get("item_hashes")
+        start = "statistics."
+        return cls(
+            ids,
+            tensors["item_embeds"],
+            tensors.get("item_modalities"),
+            catalogue_hash,
+            encoder_hash,
+            item_hashes=None if hashes is None else hashes.numpy(),
+            columns=_from_bytes(tensors["columns"]) if "columns" in tensors else None,
+            counts=tensors.get("counts"),
+            hidden=tensors.get("hidden"),
+            statistics={name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)},
+            scan=tensors.get("scan"),
+            state=state,
+        )
+
+    def to_bytes(self) -> bytes:
+        """All that it holds, for a journal."""
+        return save(self._tensors())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, encoder_hash: str) -> ItemIndex:
+        """What [`~ItemIndex.to_bytes`] has written."""
+        return cls._from_tensors(load(data), "", encoder_hash)
 
     def belongs_to(self, model: TransRecModel, processor: TransRecProcessor | None) -> bool:
         """Whether the vectors are those that the model makes."""
@@ -166,7 +266,45 @@ class ItemIndex:
         return self.item_embeds.shape[1] == width and self.encoder_hash == own
 
 
-def _contents_hash(tensors: dict[str, torch.Tensor]) -> str:
+def hash_of_items(item_ids: np.ndarray, item_hashes: np.ndarray) -> str:
+    """SHA-256 over ids and the hashes of the contents, in catalogue order."""
+    digest = hashlib.sha256(json.dumps(item_ids.tolist()).encode())
+    digest.update(np.ascontiguousarray(item_hashes).data)
+    return digest.hexdigest()
+
+
+def statistics_of(model: TransRecModel) -> dict[str, torch.Tensor]:
+    """What a whitened item map has of the catalogue at hand, by modality and name; empty for other models."""
+    return {
+        f"{name}.{statistic}": getattr(projection, statistic).detach().clone()
+        for name in model.config.modalities
+        if isinstance(projection := model.item_encoder.projection(name), WhitenedProjection)
+        for statistic in projection.statistics
+    }
+
+
+def set_statistics(model: TransRecModel, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Let a model whiten as it did when [`statistics_of`] was asked."""
+    for key, value in statistics.items():
+        name, _, statistic = key.partition(".")
+        getattr(model.item_encoder.projection(name), statistic).copy_(value)
+
+
+def _as_bytes(table: pa.Table) -> torch.Tensor:
+    """A table as a tensor of bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)
+
+
+def _from_bytes(tensor: torch.Tensor) -> pa.Table:
+    """The table of a tensor of bytes, whose memory it shares."""
+    with pa.ipc.open_stream(pa.py_buffer(tensor.numpy())) as reader:
+        return reader.read_all()
+
+
+def _contents_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

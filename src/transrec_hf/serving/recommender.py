@@ -2,265 +2,342 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import PushToHubMixin, logging
+from torch import Tensor
+from transformers.utils import PushToHubMixin
 
 from ..data.catalogue import Catalogue, load_catalogue
-from ..errors import DataError, bad_input, hub_errors, pinned
+from ..errors import DataError, bad_input, hub_errors, pinned, shortened
 from ..files import read_whole, written_whole
-from ..items.encoding import encode_catalogue
-from ..items.meeting import ItemStatistics, match_items, standardize_for
-from ..items.preparing import ItemSource, pad_right
-from ..model.modeling_transrec import TransRecModel
-from ..model.processing_transrec import TransRecProcessor
+from ..items.meeting import ItemStatistics
+from ..items.preparing import ItemSource
 from ..model.user_encoder_transrec import last_state
-from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, check_processor, load_model_and_processor
-from .index import ItemIndex, encoder_hash
+from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, load_model_and_processor
+from .choosing import POOL, allowed_rows, among, as_answers, best_rows, candidate_rows, reordered
+from .explaining import Contents, UserInputs, explain_users, padded
+from .histories import History, as_histories, check_k, check_on_unknown, find_items, read_histories, read_times
+from .index import INDEX_NAME, ItemIndex
+from .live import LiveItems
+from .raw import is_id
+from .rerank import Step
+from .results import Recommendations, UserRecommendations, Versions
+from .served import ServedItems
+from .snapshot import Snapshot
 
 
-logger = logging.get_logger(__name__)
-
-SCORES = 2**26  # computed at a time
+USERS = 1024  # whose histories are read at a time
 
 
-@dataclass
-class Recommendation:
+class Recommender(ServedItems, PushToHubMixin):
     """
-    One recommended item.
+    Encodes a catalogue once and recommends from it; safe to use from several threads.
 
     Args:
-        item_id (`str`): its id in the catalogue.
-        score (`float`): dot product with the user vector; comparable within one user only.
-        text (`str`, *optional*): its text.
-    """
-
-    item_id: str
-    score: float
-    text: str | None
-
-
-class Recommender(PushToHubMixin):
-    """
-    Encodes a catalogue once and recommends from it.
-
-    Args:
-        model ([`TransRecModel`]): the model.
-        source ([`ItemSource`], *optional*): the items, of any platform if the model reads content. Not needed with an
-            index, but then recommendations have no text.
-        index ([`ItemIndex`], *optional*): the items' vectors, if they are known already. They are computed anew when
-            they were made from another catalogue or by another model.
-        processor ([`TransRecProcessor`], *optional*): of the model, where the items do not bring it.
-        statistics ([`ItemStatistics`], *optional*): what the model's checkpoint keeps of single items: ID vectors and
+        model ([`TransRecModel`]): The model.
+        source ([`ItemSource`], *optional*): The items, of any platform if the model reads content. Not needed with an
+            index.
+        index ([`ItemIndex`] or [`LiveItems`], *optional*): The items' vectors, if they are known already. What was
+            made by another model is not used; items whose contents have changed are encoded anew.
+        processor ([`TransRecProcessor`], *optional*): Of the model, where the items do not bring it.
+        statistics ([`ItemStatistics`], *optional*): What the model's checkpoint keeps of single items: ID vectors and
             popularity are matched to the catalogue by id.
-        kwargs: further arguments of [`encode_catalogue`], e.g. `batch_size`.
+        counts (`dict[str, int]`, *optional*): How often items occur in the training data, for
+            [`~Recommender.popular`]; if not given, what `statistics` say.
+        folder (`str`, *optional*): Where the index is written, and changes to the items are kept.
+        kwargs: Further arguments of [`encode_catalogue`], e.g. `batch_size`.
 
     Raises:
-        [`DataError`]: if there is no catalogue, and no index that belongs to the model.
+        [`DataError`]: If there is no catalogue, and no index that belongs to the model.
 
     Example:
 
     ```python
     >>> recommender = Recommender.from_pretrained("my_checkpoint", "items.parquet")
-    >>> recommender.recommend(["item-17", "item-4"], top_k=5)
+    >>> recommender.recommend(["item-17", "item-4"], k=5)
+    >>> recommender.recommend([{"text": "a red hat"}], k=5, filter="price < 20")  # a stranger to the catalogue
     >>> recommender.push_to_hub("me/my_recommender")  # the index goes along
     ```
     """
 
-    def __init__(
-        self,
-        model: TransRecModel,
-        source: ItemSource | None = None,
-        *,
-        index: ItemIndex | None = None,
-        processor: TransRecProcessor | None = None,
-        statistics: ItemStatistics | None = None,
-        **kwargs: Any,
-    ):
-        self.model, self.source, self.statistics = model.eval(), source, statistics
-        self.processor = processor = processor if source is None else source.processor
-        self.catalogue = catalogue = None if source is None else source.catalogue
-        if source is not None and statistics is not None:
-            self.statistics = match_items(model, source.catalogue, statistics)
-            if self.statistics is not None and source.log_popularity is None:
-                source.log_popularity = self.statistics.log_popularity
-        if processor is not None:
-            check_processor(processor)
-        if index is not None and not index.belongs_to(model, processor):
-            logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
-            index = None
-        if (
-            index is not None
-            and catalogue is not None
-            and not (
-                index.catalogue_hash == catalogue.content_hash() and np.array_equal(index.item_ids, catalogue.item_ids)
-            )
-        ):
-            logger.warning("The item index was made from another catalogue: it is not used.")
-            index = None
-        if index is None and catalogue is None:
-            raise DataError("no item index that belongs to this model: give the catalogue, so that it is encoded")
-        self.index = index or self._encode(**kwargs)
-        self.item_ids = self.index.item_ids
-        self.item_embeds = self.index.item_embeds.to(model.device)
-        modalities = self.index.item_modalities
-        self.present = None if modalities is None else modalities.to(model.device)
-        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids.tolist())}
-
-    def _encode(self, **kwargs: Any) -> ItemIndex:
-        source = self.source
-        assert source is not None
-        standardize_for(self.model, source)
-        return ItemIndex(
-            source.catalogue.item_ids,
-            encode_catalogue(self.model, source, **kwargs),
-            source.present,
-            source.catalogue.content_hash(),
-            encoder_hash(self.model, self.processor),
-        )
-
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, items: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        items: Any = None,
+        index: str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> Recommender:
         """
         A recommender from a checkpoint, or an adapter, and items.
 
         Args:
             pretrained_model_name_or_path (`str`): Hub id or folder of a checkpoint with its processor.
-            items (*optional*): a [`Catalogue`], or whatever [`load_catalogue`] reads; may be left out if the
-                checkpoint holds an item index.
+            items (*optional*): A [`Catalogue`], or whatever [`load_catalogue`] reads; may be left out if the
+                checkpoint holds an item index, or `index` is one.
+            index (`str`, *optional*): Folder of an index, in which changes to the items are kept. It is written if it
+                is missing or was made by another model.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` and `subfolder` as in
                 `PreTrainedModel.from_pretrained`, `trust_remote_code` if its tokenizer may run code of its own, and
-                further arguments of [`encode_catalogue`].
+                further arguments of [`Recommender`] and [`encode_catalogue`].
 
         Raises:
-            [`HubError`]: if the checkpoint cannot be had, or a file of it is damaged.
-            [`DataError`]: if the items are not given and not in the checkpoint, or have defects.
+            [`HubError`]: If the checkpoint cannot be had, or a file of it is damaged.
+            [`DataError`]: If the items are not given and not in the checkpoint, or have defects.
         """
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
         with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
             place = pinned(name, place)
             trusted = {**place, "trust_remote_code": kwargs.pop("trust_remote_code", False)}
-            (model, processor), index, statistics = read_whole(
+            (model, processor), own, statistics = read_whole(
                 name,
                 lambda: (
                     load_model_and_processor(name, trusted),
-                    ItemIndex.from_pretrained(name, **place),
+                    ItemIndex.from_pretrained(name, **place) if index is None else None,
                     ItemStatistics.from_pretrained(name, **place),
                 ),
             )
+        found: ItemIndex | LiveItems | None = own
+        if index is not None and Path(index, INDEX_NAME).is_file():
+            found = LiveItems.open(index, model.config.hidden_size, model.device)
         if items is not None and not isinstance(items, Catalogue):
             items = load_catalogue(items)
         source = None if items is None else ItemSource(items, processor)
-        return cls(model, source, index=index, processor=processor, statistics=statistics, **kwargs)
+        return cls(model, source, index=found, processor=processor, statistics=statistics, folder=index, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, columns: bool = False, **kwargs: Any) -> None:
         """
         Write model, processor and item index to a folder; [`~Recommender.push_to_hub`] pushes the three.
 
         Args:
-            save_directory (`str`): the folder.
-            kwargs: further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
+            save_directory (`str`): The folder.
+            columns (`bool`, *optional*, defaults to `False`): Whether texts and other columns of the items go along.
+            kwargs: Further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
         """
+        model = self.whole_model()
         with written_whole(save_directory) as partial:
-            self.model.save_pretrained(partial, **kwargs)
+            model.save_pretrained(partial, **kwargs)
             if self.processor is not None:
                 self.processor.save_pretrained(partial)
-            self.index.save(partial)
+            self.index.save(partial, columns)
             if self.statistics is not None:
                 self.statistics.save(partial)
 
+    @torch.no_grad()
     def recommend(
         self,
-        history: Sequence[str],
-        top_k: int = 10,
-        exclude_history: bool = True,
-        timestamps: Sequence[int] | None = None,
-    ) -> list[Recommendation]:
+        histories: Any,
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        filter: str | Iterable[Any] | None = None,
+        candidates: Any = None,
+        modality: str | None = None,
+        on_unknown: str = "raise",
+        rerank: Step | Sequence[Step] | None = None,
+        explain: bool = False,
+        timestamps: Any = None,
+    ) -> Any:
         """
-        The best items for one user, best first.
+        The best items for one user or several, best first.
 
         Args:
-            history (`Sequence[str]`): item ids, oldest first; the last `max_position_embeddings` of them are read.
-            top_k (`int`, *optional*, defaults to 10): how many; fewer if the catalogue has no more.
-            exclude_history (`bool`, *optional*, defaults to `True`): leave out what the user had.
-            timestamps (`Sequence[int]`, *optional*): when each item was chosen, in the unit of the training data; for
-                models with `time_buckets`.
+            histories (`list` or `list[list]`): One history or a list of histories, of items, oldest first; the last
+                `max_position_embeddings` are read. An item is the id of one of the catalogue, a string (or an
+                integer), or raw: a dictionary such as `{"text": "a red hat", "image": image}`, a PIL image, or an
+                array of numbers. A string is always an id; a text is `{"text": ...}`. For an empty history the popular
+                items are given, and the answer says so.
+            k (`int`, *optional*, defaults to 10): How many; fewer if there are no more.
+            exclude_seen (`bool`, *optional*, defaults to `True`): Leave out what the user had.
+            filter (`str`, mask or ids, *optional*): Which items may be recommended: an expression over their columns,
+                e.g. `"price < 20 and stock > 0"` (see [`matching_rows`]); a boolean for each of `item_ids`; or ids.
+            candidates (`list[str]` or `list[list[str]]`, *optional*): Ids of which to choose, for all users or for
+                each.
+            modality (`str`, *optional*): Recommend only items that show it, e.g. `"image"`.
+            on_unknown (`"raise"` or `"skip"`, *optional*): What to do about unknown ids in histories and candidates;
+                the answer names those of a history that were skipped.
+            rerank (`Callable` or list of them, *optional*): Steps that order the best items anew, e.g.
+                [`maximal_marginal_relevance`] and [`cap_per_attribute`].
+            explain (`bool`, *optional*, defaults to `False`): Tell which items of the history, and which modality,
+                moved each recommendation; see [`Explanation`].
+            timestamps (`list[int]` or `list[list[int]]`, *optional*): When each item was chosen, in the unit of the
+                training data; for models with `time_buckets`.
+
+        Returns:
+            [`Recommendations`] of one history, [`UserRecommendations`] of a list of histories.
 
         Raises:
-            `DataError`: if an id is not in the catalogue, the history is no list of ids or is empty, `top_k` is not
-                positive, or scores are not finite.
-            `ValueError`: if the model needs the timestamps of all its items.
+            [`UnknownItems`]: For ids that are not in the catalogue.
+            [`DataError`]: If a history, `k` or a filter is none, or scores are not finite.
+            `ValueError`: If the model needs the timestamps of all its items.
         """
-        times = None if timestamps is None else [timestamps]
-        return self.recommend_batch([history], top_k, exclude_history, times)[0]
+        k, skips = check_k(k), check_on_unknown(on_unknown)
+        snapshot, versions = self._now()
+        given, is_one = as_histories(histories)
+        times = read_times(timestamps, given, is_one)
+        read, raw = read_histories(given, snapshot, skips)
+        vectors, present = self._encode_raw(raw)
+        allowed = allowed_rows(snapshot, self.model.config.modalities, filter, modality)
+        chosen = candidate_rows(snapshot, candidates, len(read), is_one, skips)
+        if isinstance(chosen, np.ndarray):
+            allowed, chosen = among(snapshot, allowed, chosen), None
+        steps: Sequence[Step] = [] if rerank is None else [rerank] if callable(rerank) else list(rerank)
+        wanted = max(POOL[0] * k, POOL[1]) if steps else k
+        contents = self._contents(raw) if explain else None
+        answers: dict[int, Recommendations] = {}
+        for user, history in enumerate(read):
+            if not history.rows:
+                of_user = allowed if chosen is None else among(snapshot, allowed, chosen[user])
+                answers[user] = self._popular(snapshot, versions, k, of_user)
+                answers[user].fallback = "popular"
+        others = [user for user, history in enumerate(read) if history.rows]
+        for start in range(0, len(others), USERS):
+            block = others[start : start + USERS]
+            users = [read[user] for user in block]
+            inputs = self._inputs(snapshot, users, vectors, present, times and [times[user] for user in block])
+            states = self._states(inputs)
+            mine = None if chosen is None else [chosen[user] for user in block]
+            found = best_rows(snapshot, states, users, wanted, exclude_seen, allowed, mine)
+            scores, rows = reordered(snapshot, steps, *found, k)
+            why = explain_users(snapshot, self._states, users, inputs, scores, rows, contents) if explain else None
+            answers |= zip(block, as_answers(snapshot, versions, scores, rows, why), strict=True)
+        for user, history in enumerate(read):
+            answers[user].skipped = history.skipped
+        if is_one:
+            return answers[0]
+        return UserRecommendations((answers[user] for user in range(len(read))), versions)
 
     @torch.no_grad()
-    def recommend_batch(
+    def similar_items(
+        self, item: Any, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
+    ) -> Recommendations:
+        """
+        The items that are most like one of the catalogue, or a raw one: the score is the cosine of their vectors.
+
+        Args:
+            item (`str` or raw): See [`~Recommender.recommend`].
+            k, filter, modality: As there.
+        """
+        k = check_k(k)
+        snapshot, versions = self._now()
+        row = find_items(snapshot, [item]) if is_id(item) else np.empty(0, dtype=np.int64)
+        vector = snapshot.vectors(row) if len(row) else self._encode_raw([item])[0]
+        query = torch.zeros_like(vector)
+        query[:, : snapshot.size] = torch.nn.functional.normalize(vector[:, : snapshot.size], dim=1)
+        allowed = allowed_rows(snapshot, self.model.config.modalities, filter, modality)
+        search = snapshot.search if self.model.config.similarity == "cosine" else snapshot.nearest
+        scores, rows = search(query, k, allowed, (np.zeros(len(row), dtype=np.int64), row))
+        return as_answers(snapshot, versions, scores.cpu().numpy(), rows.cpu().numpy())[0]
+
+    @torch.no_grad()
+    def score(self, history: Any, item_ids: Any, *, on_unknown: str = "raise", timestamps: Any = None) -> np.ndarray:
+        """
+        What the model gives certain items, as [`~Recommender.recommend`] would.
+
+        Args:
+            history (`list` or `list[list]`): Of one user or of several, as there; not empty.
+            item_ids (`list`): Ids or raw items, the same for all users.
+
+        Returns:
+            `np.ndarray` of shape `(n_items,)`, of several users `(n_users, n_items)`: The scores.
+        """
+        snapshot = self.items
+        given, is_one = as_histories(history)
+        times = read_times(timestamps, given, is_one)
+        read, raw = read_histories(given, snapshot, check_on_unknown(on_unknown))
+        if not all(user.rows for user in read):
+            raise DataError("a history is empty, so there is nothing to score by: see `popular`")
+        vectors, present = self._encode_raw(raw)
+        if isinstance(item_ids, str) or not isinstance(item_ids, Iterable):
+            raise DataError(f"items to score are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
+        items = list(item_ids)
+        wanted = [i for i, item in enumerate(items) if is_id(item)]
+        embeds = snapshot.vectors(np.zeros(len(items), dtype=np.int64))
+        embeds[wanted] = snapshot.vectors(find_items(snapshot, [items[i] for i in wanted]))
+        others = [i for i in range(len(items)) if i not in set(wanted)]
+        if others:
+            embeds[others] = self._encode_raw([items[i] for i in others])[0].to(embeds)
+        parts = []
+        for start in range(0, len(read), USERS):
+            block = slice(start, start + USERS)
+            states = self._states(self._inputs(snapshot, read[block], vectors, present, times and times[block]))
+            parts.append((states.double() @ embeds.double().T).float().cpu().numpy())
+        scores = np.concatenate(parts)
+        return scores[0] if is_one else scores
+
+    def popular(
+        self, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
+    ) -> Recommendations:
+        """
+        The items that occur most often in the training data, whoever asks.
+
+        Raises:
+            [`DataError`]: If nothing is known of that: see `counts`.
+        """
+        k = check_k(k)
+        snapshot, versions = self._now()
+        return self._popular(
+            snapshot, versions, k, allowed_rows(snapshot, self.model.config.modalities, filter, modality)
+        )
+
+    def _popular(self, snapshot: Snapshot, versions: Versions, k: int, allowed: Tensor | None) -> Recommendations:
+        if snapshot.counts is None:
+            raise DataError(
+                "a history is empty, and nothing is known of the popularity of the items: give `counts` to the "
+                "recommender, or histories of at least one item"
+            )
+        rows = snapshot.by_popularity
+        if allowed is not None:
+            rows = rows[allowed.cpu().numpy()[rows]]
+        rows = rows[:k]
+        return as_answers(snapshot, versions, snapshot.counts[rows].astype(np.float32)[None], rows[None])[0]
+
+    def _now(self) -> tuple[Snapshot, Versions]:
+        """The items at this moment, and what an answer is made with."""
+        snapshot = self.items
+        return snapshot, Versions(self.model_version, snapshot.version)
+
+    def _inputs(
         self,
-        histories: Sequence[Sequence[str]],
-        top_k: int = 10,
-        exclude_history: bool = True,
-        timestamps: Sequence[Sequence[int]] | None = None,
-    ) -> list[list[Recommendation]]:
-        """The best items for several users; see [`~Recommender.recommend`]."""
-        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
-            raise DataError(f"top_k must be a whole number of 1 or more, got {top_k!r}")
-        rows = [self._rows(history) for history in histories]
-        if not all(len(history) for history in rows):
-            raise DataError("a history is empty: the model recommends from at least one item")
-        if timestamps is not None and [len(user) for user in timestamps] != [len(history) for history in rows]:
-            raise ValueError("timestamps must have one entry for each item of each history")
-        found: list[list[Recommendation]] = []
-        size = max(1, min(1024, SCORES // len(self.item_ids)))  # users whose scores are there at a time
-        for start in range(0, len(rows), size):
-            block = slice(start, start + size)
-            times = None if timestamps is None else timestamps[block]
-            found += self._recommend(rows[block], times, top_k, exclude_history)
-        return found
+        snapshot: Snapshot,
+        histories: Sequence[History],
+        vectors: Tensor,
+        present: Tensor,
+        times: Sequence[Sequence[int]] | None,
+    ) -> UserInputs:
+        """What the model reads of users; `vectors` and `present` are of the raw items."""
+        length, device = self.model.config.max_position_embeddings, self.model.device
+        ends = [np.asarray(history.rows[-length:], dtype=np.int64) for history in histories]
+        origin, places = np.unique(np.concatenate(ends), return_inverse=True)
+        raw = torch.from_numpy(-1 - origin[origin < 0])  # they have the lowest numbers
+        table = torch.cat(
+            [vectors[raw.to(vectors.device)].to(device), snapshot.vectors(origin[origin >= 0]).to(device)]
+        )
+        shown = snapshot.present(origin[origin >= 0])
+        if shown is not None:
+            shown = torch.cat([present[raw], shown]).to(device)
+        starts = np.cumsum([0, *map(len, ends)])
+        index = padded([places[start:end] for start, end in itertools.pairwise(starts)], device)
+        clock = None
+        if times is not None:
+            pairs = zip(times, histories, strict=True)
+            clock = padded([np.asarray(user, dtype=np.int64)[of.places][-length:] for user, of in pairs], device)
+        return UserInputs(table, index, shown, clock, origin)
 
-    def _recommend(
-        self, rows: list[np.ndarray], timestamps: Sequence[Sequence[int]] | None, top_k: int, exclude_history: bool
-    ) -> list[list[Recommendation]]:
-        length = self.model.config.max_position_embeddings
-        index = torch.from_numpy(pad_right([history[-length:] for history in rows])).to(self.item_embeds.device)
-        times = None
-        if timestamps is not None:
-            padded = pad_right([np.asarray(user[-length:], dtype=np.int64) for user in timestamps])
-            times = torch.from_numpy(padded).to(index.device)
-        states = self.model.get_user_features(self.item_embeds, index, self.present, times)
-        scores = last_state(states, index).float() @ self.item_embeds.T
-        if exclude_history:
-            users = np.repeat(np.arange(len(rows)), [len(history) for history in rows])
-            scores[users, np.concatenate(rows)] = -torch.inf
-        best = scores.topk(min(top_k, scores.shape[1]), dim=1)
-        if best.values.isnan().any() or best.values.isposinf().any():  # they count as the highest
-            raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
-        return [
-            [
-                Recommendation(str(self.item_ids[row]), score, self.catalogue.text(row) if self.catalogue else None)
-                for row, score in zip(found, values, strict=True)
-                if score > -np.inf
-            ]
-            for found, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+    def _states(self, inputs: UserInputs) -> Tensor:
+        """The vectors of users, `(n_users, width)`, fp32."""
+        states = self.model.get_user_features(inputs.table, inputs.index, inputs.present, inputs.times)
+        return last_state(states, inputs.index).float()
 
-    def _rows(self, history: Sequence[str]) -> np.ndarray:
-        if isinstance(history, str):
-            raise DataError(f"a history is a list of item ids, got the text {history[:40]!r}: put it in brackets")
-        history = [str(item_id) if isinstance(item_id, int | np.integer) else item_id for item_id in history]
-        if wrong := [item_id for item_id in history if not isinstance(item_id, str)]:
-            raise DataError(f"an item id is a string, got {type(wrong[0]).__name__}: give a list of ids for each user")
-        if self.catalogue is not None:
-            return self.catalogue.rows(history)
-        unknown = [item_id for item_id in history if item_id not in self._row_of]
-        if unknown:
-            raise DataError(f"the item index has no {unknown[0]!r} ({len(unknown)} unknown ids in this history)")
-        return np.array([self._row_of[item_id] for item_id in history], dtype=np.int64)
+    def _contents(self, raw: Sequence[Any]) -> Contents | None:
+        """Where explanations read the contents of items."""
+        if self.processor is None or not self._sources:
+            return None
+        return Contents(self.whole_model(), self.processor, self._sources, raw)

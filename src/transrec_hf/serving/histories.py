@@ -1,0 +1,140 @@
+"""Requests as they come: one history or several, of ids and raw items, to rows of the catalogue and a small table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from torch import Tensor
+
+from ..errors import DataError, UnknownItems, shortened
+from .raw import HOW, is_id
+from .snapshot import Snapshot
+
+
+MEND = "Add them, leave them out, or skip them: on_unknown='skip'."
+
+
+@dataclass
+class History:
+    """
+    What one user chose.
+
+    Args:
+        rows (`list[int]`): Rows of the catalogue, oldest first; of a raw item `-1 - i`, if it is the `i`-th of those
+            of all users.
+        places (`list[int]`): Where each of them stands in the history as it was given.
+        skipped (`list[str]`): Ids that are not known.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def known(self) -> list[int]:
+        """The rows of those that the catalogue has."""
+        return [row for row in self.rows if row >= 0]
+
+
+def as_histories(given: Any) -> tuple[list[list[Any]], bool]:
+    """
+    The histories of several users, and whether it was that of one. A list whose elements are lists, or arrays of ids,
+    is of several; any other list is of one.
+
+    Raises:
+        [`DataError`]: If it is none of both.
+    """
+    if isinstance(given, (str, bytes, int, dict, PIL.Image.Image, Tensor)) or not isinstance(given, Iterable):
+        raise DataError(
+            f"a history is a list of items, oldest first, got {shortened(repr(given), 40)}: put it in brackets"
+        )
+    if is_ids(given):
+        return [list(given)], True
+    elements = list(given)
+    several = [isinstance(element, (list, tuple)) or is_ids(element) for element in elements]
+    if not any(several):
+        return [elements], True
+    if not all(several):
+        raise DataError(f"a list of histories holds lists only, or a history items only; {HOW}")
+    return [list(element) for element in elements], False
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is an array of ids; one of other numbers is a vector, so a raw item."""
+    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "USOTiu"
+
+
+def check_k(k: Any) -> int:
+    """How many items are wanted. Raises [`DataError`]."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise DataError(f"k must be a whole number of 1 or more, got {shortened(repr(k))}")
+    return int(k)
+
+
+def check_on_unknown(on_unknown: str) -> bool:
+    """Whether unknown ids are skipped. Raises [`DataError`]."""
+    if on_unknown not in ("raise", "skip"):
+        raise DataError(f"on_unknown is 'raise' or 'skip', got {shortened(repr(on_unknown))}")
+    return on_unknown == "skip"
+
+
+def find_items(snapshot: Snapshot, item_ids: Iterable[Any], skips: bool = False) -> np.ndarray:
+    """Rows of ids `(n,)`; of unknown ones none if that is wanted. Raises [`DataError`]."""
+    if isinstance(item_ids, (str, bytes)) or not isinstance(item_ids, Iterable):
+        raise DataError(f"item ids are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
+    ids = []
+    for item_id in item_ids:
+        if not is_id(item_id):
+            raise DataError(f"an item id is a string, got {type(item_id).__name__}")
+        ids.append(str(item_id))
+    rows = snapshot.find(ids)
+    if not skips and (rows < 0).any():
+        raise UnknownItems([ids[i] for i in np.flatnonzero(rows < 0)], MEND)
+    return rows[rows >= 0]
+
+
+def read_histories(
+    histories: Sequence[Sequence[Any]], snapshot: Snapshot, skips: bool
+) -> tuple[list[History], list[Any]]:
+    """
+    Histories by their rows, and the raw items in them.
+
+    Args:
+        histories (`Sequence[Sequence]`): Items of each user.
+        snapshot ([`Snapshot`]): The catalogue.
+        skips (`bool`): Whether unknown ids are left out.
+
+    Raises:
+        [`UnknownItems`]: If there are any, and they are not to be skipped.
+    """
+    flat = [str(item) for history in histories for item in history if is_id(item)]
+    found = iter(snapshot.find(flat).tolist())
+    read, raw = [], []
+    for items in histories:
+        history = History()
+        for place, item in enumerate(items):
+            if not is_id(item):
+                raw.append(item)
+                row = -len(raw)
+            elif (row := next(found)) < 0:
+                history.skipped.append(str(item))
+                continue
+            history.rows.append(row)
+            history.places.append(place)
+        read.append(history)
+    if not skips and (unknown := [item_id for history in read for item_id in history.skipped]):
+        raise UnknownItems(unknown, MEND)
+    return read, raw
+
+
+def read_times(timestamps: Any, histories: list[list[Any]], is_one: bool) -> list[list[int]] | None:
+    """When each item of each history was chosen. Raises `ValueError`."""
+    if timestamps is None:
+        return None
+    times = [list(timestamps)] if is_one else [list(user) for user in timestamps]
+    if [len(user) for user in times] != [len(history) for history in histories]:
+        raise ValueError("timestamps must have one entry for each item of each history")
+    return times

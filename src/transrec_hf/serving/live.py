@@ -1,0 +1,195 @@
+"""
+The items of a recommender, which change while it serves. With a folder, a change is in its journal before anybody sees
+it; when the journal has grown, index and journal are written anew as one file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from ..errors import DataError, one_line
+from ..files import locked, read_whole
+from .index import INDEX_NAME, ItemIndex
+from .journal import JOURNAL_NAME, append_record, read_journal
+from .snapshot import Change, Snapshot
+
+
+INDEX_LOCK = ".index.lock"
+WAIT = 30.0  # seconds for another process that changes the same index
+MIN_COMPACTED = 2**13  # rows that were added or have gone before an index is written anew
+COMPACTED_SHARE = 0.25  # of all rows
+
+
+class LiveItems:
+    """
+    The items of a recommender, and their changes.
+
+    Args:
+        items ([`ItemIndex`]): Those to begin with.
+        size (`int`): Numbers of an item vector without the popularity.
+        folder (`str`, *optional*): Where the index is, if changes are to be kept.
+        device (`torch.device`, *optional*): Where it is searched.
+
+    Attributes:
+        snapshot ([`Snapshot`]): The items now.
+    """
+
+    def __init__(
+        self,
+        items: ItemIndex,
+        size: int,
+        folder: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.size, self.device = size, device
+        self.folder = None if folder is None else Path(folder)
+        self._lock = threading.RLock()
+        self._end = 0
+        self._seen: tuple[int, ...] = ()
+        self._start(items)
+        if self.folder is not None:
+            if not items.state:
+                items.state = items.save(self.folder)
+                self._start(items)
+            self.refresh()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, size: int, device: torch.device | str = "cpu") -> LiveItems:
+        """
+        The items of an index in a folder, with all changes.
+
+        Raises:
+            [`DataError`]: If there is none, or it is damaged.
+        """
+        items = read_whole(folder, lambda: ItemIndex.from_pretrained(folder))
+        if items is None:
+            raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one: transrec encode.")
+        return cls(items, size, folder, device)
+
+    def _start(self, items: ItemIndex) -> None:
+        version = items.state or f"{items.catalogue_hash[:32]}{items.encoder_hash[:32]}"
+        self.base_version = version[:16]
+        self.snapshot = Snapshot.of(items, self.size, self.base_version, self.device)
+        self._end = 0
+
+    @property
+    def base(self) -> ItemIndex:
+        """The index without the changes since it was written."""
+        return self.snapshot.segments[0].items
+
+    def refresh(self) -> bool:
+        """
+        See what other processes have changed in the folder.
+
+        Returns:
+            `bool`: Whether there was anything.
+        """
+        if self.folder is None or self._stamp() == self._seen:
+            return False
+        with self._lock:
+            before = self.snapshot.version
+            while (stamp := self._stamp()) != self._seen:
+                items = read_whole(self.folder, self._reread)
+                if items is not None:
+                    self._start(items)
+                records, self._end = read_journal(self.folder, self.base.state, self._end)
+                for record in records:
+                    self._apply(Change.from_bytes(record, self.base.encoder_hash))
+                self._seen = stamp
+            return self.snapshot.version != before
+
+    def _stamp(self) -> tuple[int, ...]:
+        """What tells one state of the folder from another one."""
+        assert self.folder is not None
+        found: list[int] = []
+        for name in (INDEX_NAME, JOURNAL_NAME):
+            try:
+                status = os.stat(self.folder / name)
+                found += [status.st_ino, status.st_size, status.st_mtime_ns]
+            except FileNotFoundError:
+                found += [0, 0, 0]
+        return tuple(found)
+
+    def _reread(self) -> ItemIndex | None:
+        """The index in the folder, if it is not the one that is known."""
+        assert self.folder is not None
+        if self._seen and self._stamp()[:3] == self._seen[:3]:
+            return None
+        items = ItemIndex.from_pretrained(self.folder)
+        if items is None:
+            raise DataError(f"{self.folder}: the item index is gone ({INDEX_NAME}). Make it again.")
+        return None if items.state == self.base.state else items
+
+    def change(self, make: Callable[[Snapshot], Change | None]) -> Snapshot:
+        """
+        Make a change, and keep it.
+
+        Args:
+            make (`Callable`): From the items as they are to the change; nothing happens if it returns `None`.
+
+        Raises:
+            `OSError`: If it cannot be written, or another process is changing the index all the time.
+        """
+        with self._lock:
+            if self.folder is None:
+                change = make(self.snapshot)
+                if change is not None:
+                    self._apply(change)
+                    if self._has_grown():
+                        before = self.snapshot
+                        self._start(before.to_index())
+                        self.snapshot = replace(self.snapshot, version=before.version, changes=before.changes)
+                return self.snapshot
+            with locked(self.folder, INDEX_LOCK, WAIT, "another process is changing this index"):
+                self.refresh()
+                change = make(self.snapshot)
+                if change is not None:
+                    self._check(change)
+                    self._end = append_record(self.folder, self.base.state, self._end, change.to_bytes())
+                    self._apply(change)
+                    self._seen = self._stamp()
+                    if self._has_grown():
+                        self._write()
+            return self.snapshot
+
+    def compact(self) -> None:
+        """Write the index anew, with all changes in it. Raises `OSError`."""
+        with self._lock:
+            assert self.folder is not None, "an index that is not in a folder has no journal"
+            with locked(self.folder, INDEX_LOCK, WAIT, "another process is changing this index"):
+                self.refresh()
+                if self.snapshot.changes:
+                    self._write()
+
+    def _write(self) -> None:
+        assert self.folder is not None
+        self.snapshot.to_index().save(self.folder)  # the journal goes with the index that it is of
+        self._start(read_whole(self.folder, lambda: ItemIndex.from_pretrained(self.folder)))  # type: ignore[arg-type]
+        self._seen = self._stamp()
+
+    def _has_grown(self) -> bool:
+        gone = len(self.snapshot) - self.snapshot.num_items
+        changed = len(self.snapshot) - len(self.base) + gone
+        return changed > max(MIN_COMPACTED, COMPACTED_SHARE * len(self.base))
+
+    def _check(self, change: Change) -> None:
+        """Refuse columns that do not fit those that are there. Raises [`DataError`]."""
+        if change.added is not None and change.added.columns is not None:
+            try:
+                tables = [self.snapshot.columns.schema, change.added.columns.schema]
+                pa.unify_schemas(tables, promote_options="permissive")
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"the columns of the items do not fit those of the index ({one_line(error)})"
+                ) from None
+
+    def _apply(self, change: Change) -> None:
+        number = self.snapshot.changes + 1
+        self.snapshot = self.snapshot.changed(change, f"{self.base_version}+{number}")

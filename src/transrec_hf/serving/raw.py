@@ -1,0 +1,149 @@
+"""Items that no catalogue has: read as a caller gives them, and turned into vectors."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from ..data.images import IMAGE_FORMATS
+from ..errors import DataError, one_line, shortened
+from ..items.encoding import packed_linears
+from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
+from ..model.modeling_transrec import TransRecModel
+from ..model.processing_transrec import TransRecProcessor, check_image_size, to_rgb
+
+
+BATCH = 64  # items that are encoded at a time
+HOW = "a raw item is a dictionary such as {'text': 'a red hat', 'image': PIL.Image}, an image, or an array of numbers"
+
+
+def is_id(item: Any) -> bool:
+    """Whether an item of a history is an id: a string always is, and never a text."""
+    return isinstance(item, (str, int, np.integer)) and not isinstance(item, bool)
+
+
+def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
+    """
+    What a raw item shows, by modality: a text, an RGB image, a float32 vector.
+
+    Args:
+        item (`dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): By modality the contents, an image as a PIL
+            image or as the bytes of a file; or an image or a vector alone.
+        modalities (`Sequence[str]`): Which the model reads.
+
+    Raises:
+        [`DataError`]: If nothing of it can be read.
+    """
+    if isinstance(item, PIL.Image.Image):
+        item = {"image": item}
+    elif isinstance(item, (np.ndarray, Tensor)):
+        item = {"features": item}
+    if not isinstance(item, Mapping):
+        raise DataError(f"an item of a history is an id or raw, got {type(item).__name__}; {HOW}")
+    unknown = [name for name in item if name not in MODALITIES]
+    if unknown:
+        raise DataError(f"a raw item has no {shortened(unknown[0])!r}: give some of {', '.join(MODALITIES)}")
+    readers = {"text": _text, "image": _image, "features": _vector}
+    shown = {name: readers[name](item[name]) for name in modalities if item.get(name) is not None}
+    if not shown:
+        given = ", ".join(name for name in item if item[name] is not None) or "nothing"
+        reads = ", ".join(modalities) or "no content: it knows items by their ids alone"
+        raise DataError(f"a raw item shows {given}, and this model reads {reads}")
+    return shown
+
+
+def _text(text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"the text of a raw item is {shortened(repr(text))}: give a string that is not blank")
+    return text
+
+
+def _image(image: Any) -> PIL.Image.Image:
+    try:
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            image = PIL.Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
+        if not isinstance(image, PIL.Image.Image):
+            raise DataError(f"the image of a raw item is {type(image).__name__}: give a PIL image or its bytes")
+        check_image_size(*image.size)
+        return to_rgb(image)
+    except DataError:
+        raise
+    except Exception as error:  # whatever decoders raise
+        raise DataError(f"the image of a raw item cannot be read ({shortened(one_line(error), 200)})") from error
+
+
+def _vector(vector: Any) -> np.ndarray:
+    try:
+        numbers = np.asarray(vector.detach().cpu() if isinstance(vector, Tensor) else vector, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        numbers = np.empty(0, dtype=np.float32)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all() or not numbers.any():
+        raise DataError("the features of a raw item are a list of finite numbers that are not all zero")
+    return numbers
+
+
+def without_ids(model: TransRecModel) -> TransRecModel:
+    """The same model with the same weights, for items that it has no ID vectors of: they count as zero."""
+    if model.config.num_items is None or not model.config.modalities:
+        return model
+    other = copy.copy(model)
+    other.config = copy.copy(model.config)
+    other.config.num_items = None
+    return other
+
+
+def raw_batch(processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]]) -> ItemBatch:
+    """What [`read_raw`] has read, as a batch that a model reads. Raises [`DataError`]."""
+    columns: dict[str, Any] = {name: [shown.get(name) for shown in contents] for name in processor.modalities}
+    if "image" in columns:
+        columns["images"] = columns.pop("image")
+    given = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+    try:
+        return ItemBatch.from_inputs(**processor(**given))
+    except ValueError as error:
+        raise DataError(f"raw items: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def encode_raw(
+    model: TransRecModel, processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]], unknown: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """
+    Vectors of raw items, as of a catalogue: `(n, width)`, fp32; and which modalities they show.
+
+    Args:
+        model ([`TransRecModel`]): The model.
+        processor ([`TransRecProcessor`]): Of the model.
+        contents (`Sequence[dict]`): See [`read_raw`].
+        unknown (`float`, *optional*): The log popularity of an item that nobody has chosen yet.
+    """
+    model = without_ids(model)
+    vectors, present = [], []
+    with packed_linears(model):
+        for start in range(0, len(contents), BATCH):
+            batch = raw_batch(processor, contents[start : start + BATCH])
+            vectors.append(model.get_item_features(batch.to(model.device)).float())
+            present.append(batch.present)
+    embeds = torch.cat(vectors)
+    return model.with_popularity(embeds, embeds.new_full((len(embeds),), unknown)), torch.cat(present)
+
+
+def masked(batch: ItemBatch, name: str) -> ItemBatch | None:
+    """The items without what they show of a modality, as far as they show another one; `None` if none of them does."""
+    column = COLUMNS[name]
+    hides = batch.present[:, column] & (batch.present.sum(dim=1) > 1)
+    if not hides.any():
+        return None
+    present = batch.present.clone()
+    present[hides, column] = False
+    parts = dict(batch.parts)
+    if (kept := parts.pop(name).select(~hides)) is not None:
+        parts[name] = kept
+    return ItemBatch(present, parts, batch.item_rows)

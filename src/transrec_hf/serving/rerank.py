@@ -1,0 +1,104 @@
+"""Steps after ranking: small functions that order a pool of good items anew, or leave some out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """
+    The best items of one user, best first.
+
+    Args:
+        scores (`np.ndarray` of shape `(n,)`): What the model gives them.
+        vectors (`np.ndarray` of shape `(n, hidden_size)`): Their item vectors, of length 1.
+        columns (`pa.Table`): Their columns.
+        counts (`np.ndarray` of shape `(n,)`, *optional*): How often each occurs in the training data.
+    """
+
+    scores: np.ndarray
+    vectors: np.ndarray
+    columns: pa.Table
+    counts: np.ndarray | None = None
+
+
+Step = Callable[[Pool, int], np.ndarray]
+"""From a pool and how many are wanted to places in the pool, in the new order."""
+
+
+def maximal_marginal_relevance(weight: float = 0.3) -> Step:
+    """
+    Diversity (Carbonell and Goldstein, 1998): the next item is the one with the best
+    `(1 - weight) relevance - weight similarity`, with the relevance scaled to 0..1 within the pool and the similarity
+    that to the most similar item chosen before.
+
+    Args:
+        weight (`float`, *optional*, defaults to 0.3): From 0, the order of the scores, to 1.
+    """
+    if not 0 <= weight <= 1:
+        raise DataError(f"the weight of diversity is between 0 and 1, got {weight!r}")
+
+    def step(pool: Pool, k: int) -> np.ndarray:
+        spread = np.ptp(pool.scores) or 1.0
+        relevance = (1 - weight) * (pool.scores - pool.scores.min()) / spread
+        nearest = np.zeros(len(relevance))
+        left = np.ones(len(relevance), dtype=bool)
+        order = []
+        for _ in range(min(k, len(relevance))):
+            best = int(np.where(left, relevance - weight * nearest, -np.inf).argmax())
+            order.append(best)
+            left[best] = False
+            similar = pool.vectors @ pool.vectors[best]
+            nearest = similar if len(order) == 1 else np.maximum(nearest, similar)
+        return np.array(order, dtype=np.int64)
+
+    return step
+
+
+def cap_per_attribute(column: str, most: int = 2) -> Step:
+    """
+    At most so many items of one value of a column, e.g. of a brand; of items without a value as many as there are.
+
+    Args:
+        column (`str`): Name of the column.
+        most (`int`, *optional*, defaults to 2): Items of one value.
+    """
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise DataError(f"the most items of one {column!r} are a whole number from 1 on, got {most!r}")
+
+    def step(pool: Pool, k: int) -> np.ndarray:
+        if column not in pool.columns.column_names:
+            raise DataError(f"there is no column {column!r} to cap: the items have {pool.columns.column_names}")
+        seen: dict[str, int] = {}
+        kept = []
+        for place, value in enumerate(pool.columns[column].to_pylist()):
+            key = repr(value)
+            seen[key] = seen.get(key, 0) + 1
+            if value is None or seen[key] <= most:
+                kept.append(place)
+        return np.array(kept, dtype=np.int64)
+
+    return step
+
+
+def dampen_popularity(weight: float = 0.5) -> Step:
+    """
+    Take `weight` times the logarithm of an item's count in the training data from its score.
+
+    Args:
+        weight (`float`, *optional*, defaults to 0.5): In the unit of scores.
+    """
+
+    def step(pool: Pool, k: int) -> np.ndarray:
+        if pool.counts is None:
+            raise DataError("nothing is known of the popularity of the items: give `counts` to the recommender")
+        return np.argsort(-(pool.scores - weight * np.log(np.maximum(pool.counts, 1))), kind="stable")
+
+    return step

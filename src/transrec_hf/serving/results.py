@@ -1,0 +1,143 @@
+"""What a recommender answers: plain dataclasses, and a list of them that becomes a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
+"""Of recommendations as a flat table."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """
+    What an answer was made with.
+
+    Args:
+        model (`str`): Changes with the weights and settings of the model.
+        index (`str`): Changes with the items, and with each change to them.
+    """
+
+    model: str
+    index: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """
+    What moved a recommendation, by counterfactual masking: how much lower its score is without it. A negative number
+    is of what spoke against the item.
+
+    Args:
+        history (`dict[int, float]`): By its place in the history, what each item that was read adds to the score. Of
+            a history of one item it is all of it.
+        modalities (`dict[str, float]`, *optional*): By modality, what it adds, as far as items have another one to be
+            told by; `None` if the contents of the items are not at hand.
+    """
+
+    history: dict[int, float]
+    modalities: dict[str, float] | None = None
+
+
+@dataclass
+class Recommendation:
+    """
+    One recommended item.
+
+    Args:
+        item_id (`str`): Its id in the catalogue.
+        score (`float`): What the model gives it; comparable within one user only. Of the popular items, the number of
+            their interactions in the training data.
+        text (`str`, *optional*): Its text, if the catalogue is at hand or the index has it.
+        columns (`dict`, *optional*): Its further columns, e.g. `price`.
+        explanation ([`Explanation`], *optional*): If one was asked for.
+    """
+
+    item_id: str
+    score: float
+    text: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    explanation: Explanation | None = None
+
+
+class Recommendations(list[Recommendation]):
+    """
+    The items recommended to one user, best first: a list, and what is to be said of it.
+
+    Attributes:
+        versions ([`Versions`]): What it was made with.
+        fallback (`str`, *optional*): `"popular"` if there was no history to go by, and these are the popular items.
+        skipped (`list[str]`): Unknown ids of the history, which were skipped.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Recommendation],
+        versions: Versions,
+        fallback: str | None = None,
+        skipped: Iterable[str] = (),
+    ) -> None:
+        super().__init__(items)
+        self.versions, self.fallback, self.skipped = versions, fallback, list(skipped)
+
+    def rows(self, user_id: str = "user") -> list[dict[str, Any]]:
+        """A dictionary of user_id, item_id, rank and score for each item."""
+        return [
+            {"user_id": user_id, "item_id": item.item_id, "rank": rank, "score": item.score}
+            for rank, item in enumerate(self, start=1)
+        ]
+
+    def to_arrow(self) -> pa.Table:
+        """One row an item, with its text and columns."""
+        return pa.Table.from_pylist([{**row, **_details(item)} for row, item in zip(self.rows(), self, strict=True)])
+
+    def to_dataset(self) -> datasets.Dataset:
+        """As [`~Recommendations.to_arrow`], as a data set."""
+        from datasets import Dataset
+
+        return Dataset(self.to_arrow())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As [`~Recommendations.to_arrow`], as a DataFrame."""
+        return self.to_arrow().to_pandas()
+
+
+class UserRecommendations(list[Recommendations]):
+    """The items recommended to several users, in their order."""
+
+    def __init__(self, users: Iterable[Recommendations], versions: Versions) -> None:
+        super().__init__(users)
+        self.versions = versions
+
+    def rows(self, user_ids: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """A dictionary of user_id (its place without `user_ids`), item_id, rank and score for each item."""
+        names = map(str, range(len(self)) if user_ids is None else user_ids)
+        for name, found in zip(names, self, strict=True):
+            yield from found.rows(name)
+
+    def to_arrow(self, user_ids: Iterable[str] | None = None) -> pa.Table:
+        """The flat table of user_id, item_id, rank and score."""
+        return pa.Table.from_pylist(list(self.rows(user_ids)), SCHEMA)
+
+    def to_dataset(self, user_ids: Iterable[str] | None = None) -> datasets.Dataset:
+        """As [`~UserRecommendations.to_arrow`], as a data set."""
+        from datasets import Dataset
+
+        return Dataset(self.to_arrow(user_ids))
+
+    def to_pandas(self, user_ids: Iterable[str] | None = None) -> pd.DataFrame:
+        """As [`~UserRecommendations.to_arrow`], as a DataFrame."""
+        return self.to_arrow(user_ids).to_pandas()
+
+
+def _details(item: Recommendation) -> dict[str, Any]:
+    return {"text": item.text, **item.columns}
