@@ -99,7 +99,7 @@ def image_item(content: bytes | None, path: str | None = None, full: bool = Fals
     def run(folder: Path) -> Any:
         items = load_catalogue(parquet(folder, "items", {"item_id": ["a", "b"], "image": images}))
         assert full, "only a full decode should find it"
-        items.check_images()
+        items.check_contents()
 
     return run
 
@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     # modalities
     "item without any modality": (
         items_with(text=["red", None, "blue"]),
-        ("items.parquet", "no content: row 2 (item_id 'b')", "Give them text, image or features"),
+        ("items.parquet", "no content: row 2 (item_id 'b')", "Give them text, image, features"),
     ),
     "blank text and no image": (items_with(text=["red", "  \n", ""]), ("row 2 (item_id 'b'), row 3 (item_id 'c')",)),
     "all content null": (items_with(text=[None] * 3), ("no content: row 1",)),
@@ -379,4 +379,4 @@ def test_selected_items_keep_the_row_numbers_of_their_file(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"row 3 \(item_id 'c': truncated"):
         items.image(0)
     with pytest.raises(DataError, match=r"row 3 \(item_id 'c': truncated"):
-        items.check_images()
+        items.check_contents()

@@ -151,7 +151,7 @@ def test_every_format_gives_the_same_domain(domain: Any, tmp_path: Path) -> None
     for row in (0, 1):
         expected = PIL.Image.open(io.BytesIO(IMAGES[row]))
         assert np.array_equal(catalogue.image(row), expected)
-    catalogue.check_images()
+    catalogue.check_contents()
     assert sequences.user_ids.tolist() == ["u", "v"]
     assert as_lists(sequences) == [[0, 1, 2, 1], [1, 2, 0]]  # by time; equal times as in the file
     assert sequences.timestamps.tolist() == [3, 5, 5, 7, -2, 1, 9]
@@ -300,13 +300,13 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
 
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
-    load_catalogue(big_items(tmp_path / "small", 32, 500_000)).check_images()  # imports and pools are paid for here
+    load_catalogue(big_items(tmp_path / "small", 32, 500_000)).check_contents()  # imports and pools are paid for here
     big_items(tmp_path / "large", 256, 500_000)
     pa.default_memory_pool().release_unused()
     allocated, before = pa.total_allocated_bytes(), private_bytes()
     catalogue = load_catalogue(tmp_path / "large", modality_policy="one_per_item")
     selected = catalogue.select(np.arange(0, len(catalogue), 2)[::-1])
-    selected.check_images()
+    selected.check_contents()
     assert len(catalogue.content_hash()) == 64
     pa.default_memory_pool().release_unused()
     assert pa.total_allocated_bytes() - allocated < 2_000_000

@@ -165,7 +165,7 @@ def test_modalities_are_those_that_the_model_reads(catalogue):
         [True, True],
     ]
     both = make_catalogue(kinds=("text image",))
-    assert ItemSource(both, make_processor("text")).present[0].tolist() == [True, False, False]
+    assert ItemSource(both, make_processor("text")).present[0, :3].tolist() == [True, False, False]
     assert not ItemSource(both).present.any()
 
 

@@ -35,7 +35,7 @@ def seen(content: bytes) -> np.ndarray:
     """What the catalogue shows of an image; the processor must see the same in the file itself."""
     items = datasets.Dataset.from_dict({"item_id": ["a"], "image": [{"bytes": content, "path": None}]})
     catalogue = Catalogue(items)
-    catalogue.check_images()
+    catalogue.check_contents()
     image = catalogue.image(0)
     assert image is not None and image.mode == "RGB"
     processor = TransRecProcessor(image_processor=make_image_processor())
@@ -254,10 +254,10 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
 def test_images_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     image = {"bytes": encoded(PIL.Image.new("RGB", (5, 5))), "path": None}
     catalogue = Catalogue(datasets.Dataset.from_dict({"item_id": ["a", "b"], "image": [image] * 2}))
-    catalogue.check_images()
+    catalogue.check_contents()
     monkeypatch.setattr(catalogue.contents["image"], "defects", lambda full: pytest.fail("decoded again"))
-    catalogue.check_images()
-    catalogue.select([1]).check_images()
+    catalogue.check_contents()
+    catalogue.select([1]).check_contents()
 
 
 def test_a_truncated_image_ends_a_training_before_it_begins(tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ def test_a_checkpoint_of_any_subset_works_through_the_same_three_classes(modalit
 
 def test_mixed_items_know_their_rows(processor):
     batch = processor(text=["red hat", None, "sock"], images=[None, RED, BLUE])
-    assert batch["item_modalities"].tolist() == [[True, False, False], [False, True, False], [True, True, False]]
+    assert batch["item_modalities"][:, :3].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [True, True, False],
+    ]
     assert batch["text_index"].tolist() == [0, 2]
     assert batch["image_index"].tolist() == [1, 2]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 4)
@@ -58,7 +62,7 @@ def test_mixed_items_know_their_rows(processor):
 
 def test_one_item_needs_no_list(processor):
     batch = processor(text="red hat", images=RED)
-    assert batch["item_modalities"].tolist() == [[True, True, False]]
+    assert batch["item_modalities"][:, :3].tolist() == [[True, True, False]]
 
 
 def test_items_of_one_modality_bring_no_inputs_of_the_other(processor):
@@ -69,8 +73,8 @@ def test_items_of_one_modality_bring_no_inputs_of_the_other(processor):
 
 def test_a_processor_ignores_what_its_model_does_not_read():
     texts, images = make_processor("text"), make_processor("image")
-    assert texts(text=["hat"], images=[RED])["item_modalities"].tolist() == [[True, False, False]]
-    assert images(text=["hat"], images=[RED])["item_modalities"].tolist() == [[False, True, False]]
+    assert texts(text=["hat"], images=[RED])["item_modalities"][:, :3].tolist() == [[True, False, False]]
+    assert images(text=["hat"], images=[RED])["item_modalities"][:, :3].tolist() == [[False, True, False]]
 
 
 def test_long_texts_are_cut(processor):
@@ -106,7 +110,7 @@ def test_an_image_for_a_text_processor_is_refused():
 
 
 def test_a_processor_needs_a_part():
-    with pytest.raises(ValueError, match="needs a tokenizer, an image_processor, features_size"):
+    with pytest.raises(ValueError, match=r"needs a tokenizer, an image_processor, .*features_size"):
         TransRecProcessor()
 
 

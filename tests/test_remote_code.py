@@ -28,6 +28,7 @@ MODULES = {
     "item_encoder_transrec.py": None,
     "modalities_transrec.py": None,
     "towers_transrec.py": None,
+    "windows_transrec.py": None,
     "tuning_transrec.py": None,
     "user_encoder_transrec.py": None,
     "configuration_transrec.py": "config.json",

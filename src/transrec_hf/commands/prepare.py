@@ -131,7 +131,7 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _write_items(partial / "items.parquet", items, images)
         pa.parquet.write_table(interactions, partial / "interactions.parquet")
         catalogue, sequences = load_domain(partial)
-        catalogue.check_images()
+        catalogue.check_contents()
     done |= {
         "items": len(catalogue),
         "items_with_text": int(catalogue.has_text.sum()),

@@ -234,8 +234,8 @@ def prepare_run(
     check_fits(model, catalogue)
     with bad_input("bad options"):
         split = split_args.apply(sequences, model.config.max_position_embeddings)
-    if "image" in model.config.modalities and os.environ.get("RANK", "0") == "0":
-        catalogue.check_images()
+    if os.environ.get("RANK", "0") == "0":
+        catalogue.check_contents(model.config.modalities)
     return catalogue, split, model, processor
 
 
@@ -284,8 +284,7 @@ def prepare_domain(
     check_fits(model, catalogue)
     with bad_input(f"{name}: bad options"):
         split = split_args.apply(sequences, model.config.max_position_embeddings)
-    if "image" in model.config.modalities:
-        catalogue.check_images()
+    catalogue.check_contents(model.config.modalities)
     return catalogue, split
 
 

@@ -16,7 +16,7 @@ from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defect
 from ..model.modalities_transrec import MODALITIES
 from .columns import encode_ids, missing_words, warn_of_near_misses
 from .contents import READERS, Content
-from .images import typed_images
+from .media import FEATURES, typed_files
 from .places import bad_table, open_source
 from .reading import check_item_columns, read_items
 
@@ -34,19 +34,19 @@ EMPTY_ID = "Give these rows an id or delete them."
 class Catalogue:
     """Items of one platform, in catalogue order; an item is addressed by its row 0..N-1.
 
-    The constructor checks ids, text, vectors, modalities and image headers; [`Catalogue.check_images`] decodes every
-    image.
+    The constructor checks ids, text, vectors, modalities and the headers of images and sounds;
+    [`Catalogue.check_contents`] decodes every one.
 
     Args:
         items (`datasets.Dataset`):
             Columns `item_id` (string or integer) and at least one of `text` (string or null), `image` (`Image`
-            feature, bytes, path, or null) and `features` (list of numbers of one length, or null). Further columns
-            are kept.
+            feature, bytes, path, or null), `features` (list of numbers of one length, or null) and `audio` (as
+            `image`). Further columns are kept.
         source (`str`, *optional*, defaults to `"catalogue"`):
             File, folder or Hub id, for messages.
         image_folder (`str`, *optional*):
-            Folder that image paths are relative to, and which they must not leave, links resolved. Without one, paths
-            may name any file.
+            Folder that paths of images and sounds are relative to, and which they must not leave, links resolved.
+            Without one, paths may name any file.
 
     Attributes:
         item_ids (`np.ndarray` of shape `(N,)`, str): The id of every item.
@@ -68,7 +68,7 @@ class Catalogue:
         if len(items) == 0:
             raise DataError(f"{source}: the catalogue is empty. Add at least one item.")
         self.source = source
-        self._is_checked = False
+        self._checked: set[str] = set()
         self._file_rows = np.arange(len(items))
         if "file_name" in items.column_names and "image" not in items.column_names:
             items = items.rename_column("file_name", "image")
@@ -140,21 +140,21 @@ class Catalogue:
         """Which items show an image, `(N,)` bool."""
         return self.has("image")
 
-    def read(self, row: int, names: Iterable[str] = tuple(MODALITIES)) -> dict[str, Any]:
-        """What an item shows of the modalities, as a processor takes it.
+    def read(self, row: int, names: Iterable[str] = tuple(MODALITIES), **form: Any) -> dict[str, Any]:
+        """What an item shows of the modalities, as a processor takes it, in the form that its [`form`] asks for.
 
         Raises [`DataError`] with source, row and item id when a content cannot be decoded.
         """
-        return {name: self._content(name, row) for name in names if self._shows(name, row)}
+        return {name: self._content(name, row, **form) for name in names if self._shows(name, row)}
 
     def _shows(self, name: str, row: int) -> bool:
         return name in self.contents and self.contents[name].present[row]
 
-    def _content(self, name: str, row: int, encoded: bool = False) -> Any:
+    def _content(self, name: str, row: int, encoded: bool = False, **form: Any) -> Any:
         """The content that an item shows, or its bytes."""
         content = self.contents[name]
         try:
-            return content.encoded(row) if encoded else content.read(row)
+            return content.encoded(row) if encoded else content.read(row, **form)
         except BadContent as error:
             defects = self._describe(f"unusable {name}", [row], content.mend, {row: str(error)})
             raise DataError(f"{self.source}: {defects[0]}") from error
@@ -175,14 +175,20 @@ class Catalogue:
         """The bytes of an item's image as they are in the file, not decoded."""
         return self.contents["image"].encoded(row)
 
-    def check_images(self) -> None:
+    def check_contents(self, modalities: Collection[str] = tuple(MODALITIES)) -> None:
         """
-        Decode every image once, in threads; a second call has nothing to do. Raises [`DataError`] that names the first
-        bad ones.
+        Decode every image and sound once, in threads; a second call has nothing to do.
+
+        Args:
+            modalities (`Collection[str]`, *optional*): Which of them are decoded; all by default.
+
+        Raises:
+            [`DataError`]: That names the first bad ones.
         """
-        if "image" in self.contents and not self._is_checked:
-            raise_defects(self.source, self._content_defects("image", full=True))
-            self._is_checked = True
+        files = FEATURES.keys() & set(modalities) - self._checked
+        left = [name for name in self.contents if name in files]
+        raise_defects(self.source, [line for name in left for line in self._content_defects(name, full=True)])
+        self._checked = self._checked.union(left)
 
     def _content_defects(self, name: str, full: bool) -> list[str]:
         content = self.contents[name]
@@ -313,14 +319,14 @@ def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dat
 
 
 def _with_typed_contents(items: datasets.Dataset, source: str) -> datasets.Dataset:
-    """Items with `image` as an undecoded `Image` feature; a content column of nothing but nulls or NaN is dropped."""
+    """Items with files as undecoded features; a content column of nothing but nulls or NaN is dropped."""
     for name in set(MODALITIES) & set(items.column_names):
         kind = items.features.arrow_schema.field(name).type
         column = items.select_columns(name).with_format("arrow")[:][name] if pa.types.is_floating(kind) else None
         if pa.types.is_null(kind) or (column is not None and pc.all(pc.is_null(column, nan_is_null=True)).as_py()):
             items = items.remove_columns(name)
-        elif name == "image":
-            items = typed_images(items, source)
+        elif name in FEATURES:
+            items = typed_files(items, name, source)
     return items
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ..errors import BadContent, shortened
 from .columns import VISIBLE, is_text, missing_words, whole_column
 from .images import Images
+from .sounds import Sounds
 
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ class Content(Protocol):
     def __init__(self, rows: datasets.Dataset, folder: str | None) -> None:
         """`rows` are formatted as Arrow; `folder` holds the files that they name. Raises [`BadContent`]."""
 
-    def read(self, row: int) -> Any:
-        """The content of an item as a processor takes it. Raises [`BadContent`]."""
+    def read(self, row: int, *args: Any, **form: Any) -> Any:
+        """
+        The content of an item as a processor takes it, in the form that it asks for, see [`TransRecProcessor.form`].
+        Raises [`BadContent`].
+        """
 
     def encoded(self, row: int) -> bytes:
         """The content as it is hashed and published. Raises [`BadContent`]."""
@@ -160,5 +164,5 @@ def _float32(numbers: pa.Array) -> np.ndarray:
         return numbers.to_numpy(zero_copy_only=False).astype(np.float32)
 
 
-READERS: dict[str, type[Content]] = {"text": Texts, "image": Images, "features": Vectors}
+READERS: dict[str, type[Content]] = {"text": Texts, "image": Images, "features": Vectors, "audio": Sounds}
 """The reader of every modality."""

@@ -69,7 +69,7 @@ def fit_texts(model: TransRecModel, source: ItemSource) -> None:
     processor, limit = source.processor, model.item_encoder.positions
     if processor is None or limit is None or processor.max_text_length <= limit:
         return
-    is_long = [int((units > limit).sum()) for name, units in source.units().items() if MODALITIES[name].mask]
+    is_long = [int((units > limit).sum()) for name, units in source.units().items() if MODALITIES[name].has_tokens]
     if any(is_long):
         logger.warning(
             f"{is_long[0]} texts have more than {limit} tokens, which is all that the text tower has positions for: "
@@ -238,10 +238,9 @@ def item_states(
         loader = item_loader(source, rows, 128, device=model.device)
         for batch in logging.tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
             part = batch.to(model.device).parts[name]
-            masks: list[Any] = part.masks or [None] * len(part.values)
             buckets = [
                 model.item_encoder.state(name, values, mask, part.stored).float()
-                for values, mask in zip(part.values, masks, strict=True)
+                for values, mask in part.passes(model.pass_size(name))
             ]
             states.append(torch.cat(buckets)[part.rows.argsort()])
     return torch.cat(states) if states else torch.empty(0)
@@ -264,7 +263,8 @@ def content_vectors(
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to compute them.
         kwargs: further arguments of [`encode_catalogue`].
     """
-    model = TransRecModel.from_text_vision_pretrained(text_model, vision_model, **FORMAT_1)
+    fields: dict[str, Any] = FORMAT_1
+    model = TransRecModel.from_text_vision_pretrained(text_model, vision_model, **fields)
     source = ItemSource(catalogue, TransRecProcessor.from_towers(text_model, vision_model))
     encoder = model.item_encoder
     widths = [tower_width(tower) for tower in encoder.towers.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -110,8 +110,27 @@ class ContentPreparation:
         self.units = catalogue.has(name).astype(np.int64)
 
     def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
-        contents = [self.catalogue.read(row, [self.name])[self.name] for row in rows]
-        return ItemPart(slots, [self.processor.prepare(self.name, contents)[MODALITIES[self.name].values]])
+        return ItemPart(slots, [self.prepared(rows)[MODALITIES[self.name].values]])
+
+    def prepared(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the processor makes of the contents of catalogue rows, all of which have the modality."""
+        form = self.processor.form(self.name)
+        contents = [self.catalogue.read(row, [self.name], **form)[self.name] for row in rows]
+        return self.processor.prepare(self.name, contents)
+
+
+class WindowPreparation(ContentPreparation):
+    """Contents of one or several windows each; see [`ContentPreparation`]."""
+
+    def __init__(self, catalogue: Catalogue, processor: TransRecProcessor, name: str):
+        super().__init__(catalogue, processor, name)
+        rows = np.flatnonzero(catalogue.has(name))
+        contents: Any = catalogue.contents.get(name)
+        self.units[rows] = processor.windows(name, contents.lengths()[rows])
+
+    def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
+        prepared, modality = self.prepared(rows), MODALITIES[self.name]
+        return ItemPart(slots, [prepared[modality.values]], [prepared[str(modality.mask)]])
 
 
 class ItemSource:
@@ -155,8 +174,10 @@ class ItemSource:
 
     def _preparation(self, name: str) -> Preparation:
         assert self.processor is not None
-        if MODALITIES[name].mask is not None:
+        if MODALITIES[name].has_tokens:
             return TextPreparation(self.catalogue, self.processor)
+        if MODALITIES[name].is_windowed:
+            return WindowPreparation(self.catalogue, self.processor, name)
         return ContentPreparation(self.catalogue, self.processor, name)
 
     def forget(self, name: str) -> None:
@@ -164,7 +185,7 @@ class ItemSource:
         self._preparations.pop(name, None)
 
     def units(self) -> dict[str, np.ndarray]:
-        """By modality, what the cost of each item is proportional to, `(n_items,)`: tokens, or 1 for any content."""
+        """By modality, what the cost of each item is proportional to, `(n_items,)`: tokens, windows, or 1."""
         return {name: preparation.units for name, preparation in self.preparations.items()}
 
     def with_preparations(self, preparations: dict[str, Preparation]) -> ItemSource:

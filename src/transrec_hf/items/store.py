@@ -33,6 +33,7 @@ from ..model.towers_transrec import (
     run_tower,
     tower_blocks,
 )
+from ..model.windows_transrec import has_states_in_time
 from .encoding import fit_texts, item_loader, packed_linears, sort_by_length
 from .fingerprints import adapter_settings, tower_settings
 from .preparing import ItemSource, bucket_by_tokens
@@ -109,13 +110,15 @@ def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
     kind, was_training = type(tower).__name__, {module: module.training for module in tower.modules()}
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     mask: Any = None
-    if MODALITIES[name].mask is not None:
+    if MODALITIES[name].has_tokens:
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=tower.device)
         values = torch.arange(1, 6, device=tower.device).expand(2, 5) * mask
     else:
         values = torch.cat([placeholder(tower, None), placeholder(tower, None) + 1])
     tower.eval()
     try:
+        if MODALITIES[name].is_windowed and has_states_in_time(tower):
+            raise ValueError("which of its states are real is known before its blocks alone")
         if trained and read_below(tower, depth, trained):
             raise ValueError("frozen blocks read parameters that are trained")
         with torch.autocast(tower.device.type, enabled=False):
@@ -147,7 +150,7 @@ class StoredStates:
         source ([`ItemSource`]): The items.
         name (`str`): The modality.
         depth (`int`): Blocks of the tower after which they are.
-        ragged (`bool`): There are as many states for an item as it has tokens; else one.
+        ragged (`bool`): There are as many states for an item as it has tokens, or windows; else one.
     """
 
     def __init__(self, folder: Path, source: ItemSource, name: str, depth: int, ragged: bool):
@@ -275,8 +278,9 @@ class ActivationStore:
                 )
             if not source.present[:, COLUMNS[name]].any():
                 continue
-            check_resumes(name, tower, self.depths[name])
             self.pooled[name] = pooled = encoder.is_stored_pooled(name)
+            if not (pooled and MODALITIES[name].is_windowed):
+                check_resumes(name, tower, self.depths[name])
             preprocessing = source.processor.fingerprint(name)  # type: ignore[union-attr]
             key = prefix_key(
                 tower, self.depths[name], encoder.pooling_strategy if pooled else None, preprocessing, dtype
@@ -370,20 +374,21 @@ class ActivationStore:
         for name, part in batch.to(self.model.device, non_blocking=True).parts.items():
             if name not in self.states:
                 continue
-            tower, depth, states = encoder.towers[name], self.depths[name], []
-            size = self.model.pass_size(name) if part.masks is None else 2**31
-            masks: list[Any] = part.masks or [None] * len(part.values)
-            for values, mask in zip(part.values, masks, strict=True):
-                for contents in values.split(size):
-                    if self.pooled[name]:
-                        reached = encoder.pool(run_tower(tower, contents, mask), mask)
-                    else:
-                        reached = lower_states(tower, depth, contents, mask)
-                    reached = reached.to(self.dtype).cpu()
-                    if self.states[name].ragged:
-                        states += [item[real] for item, real in zip(reached, mask.bool().cpu(), strict=True)]
-                    else:
-                        states += reached.unsqueeze(1)
+            tower, depth = encoder.towers[name], self.depths[name]
+            states: list[Tensor] = []
+            for values, mask in part.passes(self.model.pass_size(name)):
+                if self.pooled[name]:
+                    states += encoder.state(name, values, mask).to(self.dtype).cpu().unsqueeze(1)
+                elif MODALITIES[name].is_windowed:
+                    assert mask is not None
+                    real = mask.gt(0)
+                    reached = lower_states(tower, depth, values[real]).to(self.dtype).cpu()
+                    states += reached.split(real.sum(dim=1).tolist())
+                elif mask is not None:
+                    reached = lower_states(tower, depth, values, mask).to(self.dtype).cpu()
+                    states += [item[real] for item, real in zip(reached, mask.bool().cpu(), strict=True)]
+                else:
+                    states += lower_states(tower, depth, values).to(self.dtype).cpu().unsqueeze(1)
             rows = batch.item_rows[part.rows.cpu()].tolist()  # type: ignore[index]
             found[name] = list(zip(rows, states, strict=True))
         return found

@@ -17,6 +17,7 @@ from .modalities_transrec import MODALITIES
 
 
 TEXT_POOLINGS = ("mean", "cls", "attention")
+WINDOW_POOLINGS = ("mean", "attention")
 OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax", "masked")
 SIMILARITIES = ("dot", "cosine")
 ITEM_MAPS = ("linear", "whitened")
@@ -134,6 +135,9 @@ class TransRecConfig(PreTrainedConfig):
             Configuration of the text tower, any encoder that [`AutoModel`] knows. `None` means no text tower.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision tower, any encoder that [`AutoModel`] knows. `None` means no vision tower.
+        audio_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the audio tower: an encoder of sound that [`AutoModel`] knows, the audio tower of CLAP,
+            Whisper, of which the encoder is taken, or an encoder of images of one channel. `None` means no tower.
         features_size (`int`, *optional*):
             Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
         num_items (`int`, *optional*):
@@ -178,10 +182,12 @@ class TransRecConfig(PreTrainedConfig):
         text_pooling (`str`, *optional*, defaults to `"mean"`):
             How token states become one vector: `"mean"` or `"cls"`, or `"attention"`, the paper's masked multi-head
             self-attention followed by additive attention.
+        window_pooling (`str`, *optional*, defaults to `"mean"`):
+            How the states of the windows of a sound become one vector: `"mean"`, or `"attention"` as for texts.
         pooling_head_size (`int`, *optional*, defaults to 20):
-            Width of a head of the self-attention in `text_pooling="attention"`.
+            Width of a head of the self-attention in pooling by attention.
         pooling_query_size (`int`, *optional*, defaults to 200):
-            Width of the additive attention in `text_pooling="attention"`.
+            Width of the additive attention in pooling by attention.
         projection_hidden_size (`int`, *optional*):
             Width of a hidden layer between what a tower says and the item vector. Without it a `"linear"` item map has
             none, as in the paper's code, and a `"whitened"` one has 256.
@@ -231,10 +237,12 @@ class TransRecConfig(PreTrainedConfig):
     sub_configs_defaults = {
         "text_config": SubConfigSpec(AutoConfig, model_type="bert", optional=True),
         "vision_config": SubConfigSpec(AutoConfig, model_type="vit", optional=True),
+        "audio_config": SubConfigSpec(AutoConfig, model_type="audio-spectrogram-transformer", optional=True),
     }
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
     features_size: int | None = None
     num_items: int | None = None
     hidden_size: int = 384
@@ -254,6 +262,7 @@ class TransRecConfig(PreTrainedConfig):
     input_layer_norm: bool = True
     use_modality_embedding: bool = True
     text_pooling: str = "mean"
+    window_pooling: str = "mean"
     pooling_head_size: int = 20
     pooling_query_size: int = 200
     projection_hidden_size: int | None = None
@@ -348,7 +357,7 @@ class TransRecConfig(PreTrainedConfig):
             )
         if version == 1:
             config_dict = {**FORMAT_1, **config_dict}
-        for part in (config_dict, config_dict.get("text_config"), config_dict.get("vision_config")):
+        for part in (config_dict, *(config_dict.get(name) for name in cls.sub_configs_defaults)):
             check_foreign(part)
         # a later version of transformers may write more, or the author: a slip of one letter is told from it, but not
         # a setting that other models have, such as layer_norm_epsilon
@@ -358,6 +367,7 @@ class TransRecConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         is_new = (
             self.features_size is not None
+            or self.audio_config is not None
             or self.user_encoder != "transformer"
             or (self.item_map, self.similarity) != ("linear", "dot")
             or self.content_prior
@@ -389,7 +399,7 @@ class TransRecConfig(PreTrainedConfig):
             check_weight_source(source)
         if self.objective in WITH_NEGATIVES and not self.num_negatives:
             raise ValueError(f"objective {self.objective!r} needs num_negatives of 1 or more, got 0")
-        for name in ("text_config", "vision_config"):
+        for name in self.sub_configs_defaults:
             check_sizes(getattr(self, name), name)
         if self.user_encoder not in USER_ENCODERS:
             raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
@@ -413,6 +423,8 @@ class TransRecConfig(PreTrainedConfig):
             )
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")
+        if self.window_pooling not in WINDOW_POOLINGS:
+            raise ValueError(f"window_pooling must be one of {WINDOW_POOLINGS}, got {self.window_pooling!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if self.objective == "masked" and (self.is_causal or not self.mask_probability):

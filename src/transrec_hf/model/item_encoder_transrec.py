@@ -23,6 +23,7 @@ from .towers_transrec import (
     text_positions,
     tower_width,
 )
+from .windows_transrec import masked_mean, run_windows
 
 
 CONTENT_RMS = 0.1
@@ -172,6 +173,8 @@ class ItemEncoder(nn.Module):
         towers (`PreTrainedModel`): Loaded towers, by their names in the table, to use instead of fresh weights.
     """
 
+    text_pooling: AttentionPooling
+
     def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__()
         self.modalities = config.modalities
@@ -184,13 +187,15 @@ class ItemEncoder(nn.Module):
                 width = getattr(config, modality.config)
             else:
                 tower = towers.get(modality.tower) or build_tower(getattr(config, modality.config))
-                check_tower(tower, modality.name, modality.mask is not None)
+                check_tower(tower, modality.name, modality.has_tokens)
                 setattr(self, modality.tower, tower)
                 width = tower_width(tower)
-                self.positions = text_positions(tower) if modality.mask else self.positions
-            if modality.mask is not None and config.text_pooling == "attention":
-                self.text_pooling = AttentionPooling(config, width)
-                width = self.text_pooling.output_size
+                self.positions = text_positions(tower) if modality.has_tokens else self.positions
+            strategy = config.text_pooling if modality.has_tokens else config.window_pooling
+            if modality.mask is not None and strategy == "attention":
+                pooling = AttentionPooling(config, width)
+                setattr(self, f"{modality.name}_pooling", pooling)
+                width = pooling.output_size
             setattr(self, modality.projection, build_projection(config, width))
         self.is_whitened = config.item_map == "whitened"
         self.length = CONTENT_RMS * config.hidden_size**0.5
@@ -211,8 +216,8 @@ class ItemEncoder(nn.Module):
 
     def parts_of(self, name: str) -> list[nn.Module]:
         """All modules that only the contents of one modality pass."""
-        pooling = [self.text_pooling] if hasattr(self, "text_pooling") and MODALITIES[name].mask is not None else []
-        return [*([self.towers[name]] if name in self.towers else []), *pooling, self.projection(name)]
+        modules = [self.towers.get(name), getattr(self, f"{name}_pooling", None), self.projection(name)]
+        return [module for module in modules if module is not None]
 
     def zero_of_unused(self, modalities: Collection[str], present: Collection[str]) -> Tensor | float:
         """
@@ -225,7 +230,7 @@ class ItemEncoder(nn.Module):
 
     def is_stored_pooled(self, name: str) -> bool:
         """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""
-        return is_frozen(self.towers[name]) and not (MODALITIES[name].mask and self.pooling_strategy == "attention")
+        return is_frozen(self.towers[name]) and not hasattr(self, f"{name}_pooling")
 
     def encode(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
         """
@@ -236,7 +241,7 @@ class ItemEncoder(nn.Module):
             values (`Tensor` of shape `(n, ...)`): The contents as the tower reads them, vectors if there is none; or,
                 if `stored`, states after so many blocks, which an [`ActivationStore`] has, pooled if they are
                 `(n, width)`.
-            mask (`Tensor` of shape `(n, length)`, *optional*): Which positions are real.
+            mask (`Tensor` of shape `(n, length)`, *optional*): Which positions, or what shares of windows, are real.
             stored (`int`, *optional*, defaults to 0): See `values`.
 
         Raises:
@@ -258,6 +263,9 @@ class ItemEncoder(nn.Module):
             )
         if is_pooled:
             return values.to(tower.dtype)
+        if MODALITIES[name].is_windowed:
+            assert mask is not None
+            return self._windows_state(name, values, mask, stored)
         if mask is not None and self.positions is not None and mask.shape[1] > self.positions:
             raise ValueError(
                 f"a text has {mask.shape[1]} tokens, and the {name} tower has positions for {self.positions}: set "
@@ -269,6 +277,25 @@ class ItemEncoder(nn.Module):
             output = resume_tower(tower, stored, values.to(tower.dtype), mask)
         return self.pool(output, mask)
 
+    def _windows_state(self, name: str, values: Tensor, mask: Tensor, stored: int) -> Tensor:
+        """
+        One state of several windows: the mean of theirs, or pooled by attention.
+
+        Args:
+            values (`Tensor` of shape `(n, windows, ...)`): The windows, or their states after `stored` blocks.
+            mask (`Tensor` of shape `(n, windows)`): What share of each window is real; 0 where there is none.
+        """
+        tower, real = self.towers[name], mask > 0
+        if stored:
+            output, moments = resume_tower(tower, stored, values[real].to(tower.dtype)), None
+        else:
+            output, moments = run_windows(tower, values[real], mask[real])
+        found = self.pool(output, None) if moments is None else masked_mean(output.last_hidden_state, moments)
+        states = found.new_zeros(*mask.shape, found.shape[-1])
+        states[real] = found
+        pooling = getattr(self, f"{name}_pooling", None)
+        return masked_mean(states, real) if pooling is None else pooling(states, real)
+
     def pool(self, output: Any, mask: Tensor | None) -> Tensor:
         """Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the
         tower does it itself."""
@@ -276,10 +303,7 @@ class ItemEncoder(nn.Module):
         if mask is not None:
             if self.pooling_strategy == "attention":
                 return self.text_pooling(states, mask)
-            if self.pooling_strategy == "cls":
-                return states[:, 0]
-            real = mask.unsqueeze(-1).to(states.dtype)
-            return (states * real).sum(dim=1) / real.sum(dim=1)
+            return states[:, 0] if self.pooling_strategy == "cls" else masked_mean(states, mask)
         pooled = output.get("pooler_output")
         if pooled is None:
             pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))

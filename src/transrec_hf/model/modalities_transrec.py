@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ class Modality:
         tower (`str`, *optional*): Name of the tower in the item encoder; without one, contents are vectors already.
         mask (`str`, *optional*): Name of their mask, for contents of different lengths.
         part (`str`, *optional*): Part of the processor that prepares the contents.
+        is_windowed (`bool`, *optional*, defaults to `False`): A content is several windows, `(windows, ...)`, of which
+            a tower makes one state each; the mask, `(windows,)`, says what share of each is real.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Modality:
     tower: str | None = None
     mask: str | None = None
     part: str | None = None
+    is_windowed: bool = False
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the mask says which positions are real that one pass of the tower reads."""
+        return self.mask is not None and not self.is_windowed
 
 
 TEXT = Modality(
@@ -62,7 +70,18 @@ FEATURES = Modality(
     index="features_index",
     values="features",
 )
-MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES)}
+AUDIO = Modality(
+    "audio",
+    config="audio_config",
+    projection="audio_projection",
+    index="audio_index",
+    values="audio_values",
+    tower="audio_model",
+    mask="audio_mask",
+    part="feature_extractor",
+    is_windowed=True,
+)
+MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO)}
 """Append only: the order is that of the columns of `present` and of the bits of a combination of modalities."""
 COLUMNS = {name: column for column, name in enumerate(MODALITIES)}
 
@@ -75,7 +94,8 @@ class ItemPart:
     Args:
         rows (`Tensor` of shape `(n,)`): The item of each content, as a row of the batch, in the order of the buckets.
         values (`list[Tensor]`): Buckets of contents, `(n_i, ...)`, as the modality's tower reads them.
-        masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, which positions are real.
+        masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, which positions, or what shares of
+            windows, are real.
         stored (`int`, *optional*, defaults to 0): Blocks of the tower after which the values are states, which an
             [`ActivationStore`] has; 0 for contents.
     """
@@ -95,6 +115,14 @@ class ItemPart:
         values = [self.values[i][parts[i]] for i in some]
         masks = None if self.masks is None else [self.masks[i][parts[i]] for i in some]
         return replace(self, rows=self.rows[chosen], values=values, masks=masks)
+
+    def passes(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Values and mask of at most `size` tokens, windows or contents, or of one content, in order."""
+        masks: list[Any] = self.masks or [None] * len(self.values)
+        for values, mask in zip(self.values, masks, strict=True):
+            few = max(1, size // (1 if mask is None else mask.shape[1]))
+            chunks = values.split(few)
+            yield from zip(chunks, [None] * len(chunks) if mask is None else mask.split(few), strict=True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ItemPart:
         """The same with a function applied to each tensor."""
@@ -148,7 +176,8 @@ class ItemBatch:
             if rows is None:
                 rows = torch.arange(len(values), device=values.device)
             if modality.mask is not None and mask is None:
-                mask = torch.ones_like(values)
+                mask = torch.ones(values.shape[:2], device=values.device)
+                mask = mask if modality.is_windowed else mask.long()
             parts[modality.name] = ItemPart(rows, [values], None if mask is None else [mask])
         unknown = [name for name, value in inputs.items() if value is not None and name != "token_type_ids"]
         if unknown:

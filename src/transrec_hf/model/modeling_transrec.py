@@ -162,10 +162,12 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
             vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
-            kwargs: fields of [`TransRecConfig`], e.g. `hidden_size=256`, `features_size=512`, or `objective="cpc"`.
+            kwargs: `audio_model`, a Hub id or folder too; and fields of [`TransRecConfig`], e.g. `hidden_size=256`,
+                `features_size=512`, or `objective="cpc"`.
         """
+        fields = {modality.tower: modality.config for modality in MODALITIES.values() if modality.tower}
         names = {"text_model": text_model, "vision_model": vision_model}
-        fields = {modality.tower: modality.config for modality in MODALITIES.values()}
+        names |= {name: kwargs.pop(name) for name in fields if name in kwargs}
         towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
         configs = {fields[name]: tower.config for name, tower in towers.items()}
         # without it the composite configuration would reset the choice that each tower made when it was loaded
@@ -272,21 +274,19 @@ class TransRecModel(TransRecPreTrainedModel):
     def get_content_features(self, name: str, part: ItemPart) -> Tensor:
         """Vectors of the contents of one modality, in the order of `part.rows`: `(n, hidden_size)`."""
         encode = partial(self._in_chunks, partial(self.item_encoder.encode, name, stored=part.stored))
-        if part.masks is not None:
-            return torch.cat([encode(*bucket) for bucket in zip(part.values, part.masks, strict=True)])
-        size = self.pass_size(name)
-        return torch.cat([encode(values) for bucket in part.values for values in bucket.split(size)])
+        return torch.cat([encode(*contents) for contents in part.passes(self.pass_size(name))])
 
     def pass_size(self, name: str) -> int:
         """
-        Contents without a mask that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave
+        Images, or windows, that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave
         their maps in its cache, elsewhere all. Batch norms in training see all contents of the batch.
         """
+        tower = self.item_encoder.towers.get(name)
+        if tower is None or MODALITIES[name].has_tokens:
+            return 2**31  # texts are in buckets of as many tokens as there should be
         if self.images_per_pass is not None:
             return self.images_per_pass
-        tower = self.item_encoder.towers.get(name)
-        all_at_once = tower is None or self.device.type != "cpu" or training_batch_norms(tower)
-        return 2**31 if all_at_once else 32
+        return 2**31 if self.device.type != "cpu" or training_batch_norms(tower) else 32
 
     def get_item_features(self, items: ItemBatch | None = None, **inputs: Any) -> Tensor:
         """

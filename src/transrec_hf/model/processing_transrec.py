@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .modalities_transrec import COLUMNS, MODALITIES
+from .windows_transrec import LogMelFeatureExtractor
 
 
 MAX_IMAGE_PIXELS = 64_000_000
@@ -25,6 +26,8 @@ LARGE = 4_000_000  # pixels; images of several times as many are shrunk, lest a 
 MAX_CHARACTERS = 2**16
 """Of a text, that are read in any case."""
 CHARACTERS_AT_A_TIME = 2**22
+LEAST_SAMPLES = 800
+"""Of a sound; a shorter one is followed by silence, or it would not fill one frame of a spectrogram."""
 
 
 class UnusableImage(ValueError):
@@ -73,16 +76,27 @@ def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
     return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
+def feature_extractor_of(audio_model: str) -> Any:
+    """The feature extractor of an audio tower; of one that reads images of one channel, spectrograms."""
+    config = AutoConfig.from_pretrained(audio_model, trust_remote_code=False)
+    if getattr(config, "num_channels", None) == 1:
+        return LogMelFeatureExtractor()
+    return AutoFeatureExtractor.from_pretrained(audio_model, trust_remote_code=False)
+
+
 class TransRecProcessor(ProcessorMixin):
     r"""
-    Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, and vectors that
-    items come with, or any of them.
+    Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, a feature
+    extractor for the sounds, and vectors that items come with, or any of them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text tower; `None` if the model has none.
         image_processor (`BaseImageProcessor`, *optional*): of the vision tower; `None` if the model has none.
         max_text_length (`int`, *optional*, defaults to 64): tokens after which a text is cut.
         features_size (`int`, *optional*): width of the vectors that items come with; `None` if the model reads none.
+        feature_extractor (`FeatureExtractionMixin`, *optional*): of the audio tower; `None` if the model has none.
+        audio_seconds (`float`, *optional*, defaults to 10): length of a window of sound for towers that read any.
+        max_audio_windows (`int`, *optional*, defaults to 3): windows after which a sound is cut.
         modalities (`list[str]`, *optional*): written to and read from `processor_config.json`; leave it out.
 
     Raises:
@@ -96,11 +110,21 @@ class TransRecProcessor(ProcessorMixin):
         max_text_length: int = 64,
         features_size: int | None = None,
         modalities: Sequence[str] | None = None,
+        feature_extractor: Any = None,
+        audio_seconds: float = 10.0,
+        max_audio_windows: int = 3,
     ):
-        parts = {"tokenizer": tokenizer, "image_processor": image_processor}
+        parts = {
+            "tokenizer": tokenizer,
+            "image_processor": image_processor,
+            "feature_extractor": feature_extractor,
+        }
         parts = {name: part for name, part in parts.items() if part is not None}
         if not parts and features_size is None:
-            raise ValueError("a processor needs a tokenizer, an image_processor, features_size, or several of them")
+            raise ValueError(
+                "a processor needs a tokenizer, an image_processor, a feature_extractor, features_size, or several of "
+                "them"
+            )
         # the mixin asks its class for the parts; here each instance answers, since a checkpoint may lack a modality
         self.get_attributes: Any = partial(list, parts)
         super().__init__(**parts)
@@ -108,7 +132,9 @@ class TransRecProcessor(ProcessorMixin):
         self.image_processor = image_processor
         self.max_text_length = max_text_length
         self.features_size = features_size
-        given = {"text": tokenizer, "image": image_processor, "features": features_size}
+        self.feature_extractor = feature_extractor
+        self.audio_seconds, self.max_audio_windows = audio_seconds, max_audio_windows
+        given = {"text": tokenizer, "image": image_processor, "features": features_size, "audio": feature_extractor}
         self.modalities = [name for name in MODALITIES if given[name] is not None]
 
     @classmethod
@@ -118,6 +144,7 @@ class TransRecProcessor(ProcessorMixin):
         vision_model: str | None = None,
         max_text_length: int = 64,
         features_size: int | None = None,
+        audio_model: str | None = None,
     ) -> TransRecProcessor:
         """The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers."""
         return cls(
@@ -125,25 +152,33 @@ class TransRecProcessor(ProcessorMixin):
             AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False) if vision_model else None,
             max_text_length,
             features_size,
+            feature_extractor=feature_extractor_of(audio_model) if audio_model else None,
         )
 
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        modalities = (processor_dict or {}).get("modalities", ["text", "image"])
-        loaders = {"text": AutoTokenizer, "image": AutoImageProcessor}
+        processor_dict = processor_dict or {}
+        modalities = processor_dict.get("modalities", ["text", "image"])
+        loaders: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # or the user would be asked
-        return [
+        settings = processor_dict.get("feature_extractor") or {}
+        if settings.get("feature_extractor_type") == LogMelFeatureExtractor.__name__:
+            loaders["audio"] = LogMelFeatureExtractor
+        tokenizer, image_processor, feature_extractor = (
             loader.from_pretrained(pretrained_model_name_or_path, **kwargs) if modality in modalities else None
             for modality, loader in loaders.items()
-        ]
+        )
+        # in the order of `__init__`; what is given in between is read from the file
+        return [tokenizer, image_processor, 64, None, None, feature_extractor]
 
     def __call__(
         self,
         text: Sequence[str | None] | str | None = None,
         images: Sequence[Image.Image | None] | Image.Image | None = None,
         features: Any = None,
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -153,12 +188,15 @@ class TransRecProcessor(ProcessorMixin):
             text (`list[str | None]` or `str`, *optional*): text of each item.
             images (`list[Image | None]` or `Image`, *optional*): image of each item.
             features (`list` of `(features_size,)` vectors or `None`, *optional*): vector of each item.
+            audio (`list` of `(samples,)` arrays or `None`, *optional*): sound of each item, mono, at the rate of the
+                feature extractor.
 
         Returns:
             `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
             `attention_mask` `(n_text, tokens)`, `text_index` `(n_text,)`, `pixel_values`
             `(n_image, channels, height, width)`, `image_index` `(n_image,)`, the item row of each text and image,
-            `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`.
+            `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`, `audio_values`
+            `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds, windows)` and `audio_index` `(n_sounds,)`.
 
         Raises:
             `ValueError`: if the lists differ in length, or an item has none of the modalities of this processor.
@@ -167,6 +205,7 @@ class TransRecProcessor(ProcessorMixin):
             "text": [text] if isinstance(text, str) else [] if text is None else list(text),
             "image": [images] if isinstance(images, Image.Image) else [] if images is None else list(images),
             "features": [] if features is None else list(features),
+            "audio": [] if audio is None else list(audio),
         }
         counts = {name: len(contents) for name, contents in given.items() if contents}
         n_items = max(counts.values(), default=0)
@@ -194,7 +233,7 @@ class TransRecProcessor(ProcessorMixin):
 
         Args:
             name (`str`): The modality.
-            contents (`list`): Texts, images or vectors; at least one.
+            contents (`list`): Texts, images, vectors or sounds; at least one.
             kwargs: Of the tokenizer.
 
         Returns:
@@ -205,10 +244,65 @@ class TransRecProcessor(ProcessorMixin):
         if name == "image":
             images = [to_rgb(image) for image in contents]
             return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+        if name == "audio":
+            return self._prepare_sounds(contents)
         vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in contents])
         if vectors.shape[1:] != (self.features_size,):
             raise ValueError(f"features have the shape {tuple(vectors.shape[1:])}, not ({self.features_size},)")
         return {"features": vectors}
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of one window of sound."""
+        extractor: Any = self.feature_extractor
+        for name in ("window_samples", "n_samples", "nb_max_samples"):  # of ours, Whisper, CLAP
+            if hasattr(extractor, name):
+                return int(getattr(extractor, name))
+        if hasattr(extractor, "num_mel_bins"):  # of AST, whose frames are 10 ms
+            return extractor.max_length * extractor.sampling_rate // 100
+        return int(self.audio_seconds * extractor.sampling_rate)
+
+    def windows(self, name: str, lengths: Any) -> Any:
+        """Of how many windows contents of some lengths are, e.g. seconds; arrays of both."""
+        windows = (lengths * self.feature_extractor.sampling_rate / self.window_samples + 0.5) // 1
+        return windows.clip(1, self.max_audio_windows)
+
+    def form(self, name: str) -> dict[str, Any]:
+        """What the reader of a modality has to know to read a content as it is prepared here."""
+        if name != "audio":
+            return {}
+        rate = self.feature_extractor.sampling_rate
+        return {"sampling_rate": rate, "seconds": self.window_samples * self.max_audio_windows / rate}
+
+    def _prepare_sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """
+        Sounds `(samples,)` in windows, the last of which may be real in part; one of less than a half is left out if
+        there are others.
+        """
+        size, pieces, counts = self.window_samples, [], []
+        for sound in sounds:
+            samples = torch.as_tensor(sound, dtype=torch.float32)
+            if samples.dim() != 1 or not len(samples):
+                raise ValueError(f"a sound has the shape {tuple(samples.shape)}, not (samples,): give one channel")
+            windows = samples[: size * self.max_audio_windows].split(size)
+            windows = windows[:-1] if len(windows) > 1 and 2 * len(windows[-1]) < size else windows
+            pieces += windows
+            counts.append(len(windows))
+        extractor: Any = self.feature_extractor
+        options: dict[str, Any] = {"sampling_rate": extractor.sampling_rate, "return_tensors": "np"}
+        if not any(hasattr(extractor, name) for name in ("num_mel_bins", "hop_length")):
+            options |= {"padding": "max_length", "max_length": size, "truncation": True}
+        least = [torch.nn.functional.pad(piece, (0, max(0, LEAST_SAMPLES - len(piece)))) for piece in pieces]
+        prepared = extractor([piece.numpy() for piece in least], **options)[extractor.model_input_names[0]]
+        mask = torch.zeros(len(sounds), max(counts))
+        real = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        mask[real] = torch.tensor([len(piece) / size for piece in pieces])
+        values = torch.as_tensor(prepared, dtype=torch.float32)
+        if getattr(extractor, "truncation", None) == "fusion":  # of CLAP, four times the same for one window
+            values = values[:, :1]
+        padded = values.new_zeros(*mask.shape, *values.shape[1:])
+        padded[real] = values
+        return {"audio_values": padded, "audio_mask": mask}
 
     def tokenize(self, texts: Sequence[str], **kwargs: Any) -> list[list[int]]:
         """
@@ -248,6 +342,9 @@ class TransRecProcessor(ProcessorMixin):
         """A text that changes whenever this processor would prepare a modality in another way."""
         if modality == "features":
             return json.dumps(self.features_size)
+        if modality == "audio":
+            rules = json.loads(self.feature_extractor.to_json_string())
+            return json.dumps([self.audio_seconds, self.max_audio_windows, rules], sort_keys=True)
         if modality == "image":
             rules = json.loads(self.image_processor.to_json_string())
             return json.dumps({name: rules[name] for name in rules if name != "auto_map"}, sort_keys=True)

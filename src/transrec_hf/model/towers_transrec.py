@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from .configuration_transrec import check_sizes
 
 logger = logging.get_logger(__name__)
 
+WHOLES = {"clap_audio_model": "audio_model", "whisper": "encoder"}
+"""By the type of a configuration, the name of the tower in the model that [`AutoModel`] loads for it."""
+
 
 def tower_class(config: Any) -> type[PreTrainedModel]:
     """
@@ -26,6 +30,12 @@ def tower_class(config: Any) -> type[PreTrainedModel]:
         `ValueError`: If [`AutoModel`] has none, or one that is no encoder.
     """
     kind = type(config).__name__
+    if config.model_type in WHOLES:
+        # what AutoModel loads with a decoder, or a tower of text, of which it is a part
+        from transformers import ClapAudioModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return {"clap_audio_model": ClapAudioModel, "whisper": WhisperEncoder}[config.model_type]
     if type(config) not in AutoModel._model_mapping:
         raise ValueError(f"AutoModel knows no model for {kind}: a tower is an encoder that it can load")
     if getattr(config, "is_encoder_decoder", False):
@@ -37,8 +47,15 @@ def tower_class(config: Any) -> type[PreTrainedModel]:
 def without_dormant_parts(config: Any) -> dict[str, bool]:
     """
     Leave out what nothing here reads and so would never get a gradient: the mask token, in the configuration, and a
-    learned pooler, by the keyword that is returned where the class of the model has one.
+    learned pooler, by the keyword that is returned where the class of the model has one. What encoders of sound mask
+    and skip at random, for tasks of their own, stays as well: it would fail for short sounds and in several processes;
+    and what of CLAP reads sounds that are longer than a window.
     """
+    if getattr(config, "enable_fusion", False):
+        config.enable_fusion = False
+    for name in ("mask_time_prob", "mask_feature_prob", "layerdrop", "encoder_layerdrop"):
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
     if getattr(config, "use_mask_token", False):
         config.use_mask_token = False
     accepts = "add_pooling_layer" in inspect.signature(tower_class(config).__init__).parameters
@@ -50,14 +67,16 @@ def build_tower(config: Any) -> PreTrainedModel:
     if not tower_class(config)._supports_sdpa:
         # a convolutional tower refuses an attention implementation that was chosen for the whole model
         config._attn_implementation = "eager"
+    if config.model_type in WHOLES:
+        return tower_class(config)._from_config(config, **without_dormant_parts(config))
     return AutoModel.from_config(config, **without_dormant_parts(config))
 
 
 @torch.no_grad()
 def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
     """
-    Raises `ValueError` for a tower that does not make states of a text, or of an image, alone: it is given one, unless
-    it has no weights yet.
+    Raises `ValueError` for a tower that does not make states of a text, an image or a sound alone: it is given one,
+    unless it has no weights yet.
     """
     if tower.device.type == "meta":
         return
@@ -69,7 +88,7 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
         if is_text and states.shape != (1, 4, tower_width(tower)):
             raise ValueError(f"4 tokens have states of the shape {tuple(states.shape)}")
     except Exception as error:
-        what = "4 tokens" if is_text else "an image"
+        what = "4 tokens" if is_text else "a sound" if name == "audio" else "an image"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(
             f"{type(tower).__name__} cannot be the {name} tower, which makes states of {what} alone ({reason}): take "
@@ -84,7 +103,9 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     """A pre-trained tower; of a two-tower checkpoint such as CLIP its `part`: `"text_config"` or `"vision_config"`."""
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}  # neither code nor pickles of others
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    config = getattr(config, part, None) or config
+    whole, config = config, getattr(config, part, None) or config
+    is_part = config.model_type in WHOLES and (whole is not config or whole.is_encoder_decoder)
+    cls = AutoModel if is_part or config.model_type not in WHOLES else tower_class(config)
     tower_class(config)
     check_sizes(config, part)
     if "/" in str(config._attn_implementation):
@@ -93,9 +114,11 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the heads that a tower leaves behind
     try:
-        tower, found = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+        read = whole if is_part else config
+        tower, found = cls.from_pretrained(name_or_path, config=read, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
+    tower = getattr(tower, WHOLES[config.model_type]) if is_part else tower
     fresh = sorted(found["missing_keys"])
     if fresh:
         logger.warning(f"{name_or_path}: {len(fresh)} weights are not in it and start at random, such as {fresh[0]}.")
@@ -126,12 +149,13 @@ def text_positions(tower: nn.Module) -> int | None:
 
 def tower_blocks(tower: nn.Module) -> nn.ModuleList:
     """The outermost list of blocks of a tower: Transformer layers, ResNet stages, MobileNet convolutions."""
-    level = [tower]
+    level: list[nn.Module] = [tower]
     while level:
         for module in level:
             if isinstance(module, nn.ModuleList):
                 return module
-        level = [child for module in level for child in module.children()]
+        # what makes frames of a sound's samples has a list of convolutions of its own
+        level = [child for module in level for name, child in module.named_children() if name != "feature_extractor"]
     raise ValueError(f"{type(tower).__name__} has no list of blocks, so its top blocks cannot be told from the rest")
 
 
@@ -164,14 +188,29 @@ def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None
         return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
     if getattr(tower.config, "tf_padding", False):
         mend_convolutions(tower)
-    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=torch.channels_last)}, **kwargs)
+    layout = torch.channels_last if values.dim() == 4 else torch.preserve_format
+    return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=layout)}, **kwargs)
 
 
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
-    """Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or an image."""
+    """
+    Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or one image or
+    sound, for those layers do not look at the number of them.
+    """
     if mask is not None:
         return torch.zeros_like(mask)
-    config = tower.config  # one image: those layers do not look at the number of images
+    config = tower.config
+    shape: tuple[int, ...] = ()
+    if hasattr(config, "conv_stride"):
+        shape = (8 * math.prod(config.conv_stride),)
+    elif hasattr(config, "max_source_positions"):
+        shape = (config.num_mel_bins, 2 * config.max_source_positions)
+    elif hasattr(config, "spec_size"):
+        shape = (1, config.spec_size**2 // config.num_mel_bins, config.num_mel_bins)
+    elif hasattr(config, "num_mel_bins"):
+        shape = (config.max_length, config.num_mel_bins)
+    if shape:
+        return torch.zeros(1, *shape, dtype=tower.dtype, device=tower.device)
     size = getattr(config, "image_size", 64)
     sides = size if isinstance(size, list | tuple) else (size, size)
     return torch.zeros(1, config.num_channels, *sides, dtype=tower.dtype, device=tower.device)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
+from ..data.media import FEATURES, file_feature
 from ..data.statistics import length_statistics, modality_shares, popularity_statistics
 from ..errors import DataError, hub_errors
 from ..model.modalities_transrec import MODALITIES
@@ -92,12 +93,11 @@ def push_dataset_to_hub(
 
 
 def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
-    """Writes what is visible of the items as Parquet, the encoded images inside."""
+    """Writes what is visible of the items as Parquet, the encoded images and sounds inside."""
     import datasets
 
     features = datasets.Features(catalogue.items.features)
-    if "image" in features:
-        features["image"] = datasets.Image()
+    features |= {name: file_feature(name) for name in FEATURES if name in features}
     schema, rows_as_arrow = features.arrow_schema, catalogue.items.with_format("arrow")
     with pq.ParquetWriter(file, schema) as writer:
         bar = logging.tqdm(range(0, len(catalogue), ROWS), desc="Writing items", delay=2)

@@ -47,7 +47,8 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
     settings: list[Any] = [config.text_pooling]
     if index_format > 1:
         settings += [tower_settings(tower) for tower in encoder.towers.values()] + adapter_settings(encoder)
-        settings.append(config.num_attention_heads if config.text_pooling == "attention" else None)
+        has_heads = "attention" in (config.text_pooling, config.window_pooling)
+        settings.append(config.num_attention_heads if has_heads else None)
         settings.append(config.hidden_act if config.projection_hidden_size is not None else None)
         settings += [config.item_map, config.similarity, config.content_prior]
     settings += [processor.fingerprint(modality) for modality in processor.modalities] if processor else []

@@ -134,7 +134,7 @@ def count_items(units: dict[str, np.ndarray], rows: np.ndarray, max_tokens: int)
     for name, of_items in units.items():
         own = of_items[rows][of_items[rows] > 0]
         passes = [int(own.sum())]
-        if MODALITIES[name].mask is not None:
+        if MODALITIES[name].has_tokens:
             passes = [int(own[bucket].max()) * len(bucket) for bucket in bucket_by_tokens(own, max_tokens)]
         contents[name], totals[name], largest[name] = len(own), sum(passes), max(passes, default=0)
     return Counts(len(rows), contents, totals, largest)
@@ -234,11 +234,15 @@ def memory_of(device: torch.device) -> tuple[int, int]:
 
 
 def units_of(batch: ItemBatch) -> dict[str, int]:
-    """What a batch has of each modality: tokens, padding included, or contents."""
-    return {
-        name: sum(mask.numel() for mask in part.masks) if part.masks is not None else len(part.rows)
-        for name, part in batch.parts.items()
-    }
+    """What a batch has of each modality: tokens, padding included, windows or contents."""
+    units = {}
+    for name, part in batch.parts.items():
+        masks = part.masks or []
+        if MODALITIES[name].is_windowed:
+            units[name] = sum(int((mask > 0).sum()) for mask in masks) or len(part.rows)
+        else:
+            units[name] = sum(mask.numel() for mask in masks) or len(part.rows)
+    return units
 
 
 class Calibration:

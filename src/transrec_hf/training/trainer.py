@@ -282,8 +282,8 @@ class TransRecTrainer(TrainerBase):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
         if resume_from_checkpoint:
             check_resumable(resume_from_checkpoint, self.args)
-        if "image" in self.source.modalities and self.args.process_index == 0:
-            self.source.catalogue.check_images()  # or a truncated one ends the run when a batch first has it
+        if self.args.process_index == 0:  # or a truncated image ends the run when a batch first has it
+            self.source.catalogue.check_contents(self.source.modalities)
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
         self.reports = before.get("reports", self.reports)
         self.train_seconds = before.get("run", {}).get("seconds", 0.0)

@@ -87,7 +87,8 @@ def trained_whole(model: TransRecModel) -> list[str]:
     encoder = model.item_encoder
     modules = [encoder.projection(name) for name in model.config.modalities]
     for owner, name in (
-        *((encoder, name) for name in ("text_pooling", "item_embedding", "modality_scale")),
+        *((encoder, f"{name}_pooling") for name in model.config.modalities),
+        *((encoder, name) for name in ("item_embedding", "modality_scale")),
         *((model, name) for name in ("content_prior", "logit_scale", "popularity_weight")),
     ):
         modules += [getattr(owner, name)] if hasattr(owner, name) else []

@@ -1,0 +1,147 @@
+"""Contents that are files: encoded in the table or in files beside it, decoded one at a time."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers.utils import logging
+
+from ..errors import BadContent, DataError, shortened
+from .columns import is_text
+from .places import lies_in
+
+
+if TYPE_CHECKING:
+    import datasets
+    from typing_extensions import Self
+
+
+FEATURES = {"image": "Image", "audio": "Audio"}
+"""By modality, the feature of `datasets` that its files are."""
+BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
+"""How the bytes of an image begin in base64, and what no path looks like."""
+CHECKS: dict[str, Callable[[pa.DataType], bool]] = {
+    "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
+    "path": is_text,
+}
+"""What the fields of a file may hold."""
+
+
+def file_feature(name: str, **kwargs: Any) -> Any:
+    """The feature of a modality whose contents are files."""
+    import datasets
+
+    return getattr(datasets, FEATURES[name])(**kwargs)
+
+
+def typed_files(items: datasets.Dataset, name: str, source: str) -> datasets.Dataset:
+    """Items with a column of files as an undecoded feature."""
+    kind = items.features.arrow_schema.field(name).type
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"bytes": kind, "path": kind}
+    given = {"bytes", "path"} & fields.keys()
+    sound = {field for field in given if CHECKS[field](fields[field]) or pa.types.is_null(fields[field])}
+    if not (given and given <= sound if pa.types.is_struct(kind) else sound):
+        raise DataError(
+            f"{source}: column {name!r} holds {shortened(kind, 200)}. Write {name} bytes or file paths, or both in "
+            "fields named 'bytes' and 'path'."
+        )
+    return items.cast_column(name, file_feature(name, decode=False))
+
+
+class Files:
+    """
+    Files of one modality, as bytes or as paths relative to a folder; see [`Content`].
+
+    Attributes:
+        name (`str`): The modality.
+    """
+
+    name: str
+    mend = "Replace or delete them."
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        self._rows, self._folder = rows, folder
+        self._places = np.arange(len(rows))
+        masks = []
+        for batch in rows.select_columns(self.name).iter(1000):  # no file is copied as a whole column
+            has_bytes = pc.is_valid(pc.struct_field(batch[self.name], "bytes"))
+            has_path = pc.fill_null(pc.not_equal(pc.struct_field(batch[self.name], "path"), ""), False)
+            masks.append(pc.or_(has_bytes, has_path).to_numpy(zero_copy_only=False))
+        self.present = np.concatenate(masks)
+
+    def select(self, rows: np.ndarray) -> Self:
+        other = copy.copy(self)
+        other._places, other.present = self._places[rows], self.present[rows]
+        return other
+
+    def encoded(self, row: int) -> bytes:
+        """The bytes of the file, not decoded."""
+        source = self._source(row)
+        if isinstance(source, pa.Buffer):
+            return source.to_pybytes()
+        try:
+            return Path(source).read_bytes()
+        except OSError as error:
+            raise BadContent(f"{self.name} file cannot be read ({error.strerror})") from error
+
+    def defects(self, full: bool = False) -> dict[int, str]:
+        """Reads the header of every file, or decodes it if `full`, in threads."""
+        rows = np.flatnonzero(self.present)
+        chunks = np.array_split(rows, max(1, len(rows) // 64))
+        bad: dict[int, str] = {}
+        description = f"Decoding {self.name}s" if full else f"Reading {self.name} headers"
+        bar = logging.tqdm(total=len(rows), desc=description, delay=2)
+        with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for size, reasons in pool.map(lambda chunk: (len(chunk), self._bad(chunk, full)), chunks):
+                bad.update(reasons)
+                bar.update(size)
+        return bad
+
+    def _bad(self, rows: np.ndarray, full: bool) -> dict[int, str]:
+        bad = {}
+        for row in rows.tolist():
+            try:
+                self._check(row, full)
+            except BadContent as error:
+                bad[row] = str(error)
+        return bad
+
+    def _check(self, row: int, full: bool) -> None:
+        """Read the header of a file, or decode it if `full`. Raises [`BadContent`]."""
+        raise NotImplementedError
+
+    def _source(self, row: int) -> pa.Buffer | str:
+        """The encoded file, not copied, or its path."""
+        content = self._rows[int(self._places[row])][self.name][0]
+        if content["bytes"].is_valid:
+            return content["bytes"].as_buffer()
+        path = content["path"].as_py()
+        if (problem := _no_path(path, self.name)) is not None:
+            raise BadContent(problem)
+        if self._folder is not None:
+            path = os.path.join(self._folder, path)
+            if not lies_in(path, self._folder):
+                raise BadContent(f"the {self.name} path leaves the folder of the data: {shortened(content['path'])!r}")
+        if not os.path.isfile(path):
+            raise BadContent(f"{self.name} file not found: {shortened(path, 300)!r}")
+        return path
+
+
+def _no_path(text: str, name: str) -> str | None:
+    """What a text is that is no path, if it is none."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/])|//|www\.", text):
+        return f"a URL, which is not read: download the {name} and write its path ({shortened(text, 60)!r})"
+    if text[:5].lower() == "data:":
+        return f"a data URI, which is not read: write the {name} to a file, or its bytes into the column"
+    if BASE64.match(text):
+        return "base64 and no path: write the decoded bytes, or a file and its path"
+    return None

@@ -1,0 +1,180 @@
+"""Sounds of items, decoded by PyAV as far as they are needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import BadContent, DataError, shortened
+from .media import Files
+
+
+if TYPE_CHECKING:
+    import datasets
+    from av import AudioFrame
+    from av.container import InputContainer
+
+
+AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "M4A")
+MAX_RATE, MAX_CHANNELS = 768_000, 64
+MAX_BROKEN = 100
+"""Packets of a stream that may be damaged: as players do, they are left out."""
+CHECKED_SECONDS = 30.0
+"""Of a sound that are decoded when it is checked."""
+
+
+def format_of(head: bytes) -> str | None:
+    """
+    The demuxer for a file that begins with `head` (16 bytes), told by its contents. No other is tried: some, as those
+    of playlists, open whatever files and addresses they are told to.
+    """
+    if head[:4] in (b"RIFF", b"RF64", b"BW64"):
+        return {b"WAVE": "wav", b"AVI ": "avi"}.get(head[8:12])
+    if head[4:8] == b"ftyp":
+        return "mov"
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE0 == 0xE0):
+        return "mp3"
+    starts = {b"fLaC": "flac", b"OggS": "ogg", b"\x1a\x45\xdf\xa3": "matroska", b"GIF8": "gif"}
+    return starts.get(head[:4])
+
+
+@contextmanager
+def opened(source: pa.Buffer | str, formats: tuple[str, ...]) -> Iterator[InputContainer]:
+    """
+    A file of sound or moving pictures, open for decoding.
+
+    Args:
+        source (`pa.Buffer` or `str`): The encoded file, or its path.
+        formats (`tuple[str]`): Which are read, for messages.
+
+    Raises:
+        [`BadContent`]: If it is none, or damaged.
+        [`DataError`]: If PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("sounds and moving pictures need PyAV: pip install 'transrec-hf[media]'") from error
+    try:
+        # a file object in any case: the demuxer opens nothing itself
+        file: Any = io.BufferedReader(pa.BufferReader(source)) if isinstance(source, pa.Buffer) else open(source, "rb")
+        with file:
+            demuxer = format_of(file.read(16))
+            if demuxer is None:
+                raise BadContent(f"not a file of a known format ({', '.join(formats)})")
+            file.seek(0)
+            with av.open(file, format=demuxer, metadata_errors="replace") as container:
+                yield container
+    except BadContent:
+        raise
+    except MemoryError as error:
+        raise BadContent("there is not enough memory to decode it") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadContent(f"truncated or damaged file ({type(error).__name__}: {shortened(reason, 200)})") from error
+
+
+def frames_of(container: InputContainer, stream: Any) -> Iterator[Any]:
+    """What a stream decodes to, without its damaged packets. Raises [`BadContent`] if there are too many of them."""
+    import av
+
+    packets, broken = container.demux(stream), 0
+    while True:
+        try:
+            yield from next(packets).decode()
+        except (StopIteration, EOFError):
+            return
+        except av.InvalidDataError as error:
+            broken += 1
+            if broken > MAX_BROKEN:
+                raise BadContent(f"more than {MAX_BROKEN} packets are damaged") from error
+
+
+class Sounds(Files):
+    """Sounds, mono at the rate that is asked for; see [`Files`]."""
+
+    name = "audio"
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        super().__init__(rows, folder)
+        self._seconds = np.zeros(len(rows))
+
+    def lengths(self) -> np.ndarray:
+        """Seconds of each sound as its header says, `(N,)`; 0 where it does not, or was not read yet."""
+        return self._seconds[self._places]
+
+    def read(self, row: int, sampling_rate: int = 16_000, seconds: float = CHECKED_SECONDS) -> np.ndarray:
+        """
+        The beginning of a sound, the mean of its channels: `(samples,)`, float32. No more of the file is decoded.
+
+        Args:
+            row (`int`): Of the item.
+            sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
+            seconds (`float`, *optional*, defaults to 30): After which it is cut.
+        """
+        import av
+
+        wanted, found, parts = int(sampling_rate * seconds), 0, []
+        with opened(self._source(row), AUDIO_FORMATS) as container:
+            stream = self._stream(container)
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+            for frame in chain(frames_of(container, stream), [None]):
+                for part in resampler.resample(None if frame is None else _mono(frame)):
+                    parts.append(part.to_ndarray()[0])
+                    found += len(parts[-1])
+                if found >= wanted:
+                    break
+            length = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        if not found:
+            raise BadContent("no sound in it: 0 samples")
+        if 2 * found < min(wanted, length * sampling_rate):
+            raise BadContent(
+                f"truncated: {found / sampling_rate:.1f} of {length:.1f} seconds can be decoded. Get the file again"
+            )
+        samples = np.concatenate(parts)[:wanted]
+        if not np.isfinite(samples).all():
+            raise BadContent("some samples are NaN or infinite")
+        return samples
+
+    def _check(self, row: int, full: bool) -> None:
+        if full:
+            self.read(row)
+            return
+        with opened(self._source(row), AUDIO_FORMATS) as container:
+            stream = self._stream(container)
+            if stream.duration:
+                self._seconds[self._places[row]] = float(stream.duration * stream.time_base)
+
+    def _stream(self, container: InputContainer) -> Any:
+        """The first stream of sound. Raises [`BadContent`] if there is none, or its header is absurd."""
+        if not container.streams.audio:
+            raise BadContent("no sound in it: the file has no audio stream")
+        stream = container.streams.audio[0]
+        rate, channels = stream.rate or 0, stream.codec_context.channels
+        if not (0 < rate <= MAX_RATE and 0 < channels <= MAX_CHANNELS):
+            raise BadContent(
+                f"{rate:,} samples a second in {channels} channels; up to {MAX_RATE:,} in {MAX_CHANNELS} are read"
+            )
+        return stream
+
+
+def _mono(frame: AudioFrame) -> AudioFrame:
+    """The mean of all channels, however many there are."""
+    import av
+
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, len(frame.layout.channels)).T
+    if samples.dtype.kind in "iu":
+        middle = 128 if samples.dtype == np.uint8 else 0
+        samples = (samples.astype(np.float32) - middle) / 2.0 ** (8 * samples.dtype.itemsize - 1)
+    mixed = np.ascontiguousarray(samples.mean(axis=0, dtype=np.float32)[None])
+    mono = av.AudioFrame.from_ndarray(mixed, format="flt", layout="mono")
+    mono.sample_rate, mono.pts, mono.time_base = frame.sample_rate, None, frame.time_base
+    return mono
