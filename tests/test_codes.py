@@ -1,0 +1,169 @@
+"""Item vectors as codes: what is decoded is near, files are checked, semantic ids come back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from transrec_hf.errors import DataError
+from transrec_hf.items.codes import (
+    QUANTIZER_NAME,
+    ItemQuantizer,
+    k_means,
+    load_semantic_ids,
+    nearest,
+    resolve_collisions,
+    save_semantic_ids,
+)
+
+
+METHODS = ("residual", "product")
+
+
+def clusters(n=400, size=16, kinds=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(kinds, size, generator=generator)
+    return centres[torch.arange(n) % kinds] + 0.1 * torch.randn(n, size, generator=generator) + 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_codes_are_nearer(method):
+    vectors = clusters()
+    errors = [ItemQuantizer.fit(vectors, num, 16, method).report(vectors)["relative_error"] for num in (1, 2, 4)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 < 1
+
+
+def test_decoded_vectors_are_sums_of_centroids_or_rotated_parts():
+    vectors = clusters()
+    residual = ItemQuantizer.fit(vectors, 3, 8)
+    codes = residual.encode(vectors)
+    expected = residual.mean + sum(residual.codebooks[i][codes[:, i]] for i in range(3))
+    torch.testing.assert_close(residual.decode(codes), expected)
+    product = ItemQuantizer.fit(vectors, 4, 8, "product")
+    identity = product.rotation @ product.rotation.T
+    torch.testing.assert_close(identity, torch.eye(16), atol=1e-4, rtol=0)
+    codes = product.encode(vectors)
+    parts = torch.cat([product.codebooks[i][codes[:, i]] for i in range(4)], dim=1)
+    torch.testing.assert_close(
+        (product.decode(codes) - product.mean) @ product.rotation.T, parts, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_rotation_shares_out_what_is_in_one_part():
+    """All that differs is in the first four numbers, for which the first codebook alone has to answer."""
+    vectors = torch.randn(600, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0] * 4 + [0.1] * 12)
+    plain, rotated = (
+        ItemQuantizer.fit(vectors, 4, 16, "product", rotations=rotations).report(vectors)["relative_error"]
+        for rotations in (0, 10)
+    )
+    assert rotated < 0.8 * plain
+
+
+def test_the_nearest_is_that_of_all_distances():
+    vectors, centroids = torch.randn(50, 5), torch.randn(7, 5)
+    assert torch.equal(nearest(vectors, centroids), torch.cdist(vectors, centroids).argmin(dim=1))
+
+
+def test_no_centroid_stays_unused():
+    """Of 3 different vectors, 297 times one of them: a draw of centroids almost surely misses the others."""
+    vectors = torch.cat([torch.zeros(297, 2), torch.tensor([[5.0, 0], [0, 5.0], [5.0, 5.0]])])
+    centroids = k_means(vectors, 4, 20, torch.Generator().manual_seed(0))
+    assert torch.cdist(vectors, centroids).min(dim=1).values.max() < 1e-4
+
+
+def test_it_is_the_same_again_and_from_its_file(tmp_path):
+    vectors = clusters()
+    for method in METHODS:
+        first, second = (ItemQuantizer.fit(vectors, 4, 8, method, seed=3) for _ in range(2))
+        first.save(tmp_path / method)
+        loaded = ItemQuantizer.from_pretrained(tmp_path / method)
+        for other in (second, loaded):
+            assert torch.equal(other.codebooks, first.codebooks) and other.vectors_hash == first.vectors_hash
+            assert torch.equal(other.encode(vectors), first.encode(vectors))
+
+
+def test_the_report_counts():
+    codebooks = torch.tensor([[[0.0], [10.0], [99.0], [77.0]]])
+    quantizer = ItemQuantizer(codebooks, "residual", torch.zeros(1))
+    report = quantizer.report(torch.tensor([[0.0], [1.0], [10.0], [10.0]]))
+    assert report["unused_codes"] == 0.5 and report["collision_rate"] == 1.0
+    assert report["usage_entropy"] == pytest.approx(0.5)  # one bit of two
+    assert report["bytes_per_item"] == 0.25
+    assert report["relative_error"] == pytest.approx(1 / 90.75)
+
+
+def test_collisions_are_told_apart_by_one_more_code():
+    codes = torch.tensor([[1, 2], [0, 0], [1, 2], [1, 3], [1, 2]])
+    assert resolve_collisions(codes).tolist() == [[1, 2, 0], [0, 0, 0], [1, 2, 1], [1, 3, 0], [1, 2, 2]]
+
+
+def test_semantic_ids_come_back(tmp_path):
+    codes = torch.tensor([[17, 3], [0, 255]])
+    save_semantic_ids(tmp_path / "ids.json", np.array(["x", "7"]), codes)
+    assert json.loads((tmp_path / "ids.json").read_text()) == {"x": ["<a_17>", "<b_3>"], "7": ["<a_0>", "<b_255>"]}
+    ids, loaded = load_semantic_ids(tmp_path / "ids.json")
+    assert ids.tolist() == ["x", "7"] and torch.equal(loaded, codes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "holds no"),
+        ('{"x": ["<a_1>"], "y": []}', "'y' has no codes"),
+        ('{"x": ["<a_1>", "<c_1>"]}', "'x' has no codes"),
+        ('{"x": ["<a_1>"], "y": ["<a_1>", "<b_1>"]}', "'y' has 2 codes, the first one 1"),
+        ('{"x": ["<a_99999999999999999999>"]}', "'x' has no codes"),
+    ],
+)
+def test_a_damaged_file_names_the_item(content, message, tmp_path):
+    (tmp_path / "ids.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_semantic_ids(tmp_path / "ids.json")
+
+
+def test_wrong_vectors_and_codes_are_refused(tmp_path):
+    vectors = clusters()
+    quantizer = ItemQuantizer.fit(vectors, 2, 8)
+    with pytest.raises(DataError, match="fitted on vectors of 16 numbers, these have 8"):
+        quantizer.encode(vectors[:, :8])
+    with pytest.raises(DataError, match="row 3 is not finite"):
+        quantizer.encode(torch.cat([vectors[:2], torch.full((1, 16), torch.nan)]))
+    with pytest.raises(DataError, match=r"\[0, 8\] of row 2 is out of range, from 0 to 7"):
+        quantizer.decode(torch.tensor([[0, 0], [0, 8]]))
+    with pytest.raises(DataError, match="has 2 an item"):
+        quantizer.decode(torch.zeros(3, 5, dtype=torch.long))
+    with pytest.raises(DataError, match="smaller codebook_size"):
+        ItemQuantizer.fit(vectors[:7], 2, 8)
+    with pytest.raises(DataError, match="3 equal parts"):
+        ItemQuantizer.fit(vectors, 3, 8, "product")
+    with pytest.raises(DataError, match="Fit one"):
+        ItemQuantizer.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match="one id for each item"):
+        save_semantic_ids(tmp_path / "ids.json", ["x"], torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, made: tensors.pop("mean"),
+        lambda tensors, made: made.pop("method"),
+        lambda tensors, made: made.update(method="magic"),
+        lambda tensors, made: made.update(format="9"),
+        lambda tensors, made: tensors["codebooks"].fill_(torch.inf),
+        lambda tensors, made: tensors.update(mean=torch.zeros(3)),
+    ],
+)
+def test_a_damaged_quantizer_is_refused(damage, tmp_path):
+    tensors = {"codebooks": torch.zeros(2, 4, 16), "mean": torch.zeros(16)}
+    made = {"method": "residual", "format": "1"}
+    damage(tensors, made)
+    save_file(tensors, tmp_path / QUANTIZER_NAME, made)
+    with pytest.raises(DataError, match="quantizer"):
+        ItemQuantizer.from_pretrained(tmp_path)
