@@ -29,6 +29,7 @@ VERBS = {
     "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
     "recommend": ("recommend", "Recommend items to users."),
+    "serve": ("serve", "Serve recommendations over HTTP."),
     "export": ("export", "Write a model as graphs that run without this package."),
     "env": ("env", "Print the versions and the machine, for reports of errors."),
 }

@@ -1,0 +1,111 @@
+"""Requests of many clients, computed together: a bounded queue before one thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+class Busy(Exception):
+    """More requests are waiting than will be computed in time."""
+
+
+class Lane:
+    """
+    A queue of jobs and the thread that computes them. Whatever has come while it was busy is computed together, so
+    batches grow with the load, and nobody waits for one to fill.
+
+    Args:
+        compute (`Callable`): From jobs to a result for each, or to the exception that it ended with.
+        max_waiting (`int`): Jobs that may wait; more are refused.
+        max_batch (`int`): Jobs that are computed together.
+        observe (`Callable`, *optional*): Is told the size of each batch.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Sequence[Any]], Sequence[Any]],
+        max_waiting: int,
+        max_batch: int,
+        observe: Callable[[int], object] = lambda size: None,
+    ):
+        self.compute, self.max_waiting, self.max_batch, self.observe = compute, max_waiting, max_batch, observe
+        self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transrec-lane")
+        self._task: asyncio.Task | None = None
+        self._tasks: asyncio.Event
+
+    def start(self) -> None:
+        """Begin to compute; called in the event loop."""
+        self._tasks = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop when the batch at hand is done; jobs that wait are cancelled."""
+        if self._task is not None:
+            self._task.cancel()
+        for _, answer in self._waiting:
+            answer.cancel()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def is_full(self) -> bool:
+        """Whether another job would be refused."""
+        return len(self._waiting) >= self.max_waiting
+
+    async def submit(self, job: Any, timeout: float) -> Any:
+        """
+        The result of a job.
+
+        Raises:
+            [`Busy`]: If too many are waiting.
+            `TimeoutError`: If it took longer than `timeout` seconds; it is not computed then, unless it already was.
+        """
+        if self.is_full():
+            raise Busy
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, answer))
+        self._tasks.set()
+        return await asyncio.wait_for(answer, timeout)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._tasks.wait()
+            batch: list[tuple[Any, asyncio.Future]] = []
+            while self._waiting and len(batch) < self.max_batch:
+                job, answer = self._waiting.popleft()
+                if not answer.done():
+                    batch.append((job, answer))
+            if not self._waiting:
+                self._tasks.clear()
+            if not batch:
+                continue
+            self.observe(len(batch))
+            try:
+                results = await loop.run_in_executor(self._thread, self.compute, [job for job, _ in batch])
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, answer), result in zip(batch, results, strict=True):
+                if answer.done():
+                    continue
+                if isinstance(result, Exception):
+                    answer.set_exception(result)
+                else:
+                    answer.set_result(result)
+
+
+def one_by_one(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The result of each job, or the exception that it ended with."""
+    results: list[Any] = []
+    for job in jobs:
+        try:
+            results.append(job())
+        except Exception as error:
+            results.append(error)
+    return results

@@ -1,0 +1,237 @@
+"""What the service takes and gives, with its limits: strict types, no field that it does not know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    model_validator,
+)
+from typing_extensions import Self
+
+
+MAX_K = 1000
+MAX_HISTORIES = 256
+MAX_HISTORY = 1000
+MAX_RAW = 64  # raw items of a request, which the towers have to read
+MAX_EXPLAINED = 16  # histories
+MAX_CANDIDATES = 10_000
+MAX_ITEMS = 1000
+MAX_COLUMNS = 64
+MAX_TEXT = 2**16  # characters
+MAX_FILTER = 4000
+MAX_FEATURES = 2**14
+MAX_IMAGE = 2**23  # bytes of a file
+
+ItemId = Annotated[StrictStr, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text = Annotated[StrictStr, Field(min_length=1, max_length=MAX_TEXT)]
+Image = Annotated[
+    StrictStr,
+    Field(
+        min_length=4,
+        max_length=MAX_IMAGE * 4 // 3 + 4,
+        pattern=r"^[A-Za-z0-9+/]+={0,2}$",
+        description="The bytes of a PNG, JPEG, WebP, ... in base64.",
+    ),
+]
+Features = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_FEATURES)]
+Value = StrictStr | StrictBool | StrictInt | FiniteFloat | None
+Column = Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Filter = Annotated[StrictStr, Field(min_length=1, max_length=MAX_FILTER, examples=["price < 20 and stock > 0"])]
+Modality = Literal["text", "image", "features"]
+Count = Annotated[StrictInt, Field(ge=1, le=MAX_K)]
+
+
+class Strict(BaseModel):
+    """What is not named here is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class RawItem(Strict):
+    """An item that the catalogue need not have: a text, an image, a vector, or several of them."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    text: Text | None = None
+    image: Image | None = None
+    features: Features | None = None
+
+    def contents(self) -> dict[str, Any]:
+        """What it shows, by modality; an image as it came."""
+        return {name: value for name, value in self if value is not None}
+
+
+def kind_of(item: Any) -> str:
+    """A string is always an id, anything else a raw item."""
+    return "id" if isinstance(item, str) else "raw"
+
+
+IdOrRaw = Annotated[Annotated[ItemId, Tag("id")] | Annotated[RawItem, Tag("raw")], Discriminator(kind_of)]
+
+
+class Recommend(Strict):
+    """For whom, and what may be recommended."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"histories": [["item-17", "item-4"]], "k": 5},
+                {"histories": [[{"text": "a red hat"}, "item-4"]], "filter": "price < 20", "explain": True},
+            ]
+        }
+    )
+
+    histories: Annotated[
+        list[Annotated[list[IdOrRaw], Field(max_length=MAX_HISTORY)]],
+        Field(min_length=1, max_length=MAX_HISTORIES, description="Of each user, ids or raw items, oldest first."),
+    ]
+    timestamps: Annotated[list[list[StrictInt]], Field(max_length=MAX_HISTORIES)] | None = None
+    k: Count = 10
+    exclude_seen: StrictBool = True
+    filter: Filter | None = None
+    candidates: Annotated[list[ItemId], Field(max_length=MAX_CANDIDATES)] | None = None
+    modality: Modality | None = None
+    on_unknown: Literal["raise", "skip"] = "raise"
+    explain: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lengths = [len(history) for history in self.histories]
+        if self.timestamps is not None and [len(times) for times in self.timestamps] != lengths:
+            raise ValueError("timestamps have one entry for each item of each history")
+        return self
+
+    def is_quick(self) -> bool:
+        """Whether no tower has to read anything, and nothing is explained."""
+        return not self.explain and all(isinstance(item, str) for history in self.histories for item in history)
+
+
+class Similar(Strict):
+    """To which item, of the catalogue or raw."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item": "item-17", "k": 5}]})
+
+    item: IdOrRaw
+    k: Count = 10
+    filter: Filter | None = None
+    modality: Modality | None = None
+
+
+class Item(RawItem):
+    """An item of the catalogue: its id, its contents and further columns, such as a price."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 2})
+
+    item_id: ItemId
+    columns: Annotated[dict[Column, Value], Field(max_length=MAX_COLUMNS)] = {}
+
+    def contents(self) -> dict[str, Any]:
+        return {name: value for name, value in super().contents().items() if name not in ("item_id", "columns")}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        taken = sorted({"item_id", "text", "image", "features"} & set(self.columns))
+        if taken:
+            raise ValueError(f"columns cannot be named {', '.join(taken)}")
+        return self
+
+
+class Items(Strict):
+    """Items to add or to update."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"items": [{"item_id": "new-1", "text": "a red hat", "columns": {"price": 12.5}}]}]
+        }
+    )
+
+    items: Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+class Removal(Strict):
+    """Items to remove; `readable` ones may still stand in histories."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["new-1"]}]})
+
+    item_ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_ITEMS)]
+    readable: StrictBool = False
+
+
+class VersionsOut(BaseModel):
+    """What an answer was made with."""
+
+    model: str
+    index: str
+
+
+class ExplanationOut(BaseModel):
+    """How much lower the score is without an item of the history, by its place, or without a modality."""
+
+    history: dict[str, float]
+    modalities: dict[str, float] | None = None
+
+
+class Recommended(BaseModel):
+    """An item and its score, comparable within one answer."""
+
+    item_id: str
+    score: float
+    text: str | None = None
+    columns: dict[str, Any] = {}
+    explanation: ExplanationOut | None = None
+
+
+class UserOut(BaseModel):
+    """The items for one user; the popular ones for an empty history, and then `fallback` says so."""
+
+    items: list[Recommended]
+    fallback: str | None = None
+    skipped: list[str] = []
+
+
+class RecommendOut(BaseModel):
+    """The items for each history."""
+
+    users: list[UserOut]
+    versions: VersionsOut
+
+
+class SimilarOut(BaseModel):
+    """The items that are most like it; the score is the cosine of their vectors."""
+
+    items: list[Recommended]
+    versions: VersionsOut
+
+
+class ChangedOut(BaseModel):
+    """The items that were added, updated or removed."""
+
+    item_ids: list[str]
+    versions: VersionsOut
+
+
+class Health(BaseModel):
+    """That it runs, or that it answers requests."""
+
+    status: str
+    items: int | None = None
+    versions: VersionsOut | None = None
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+    where: list[str | int] = []
+    item_ids: list[str] = []
