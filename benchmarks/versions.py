@@ -1,6 +1,7 @@
 """
 Training steps of this version against those of an earlier one: the same checkpoint of format 1, data and arguments, in
-turns. Processor seconds are counted, so that others on the machine matter as little as possible.
+turns. A step counts with the fewest processor seconds that it took in any round, so that others on the machine matter
+as little as possible.
 
     git worktree add earlier ed2257c
     python benchmarks/run.py versions --earlier earlier/src
@@ -17,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import transformers
-from common import Peer, Results, ratios
+from common import Peer, Results
 
 import transrec_hf
 from transrec_hf import TransRecModel, TransRecProcessor
@@ -58,20 +59,22 @@ def run(options: argparse.Namespace, results: Results) -> None:
         start, data = write_start(options, work)
         request = {"start": str(start), "data": str(data), "steps": options.steps, "seed": options.seed}
         request |= {"trainable_blocks": options.trainable_blocks}
-        peers, rates, losses = {}, {name: [] for name in packages}, {}
+        peers: dict[str, Peer] = {}
+        seconds: dict[str, list[list[float]]] = {name: [] for name in packages}
+        losses: dict[str, float] = {}
         for name, package in packages.items():
             store = str(work / f"store of {name}") if options.store else ""
             peers[name] = stack.enter_context(Peer(sys.executable, "versions.py", package, store))
-        for repeat in range(-1, options.repeats):
+        for _ in range(options.repeats):
             for name, peer in peers.items():
                 answer = peer.ask(**request)
+                seconds[name].append(answer["seconds"])
                 losses[name] = answer["loss"]
-                print(f"  {name}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
-                if repeat >= 0:
-                    rates[name].append(options.steps / answer["seconds"])
+                print(f"  {name}: {sum(answer['seconds']):.2f} s", file=sys.stderr, flush=True)
     kind = "with store" if options.store else "without store"
+    rates = {name: options.steps / sum(map(min, zip(*rounds, strict=True))) for name, rounds in seconds.items()}
+    facts = {"dtype": "float32", "repeats": options.repeats}
     for name in packages:
-        results.add(f"{name}, {kind}", "training", rates[name], "steps/s", dtype="float32")
-        results.add(f"{name}, {kind}", "loss of the last step", losses[name], "", dtype="float32")
-    speeds = ratios(rates["this"], rates["earlier"])
-    results.add(f"this, {kind}", "speedup", speeds, "x", dtype="float32", reference="earlier")
+        results.add(f"{name}, {kind}", "training", rates[name], "steps/s", **facts)
+        results.add(f"{name}, {kind}", "mean loss", losses[name], "", **facts)
+    results.add(f"this, {kind}", "speedup", rates["this"] / rates["earlier"], "x", reference="earlier", **facts)

@@ -323,16 +323,14 @@ class Fading(UserEncoder):
 
     def __init__(self, config: TransRecConfig):
         super().__init__(config)
-        self.rate = nn.Linear(config.hidden_size, config.hidden_size)
+        self.rate = nn.Linear(config.user_width, config.user_width)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         return torch.logcumsumexp(self.rate(hidden_states), dim=1)
 
 
 class FadingModel(TransRecModel):
-    def __init__(self, config: TransRecConfig, **towers: Any):
-        super().__init__(config, **towers)
-        self.user_encoder = Fading(config)
+    user_encoder_class = Fading
 
 
 def test_ones_own_encoder_trains_saves_and_loads(tmp_path):

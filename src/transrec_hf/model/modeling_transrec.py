@@ -100,6 +100,11 @@ class TransRecPreTrainedModel(TunableModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": UserLayer, "attentions": [UserAttention, HSTUAttention]}
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == "__main__":
+            cls._auto_class = None  # the code of a program does not travel with its checkpoints
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -135,13 +140,16 @@ class TransRecModel(TransRecPreTrainedModel):
         `ValueError`: if the configuration names no modality and no `num_items`.
     """
 
+    user_encoder_class: type[nn.Module] | None = None
+    """A user encoder of a subclass's own, see [`UserEncoder`]; `None` for the one that the configuration names."""
+
     def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__(config)
         if not config.modalities and config.num_items is None:
             *fields, last = [modality.config for modality in MODALITIES.values()] + ["num_items"]
             raise ValueError(f"the configuration reads nothing of an item: set {', '.join(fields)} or {last}")
         self.item_encoder = ItemEncoder(config, **towers)
-        self.user_encoder = USER_ENCODERS[config.user_encoder](config)
+        self.user_encoder = (self.user_encoder_class or USER_ENCODERS[config.user_encoder])(config)
         if config.content_prior:
             self.content_prior = ContentPrior(config)
         if config.similarity == "cosine":
@@ -453,16 +461,12 @@ class TransRecModel(TransRecPreTrainedModel):
         states = self.get_user_features(item_embeds, history_index, items.present, timestamps, hidden)
         loss = None
         if has_loss:
-            loss = self.compute_loss(
-                states,
-                item_embeds,
-                history_index,
-                target_index,
-                negative_index,
-                log_popularity,
-                shared,
-                candidates,
-            )
+            more: dict[str, Any] = {
+                "negative_index": negative_index,
+                "log_popularity": log_popularity,
+                "shared": shared,
+            }
+            loss = self.compute_loss(states, item_embeds, history_index, target_index, candidates=candidates, **more)
             if self.training:
                 loss = loss + self.item_encoder.zero_of_unused(self.config.modalities, items.parts)
         return TransRecOutput(loss=loss, item_embeds=vectors, last_hidden_state=states)
@@ -483,8 +487,14 @@ class TransRecModel(TransRecPreTrainedModel):
         candidates: Any = None,
     ) -> Tensor:
         """
-        The configured objective; in training over several processes, that of their concatenated batch. `candidates`
-        are the vectors of all ranks' items then, and `shared` says which of them this rank's are.
+        The configured objective; in training over several processes, that of their concatenated batch. A subclass has
+        one of its own by overriding this.
+
+        Args:
+            states (`Tensor` of shape `(n_users, length, width)`): Of the users, after each item of their histories.
+            item_embeds (`Tensor` of shape `(n_items, width)`): Of the distinct items; a dot product is a score.
+            history_index, target_index, negative_index, log_popularity: See [`~TransRecModel.forward`].
+            candidates, shared (*optional*): The vectors of the items of all processes, and which are this one's.
         """
         candidates = item_embeds if candidates is None else candidates
         mean = masked_mean_across_ranks if self._across_ranks() else masked_mean

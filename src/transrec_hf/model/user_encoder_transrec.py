@@ -66,7 +66,7 @@ class Packing:
 class UserEncoder(nn.Module):
     """
     What the user encoders with parameters share: the sum of item vectors, positions and modalities at their input. A
-    subclass reads it in `read`; a model takes one of its own by replacing `user_encoder`.
+    subclass reads it in `read`, at the width that the configuration asks for.
 
     Example:
 
@@ -74,15 +74,13 @@ class UserEncoder(nn.Module):
     >>> class Fading(UserEncoder):
     ...     def __init__(self, config):
     ...         super().__init__(config)
-    ...         self.rate = nn.Linear(config.hidden_size, config.hidden_size)
+    ...         self.rate = nn.Linear(config.user_width, config.user_width)
     ...
     ...     def read(self, hidden_states, packing, timestamps):
     ...         return torch.logcumsumexp(self.rate(hidden_states), dim=1)
 
     >>> class FadingModel(TransRecModel):
-    ...     def __init__(self, config, **towers):
-    ...         super().__init__(config, **towers)
-    ...         self.user_encoder = Fading(config)
+    ...     user_encoder_class = Fading
     ```
     """
 

@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from ..errors import DataError, NotFinite, one_line
 from ..files import written_whole
-from ..model.modeling_transrec import TransRecModel
 from ..publishing.checkpoint import load_evaluation
 from .adapters import check_base, has_adapter, lift_adapter, load_adapter_weights
 from .resuming import NEW_RUN
@@ -205,7 +204,7 @@ class TrainerBase(WholeCheckpoints):
             load_adapter_weights(self.model, checkpoint)
             return
         # `Trainer` loads the file's keys as they are, but those of some towers (ViT) are not the names of the modules
-        loaded, found = TransRecModel.from_pretrained(checkpoint, output_loading_info=True)
+        loaded, found = type(self.model).from_pretrained(checkpoint, output_loading_info=True)
         there = {name: weight for name, weight in loaded.state_dict().items() if name not in found["missing_keys"]}
         here = self.model.state_dict()
         for name in sorted({*there, *here}):
