@@ -53,6 +53,7 @@ from .user_encoder_transrec import (
     ContentPrior,
     HSTUAttention,
     UserAttention,
+    UserEncoder,
     UserLayer,
     hide_next,
     last_state,
@@ -100,11 +101,6 @@ class TransRecPreTrainedModel(TunableModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": UserLayer, "attentions": [UserAttention, HSTUAttention]}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.__module__ == "__main__":
-            cls._auto_class = None  # the code of a program does not travel with its checkpoints
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -140,7 +136,7 @@ class TransRecModel(TransRecPreTrainedModel):
         `ValueError`: if the configuration names no modality and no `num_items`.
     """
 
-    user_encoder_class: type[nn.Module] | None = None
+    user_encoder_class: type[UserEncoder] | None = None
     """A user encoder of a subclass's own, see [`UserEncoder`]; `None` for the one that the configuration names."""
 
     def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):

@@ -67,6 +67,11 @@ class ThinCheckpoints(PreTrainedModel):
     """Whether `save_pretrained` writes thin checkpoints, where it is not told."""
     _pushes = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == "__main__":
+            cls._auto_class = None  # the code of a program does not travel with its checkpoints
+
     def post_init(self) -> None:
         super().post_init()
         self._ignore_named()
