@@ -9,7 +9,7 @@ import pytest
 import torch
 from testing_utils import DROPOUT, TEXT_TOWERS, make_batch, make_catalogue, make_config, make_model, make_processor
 
-from transrec_hf import ItemSource
+from transrec_hf import ItemSource, Recommender
 from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.errors import DataError
 from transrec_hf.items import encoding
@@ -236,13 +236,18 @@ def test_a_length_that_leaves_nothing_of_a_text_is_refused(length):
         processor(text=["red hat"])
 
 
-def test_a_quantised_model_encodes_and_is_told_from_others(catalogue, processor):
-    model = make_model()
+@pytest.mark.parametrize("design", [{}, {"item_map": "whitened", "content_prior": True, "similarity": "cosine"}])
+def test_a_quantised_model_recommends_and_is_told_from_others(catalogue, processor, design, tmp_path):
+    model = make_model(**design)
     model.freeze_towers(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-        assert encode_catalogue(quantised, ItemSource(catalogue, processor)).isfinite().all()
+        recommender = Recommender(quantised, catalogue, processor)
+        assert recommender.recommend(list(catalogue.item_ids[:2])) and recommender.item_embeds.isfinite().all()
+        with pytest.raises(DataError, match="quantised cannot be saved"):
+            recommender.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
         keys = {
             prefix_key(which.item_encoder.text_model, 2, "mean", "", torch.float32) for which in (model, quantised)
         }

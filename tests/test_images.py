@@ -184,6 +184,12 @@ NO_PATHS: dict[str, tuple[str, str]] = {
     "wrapped": ("iVBORw0KGgo" + "A" * 40 + "\n" + "A" * 70, "base64"),
     "anything": ("QUJD" * 100 + "==", "base64"),
     "url-safe": ("QU-_" * 100, "base64"),
+    "word": ("nan", "a missing value written as a word"),
+    "another word": (" NULL", "a missing value written as a word"),
+    "bytes as Python prints them": (repr(b"\x89PNG\r\n" + bytes(200)), "what Python prints"),
+    "a struct as Python prints it": ("{'bytes': b'x', 'path': None}", "what Python prints"),
+    "an image as Python prints it": ("<PIL.PngImagePlugin.PngImageFile mode=RGB>", "what Python prints"),
+    "pixels as Python prints them": ("[[[1, 2, 3]]]", "what Python prints"),
 }
 
 
@@ -217,6 +223,8 @@ FIELDS: dict[str, Any] = {
     "lists of images": [[{"bytes": b"x", "path": None}]],
     "pixels": [[[1, 2], [3, 4]]],
     "truth": [True],
+    "another field beside an empty path": [{"data": b"x", "path": None}],
+    "pixels beside an empty path": [{"array": [[1, 2]], "path": None}],
 }
 
 
@@ -240,6 +248,24 @@ def test_columns_that_hold_no_images(name: str) -> None:
 )
 def test_columns_that_hold_images(column: pa.Array) -> None:
     assert load_catalogue(pa.table({"item_id": ["a"], "image": column})).image(0).size == (5, 5)
+
+
+@pytest.mark.parametrize("path", ["", " ", "\t", "\u00a0", "\u200b"])
+def test_blank_paths_are_missing(path: str) -> None:
+    assert not load_catalogue(pa.table({"item_id": ["a"], "text": ["x"], "image": [path]})).has_image.any()
+
+
+@pytest.mark.parametrize("pixels", [[[np.nan, 1, 0]], [[1, np.nan, 0]], [[np.inf, 1, 0]], [[-np.inf, 1, 0]]])
+def test_pixels_that_are_no_numbers_are_refused(pixels: list[list[float]]) -> None:
+    image = PIL.Image.fromarray(np.array(pixels, dtype=np.float32))
+    catalogue = load_catalogue(pa.table({"item_id": ["a"], "image": [encoded(image, "TIFF")]}))
+    with pytest.raises(DataError, match="not finite"):
+        catalogue.check_images()
+
+
+def test_images_of_pil_in_a_table_have_a_mend() -> None:
+    with pytest.raises(DataError, match="Write image bytes or file paths"):
+        load_catalogue({"item_id": ["a"], "image": [PIL.Image.new("RGB", (5, 5))]})
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -416,14 +416,20 @@ def test_several_splits_are_not_dropped() -> None:
 @pytest.mark.parametrize(
     ("column", "wanted"),
     [("Image", "image"), ("image_path", "image"), ("IMG", "image"), ("photo", "image"), ("imgae", "image")]
-    + [("embedding", "features"), ("Features", "features"), ("feature_vector", "features")],
+    + [("product_image", "image"), ("coverImage", "image"), ("Poster", "image"), ("thumbnail_url", "image")]
+    + [("embedding", "features"), ("Features", "features"), ("feature_vector", "features"), ("clip_emb", "features")],
 )
 def test_near_misses_beside_other_contents_are_warned_of(column, wanted, warnings) -> None:
     load_catalogue({**ITEMS, column: ["x", "y", "z"]})
     assert f"rename {column!r} to {wanted!r}" in warnings.text and warnings.text.count("rename") == 1
 
 
-@pytest.mark.parametrize("column", ["Title", "texts", "description", "name"])
+def test_images_under_whatever_name_are_warned_of(warnings) -> None:
+    load_catalogue({**ITEMS, "front": [{"bytes": b"x", "path": None}, None, None]})
+    assert "rename 'front' to 'image'" in warnings.text
+
+
+@pytest.mark.parametrize("column", ["Title", "texts", "description", "name", "product_title", "titleEn"])
 def test_texts_under_another_name_are_warned_of(column, warnings) -> None:
     load_catalogue({"item_id": ["a"], "features": [[1.0]], column: ["x"]})
     assert f"rename {column!r} to 'text'" in warnings.text
@@ -432,6 +438,7 @@ def test_texts_under_another_name_are_warned_of(column, warnings) -> None:
 def test_columns_that_mean_something_else_are_not(warnings) -> None:
     load_catalogue({**ITEMS, "price": [1, 2, 3], "category": list("xyz"), "brand": list("xyz"), "year": [1, 2, 3]})
     load_catalogue({**ITEMS, "title": list("xyz"), "description": list("xyz")})  # beside text
+    load_catalogue({**ITEMS, "image_count": [1, 2, 3], "cover_type": list("xyz"), "poster_id": list("xyz")})
     assert not warnings.text
 
 
@@ -445,6 +452,8 @@ def test_long_lists_of_columns_are_cut() -> None:
 
 
 WORDS = ["nan", "NaN", "None", "NULL", "null", r"\N", "<NA>", "NA", "N/A", "#N/A", " nan "]
+WORDS += ["NAN", "none", "Null", "n/a", "#N/A N/A", "-nan", "-1.#IND", "(null)", "NaT", "undefined"]
+WORDS += ["\u200bnan", "\ufeffNULL\u00a0", "None\n"]
 BLANKS = ["", " ", "\t\n", "\u00a0", "\u200b", "\ufeff", "\u2060\u200d", "\u3164", "\u2800", "\u00ad", "\x00"]
 
 
@@ -469,7 +478,9 @@ def test_what_nobody_can_see_is_missing(blank: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Nancy", "Nullsechs", "nan bread", "None of the above", "\u84dd", "\U0001f600", "é", "."]
+    "text",
+    ["Nancy", "Nullsechs", "nan bread", "None of the above", "\u84dd", "\U0001f600", "é"]
+    + [".", "na", "Na", "inf", "-", "?"],
 )
 def test_other_words_are_titles_and_ids(text: str) -> None:
     catalogue = load_catalogue({**ITEMS, "text": [text, "x", "y"], "item_id": ["a", text, "c"]})

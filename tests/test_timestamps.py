@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -210,3 +211,26 @@ def test_dates_bound_a_temporal_split(unit: int) -> None:
     assert temporal_split(sequences, str(start + 2 * day), str(start + 3 * day)).test.ends.tolist() == [4, 8]
     with pytest.raises(DataError, match="'spring' is no date"):
         temporal_split(sequences, "spring", bounds[1])
+
+
+SECONDS = NOW + 977 * np.arange(200)
+ROUNDED_BEFORE = {
+    "float32": (SECONDS.astype(np.float32), True),
+    "float32 of milliseconds": ((1000 * SECONDS).astype(np.float32), True),
+    "seconds": (SECONDS, False),
+    "milliseconds": (1000 * SECONDS, False),
+    "minutes": (SECONDS // 60 * 60, False),
+    "hours": (NOW // 3600 * 3600 + 3600 * np.arange(200), False),
+    "days": (NOW // 86_400 * 86_400 + 86_400 * np.arange(200), False),
+    "days in milliseconds": (1000 * (NOW // 86_400 * 86_400 + 86_400 * np.arange(200)), False),
+    "small numbers": (np.arange(200), False),
+}
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64"])
+@pytest.mark.parametrize("name", ROUNDED_BEFORE)
+def test_what_was_float32_before_is_warned_of(name: str, kind: str, monkeypatch, caplog) -> None:
+    values, is_rounded = ROUNDED_BEFORE[name]
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    load_interactions({"user_id": ["u"] * 200, "item_id": ["a"] * 200, "timestamp": values.astype(kind)}, SHOP)
+    assert ("float32" in caplog.text) == is_rounded

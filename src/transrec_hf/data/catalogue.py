@@ -72,7 +72,7 @@ class Catalogue:
         self._file_rows = np.arange(len(items))
         if "file_name" in items.column_names and "image" not in items.column_names:
             items = items.rename_column("file_name", "image")
-        warn_of_near_misses(items.column_names, source)
+        warn_of_near_misses(items.features.arrow_schema, source)
         items, item_ids, defects = _with_string_ids(items.with_format(None), source)
         self._bind(_with_typed_contents(items, source), item_ids)
         self.contents: dict[str, Content] = {}

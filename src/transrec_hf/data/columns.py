@@ -39,8 +39,19 @@ OTHER_NAMES = {
     "timestamp": ("time", "datetime", "date", "timestamps", "unixtime"),
 }
 """What people call the columns, in letters only."""
-MISSING_WORDS = ("nan", "NaN", "None", "NULL", "null", r"\N", "<NA>", "NA", "N/A", "#N/A", "NaT", "undefined")
-"""What programs write for a missing value when they write it as a word."""
+NOUNS = {
+    "image": ("image", "images", "img", "imgs", "pic", "picture", "photo", "poster", "thumbnail", "cover", "jpg"),
+    "text": ("text", "title", "caption", "headline", "description", "summary"),
+    "features": ("embedding", "embeddings", "emb", "vector", "vectors"),
+}
+"""Words of a longer name, such as `product_title`, that say which modality it is."""
+MEASURES = ("count", "date", "format", "hash", "height", "id", "ids", "lang", "language", "length", "size", "type")
+"""Words at the end of a name of something else."""
+MISSING_WORDS = (
+    *("nan", "+nan", "-nan", "1.#qnan", "-1.#qnan", "1.#ind", "-1.#ind", "nat", "none", "null", "(null)", "<null>"),
+    *(r"\n", "<na>", "n/a", "#na", "#n/a", "#n/a n/a", "#null!", "undefined", "<none>", "[null]"),
+)
+"""What programs write for a missing value when they write it as a word, in any case. `NA` counts in capitals only."""
 _INVISIBLE = r"\s\p{Z}\p{Cc}\p{Cf}\x{034F}\x{115F}\x{1160}\x{2800}\x{3164}\x{FE00}-\x{FE0F}\x{FFA0}"
 VISIBLE = f"[^{_INVISIBLE}]"
 """A character that a reader can see."""
@@ -73,9 +84,17 @@ def check_names(found: Sequence[str], source: str) -> None:
         raise DataError(f"{source}: column {shortened(twice)!r} occurs twice. Keep one of them.")
 
 
-def warn_of_near_misses(found: Sequence[str], source: str) -> None:
-    """Warn of columns that are nearly named like a modality that has no column: nobody reads them."""
-    for renaming in _renamings(found, tuple(MODALITIES)):
+def warn_of_near_misses(schema: pa.Schema, source: str) -> None:
+    """
+    Warn of columns that are nearly named like a modality that has no column, or hold images under whatever name:
+    nobody reads them.
+    """
+    renamings = _renamings(schema.names, tuple(MODALITIES))
+    if "image" not in schema.names and not any(renaming.endswith("to 'image'") for renaming in renamings):
+        structs = [field for field in schema if pa.types.is_struct(field.type) and field.name not in NEEDED]
+        images = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
+        renamings += [f"rename {shortened(name, 40)!r} to 'image'" for name in images[:1]]
+    for renaming in renamings:
         logger.warning(f"{source}: a column is not read: {renaming} if that is what it holds.")
 
 
@@ -91,7 +110,13 @@ def _nearest(name: str, found: Sequence[str]) -> str | None:
         if word in plain_names:
             return plain_names[word]
     near = difflib.get_close_matches(name.replace("_", ""), plain_names, n=1, cutoff=0.75)
-    return plain_names[near[0]] if near else None
+    if near:
+        return plain_names[near[0]]
+    for column in plain_names.values():
+        words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", column).lower())
+        if set(NOUNS.get(name, ())) & set(words) and words[-1] not in MEASURES:
+            return column
+    return None
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -126,10 +151,13 @@ def is_text(kind: pa.DataType) -> bool:
 
 def missing_words(texts: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Which texts are a missing value written as a word, (n,) bool."""
-    is_short = pc.fill_null(pc.less(pc.binary_length(texts), 16), False)
+    is_short = pc.fill_null(pc.less(pc.binary_length(texts), 24), False)
     words = pc.utf8_trim_whitespace(texts.filter(is_short))
+    if not pc.all(pc.string_is_ascii(words)).as_py():  # what is not visible and no blank either
+        words = pc.replace_substring_regex(words, f"^[{_INVISIBLE}]+|[{_INVISIBLE}]+$", "")
+    is_word = pc.is_in(pc.utf8_lower(words), pa.array(MISSING_WORDS, texts.type))
     mask = is_short.to_numpy(zero_copy_only=False).copy()
-    mask[mask] = pc.is_in(words, pa.array(MISSING_WORDS, texts.type)).to_numpy(zero_copy_only=False)
+    mask[mask] = pc.or_(is_word, pc.equal(words, "NA")).to_numpy(zero_copy_only=False)
     return mask
 
 
@@ -271,6 +299,16 @@ class Timestamps:
             self.inexact[row] = True
         else:
             self.numbers[row] = int(number)
+
+
+def were_rounded(timestamps: np.ndarray) -> bool:
+    """
+    Whether integers, of any type now, have been float32 before, which rounds seconds since 1970 to about two minutes:
+    at least 16 of them, none of which has more digits than it holds, and which are no whole days.
+    """
+    sample = np.unique(timestamps[:: 1 + len(timestamps) // 2**16])
+    sample = sample[np.abs(sample) >= 2**30]
+    return bool(len(sample) >= 16 and (sample == sample.astype(np.float32)).all() and (sample % 86_400).any())
 
 
 def _offset(zone: str) -> int:

@@ -53,9 +53,11 @@ def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
             arrays[column] = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
         except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
             if column in NEEDED:
+                mend = "Give all its cells one type, for example all ids as strings."
+                if column == "image":
+                    mend = "Write image bytes or file paths, or give a datasets.Dataset, which takes PIL images."
                 raise DataError(
-                    f"{name}: column {column!r} is not of one type ({shortened(one_line(error), 200)}). "
-                    "Give all its cells one type, for example all ids as strings."
+                    f"{name}: column {column!r} is not of one type ({shortened(one_line(error), 200)}). {mend}"
                 ) from error
     return plain_table(pa.table(arrays))
 

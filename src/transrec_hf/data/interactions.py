@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..errors import DataError, Defects, raise_defects, shortened
 from .catalogue import EMPTY_ID, Catalogue, load_catalogue
-from .columns import FLOAT_IDS, SECOND, Timestamps, encode_ids, missing_words
+from .columns import FLOAT_IDS, SECOND, Timestamps, encode_ids, missing_words, were_rounded
 from .places import Place, bad_table, open_source
 from .reading import BLOCK, read_interactions
 
@@ -253,6 +253,8 @@ def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
     if len(notations) > 1:
         lines.append("timestamps are partly numbers and partly dates. Write all in one notation.")
     raise_defects(place.name, lines)
+    if notations == {False} and were_rounded(timestamps):
+        logger.warning(f"{place.name}: all timestamps are numbers that float32 holds: they were rounded. {ROUNDED}")
     sequences = _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
     if notations == {True}:
         for start in range(0, size, BLOCK):

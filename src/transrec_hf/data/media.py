@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from transformers.utils import logging
 
 from ..errors import BadContent, DataError, shortened
-from .columns import is_text
+from .columns import VISIBLE, is_text, missing_words
 from .places import lies_in
 
 
@@ -29,6 +30,8 @@ FEATURES = {"image": "Image", "audio": "Audio"}
 """By modality, the feature of `datasets` that its files are."""
 BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
 """How the bytes of an image begin in base64, and what no path looks like."""
+PRINTED = re.compile(r"""b['"]|\{['"](bytes|path|array)['"]:|<PIL\.|\[\[""")
+"""How a file begins that somebody has written into a table of text with `str`."""
 CHECKS: dict[str, Callable[[pa.DataType], bool]] = {
     "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
     "path": is_text,
@@ -49,12 +52,26 @@ def typed_files(items: datasets.Dataset, name: str, source: str) -> datasets.Dat
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"bytes": kind, "path": kind}
     given = {"bytes", "path"} & fields.keys()
     sound = {field for field in given if CHECKS[field](fields[field]) or pa.types.is_null(fields[field])}
-    if not (given and given <= sound if pa.types.is_struct(kind) else sound):
+    fits = (given and given <= sound) if pa.types.is_struct(kind) else sound
+    if not fits or _holds_something_else(items, name, fields):
         raise DataError(
             f"{source}: column {name!r} holds {shortened(kind, 200)}. Write {name} bytes or file paths, or both in "
             "fields named 'bytes' and 'path'."
         )
     return items.cast_column(name, file_feature(name, decode=False))
+
+
+def _holds_something_else(items: datasets.Dataset, name: str, fields: dict[str, pa.DataType]) -> bool:
+    """Whether structs without a file have something in a field of another name."""
+    others = fields.keys() - CHECKS.keys()
+    for batch in items.select_columns(name).with_format("arrow").iter(1000) if others else ():
+        filled = {field: pc.is_valid(pc.struct_field(batch[name], field)) for field in fields}
+        lost = functools.reduce(pc.or_, (filled[field] for field in others))
+        for field in fields.keys() - others:
+            lost = pc.and_(lost, pc.invert(filled[field]))
+        if pc.any(lost).as_py():
+            return True
+    return False
 
 
 class Files:
@@ -74,7 +91,8 @@ class Files:
         masks = []
         for batch in rows.select_columns(self.name).iter(1000):  # no file is copied as a whole column
             has_bytes = pc.is_valid(pc.struct_field(batch[self.name], "bytes"))
-            has_path = pc.fill_null(pc.not_equal(pc.struct_field(batch[self.name], "path"), ""), False)
+            paths = pc.struct_field(batch[self.name], "path")
+            has_path = pc.fill_null(pc.match_substring_regex(paths, VISIBLE), False)
             masks.append(pc.or_(has_bytes, has_path).to_numpy(zero_copy_only=False))
         self.present = np.concatenate(masks)
 
@@ -142,6 +160,10 @@ def _no_path(text: str, name: str) -> str | None:
         return f"a URL, which is not read: download the {name} and write its path ({shortened(text, 60)!r})"
     if text[:5].lower() == "data:":
         return f"a data URI, which is not read: write the {name} to a file, or its bytes into the column"
+    if missing_words(pa.array([text]))[0]:
+        return f"{shortened(text)!r}, a missing value written as a word: leave the cell empty"
+    if PRINTED.match(text):
+        return f"what Python prints of an {name}, which is none: write its bytes into Parquet, or a file and its path"
     if BASE64.match(text):
         return "base64 and no path: write the decoded bytes, or a file and its path"
     return None

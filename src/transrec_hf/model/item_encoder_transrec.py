@@ -129,7 +129,7 @@ class WhitenedProjection(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """States `(n, width)` to item vectors `(n, hidden_size)`, of length 1 before the correction."""
         anchor = nn.functional.normalize(self.whiten(states), dim=-1)
-        hidden = self.activation(self.input((anchor * self.scale).to(self.input.weight.dtype)))
+        hidden = self.activation(self.input((anchor * self.scale).to(self.axes.dtype)))
         return anchor + self.output(self.dropout(hidden)) / self.scale
 
     @torch.no_grad()

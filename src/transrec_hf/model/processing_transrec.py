@@ -66,6 +66,8 @@ def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
     says, or beyond that its brightest pixel.
     """
     image = image.convert("I") if image.mode.startswith("I;") else image
+    if image.mode == "F" and not torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).isfinite().all():
+        raise UnusableImage("pixels that are not finite (NaN or infinite): fill them")
     extremes: Any = image.getextrema()
     low, high = extremes
     if has_16_bits or (low >= 0 and 255 < high <= 65535):

@@ -413,7 +413,7 @@ class ContentPrior(nn.Module):
         ages = steps[:, None] - steps
         votes = (ages * nn.functional.logsigmoid(self.decay.float())).exp().masked_fill(ages < 0, 0.0)
         prior = nn.functional.normalize(votes @ items, dim=-1)
-        added = encode(self.input((self.dropout(items) * self.scale).to(self.input.weight.dtype)))
+        added = encode(self.input((self.dropout(items) * self.scale).to(self.decay.dtype)))
         states = prior + self.weight.float().exp() / self.scale * self.output(added).float()
         return states * sequence_mask.unsqueeze(-1)
 

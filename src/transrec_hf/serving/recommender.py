@@ -41,11 +41,11 @@ class Recommender(ServedItems, PushToHubMixin):
 
     Args:
         model ([`TransRecModel`]): The model.
-        source ([`ItemSource`], *optional*): The items, of any platform if the model reads content. Not needed with an
-            index.
+        source ([`ItemSource`] or [`Catalogue`], *optional*): The items, of any platform if the model reads content.
+            Not needed with an index.
+        processor ([`TransRecProcessor`], *optional*): Of the model, where the items do not bring it.
         index ([`ItemIndex`] or [`LiveItems`], *optional*): The items' vectors, if they are known already. What was
             made by another model is not used; items whose contents have changed are encoded anew.
-        processor ([`TransRecProcessor`], *optional*): Of the model, where the items do not bring it.
         statistics ([`ItemStatistics`], *optional*): What the model's checkpoint keeps of single items: ID vectors and
             popularity are matched to the catalogue by id.
         counts (`dict[str, int]`, *optional*): How often items occur in the training data, for
@@ -55,6 +55,8 @@ class Recommender(ServedItems, PushToHubMixin):
 
     Raises:
         [`DataError`]: If there is no catalogue, and no index that belongs to the model.
+        `TypeError`: If the items are something else.
+        `ValueError`: If items with contents come without a processor.
 
     Example:
 
@@ -120,8 +122,14 @@ class Recommender(ServedItems, PushToHubMixin):
             save_directory (`str`): The folder.
             columns (`bool`, *optional*, defaults to `False`): Whether texts and other columns of the items go along.
             kwargs: Further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
+
+        Raises:
+            [`DataError`]: If the model is quantised by PyTorch, whose layers have no weights that could be saved.
+            `OSError`: If something cannot be written, and then nothing of it is kept.
         """
         model = self.whole_model()
+        if not all(isinstance(value, torch.Tensor) for value in model.state_dict().values()):
+            raise DataError("a model that PyTorch has quantised cannot be saved: save the one that it was made of")
         with written_whole(save_directory) as partial:
             model.save_pretrained(partial, **kwargs)
             if self.processor is not None:

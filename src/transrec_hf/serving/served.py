@@ -45,15 +45,19 @@ class ServedItems:
     def __init__(
         self,
         model: TransRecModel,
-        source: ItemSource | None = None,
+        source: ItemSource | Catalogue | None = None,
+        processor: TransRecProcessor | None = None,
         *,
         index: ItemIndex | LiveItems | None = None,
-        processor: TransRecProcessor | None = None,
         statistics: ItemStatistics | None = None,
         counts: Mapping[str, int] | None = None,
         folder: str | os.PathLike | None = None,
         **kwargs: Any,
     ):
+        if isinstance(source, Catalogue):
+            source = ItemSource(source, processor)
+        elif not isinstance(source, ItemSource | None):
+            raise TypeError(f"items must be a Catalogue or an ItemSource, not a {type(source).__name__}")
         self.model, self.source, self.statistics = model.eval(), source, statistics
         self.processor = processor = processor if source is None else source.processor
         self.catalogue = None if source is None else source.catalogue
