@@ -258,6 +258,8 @@ def main() -> None:
 
         from transrec_hf.errors import DataError, HubError, one_line
 
+        if isinstance(error, UnicodeEncodeError):
+            fail("a name on the command line is not UTF-8: set LC_ALL=C.UTF-8, or take another name", 2)
         if not isinstance(error, (OSError, ValueError, SafetensorError)) or os.environ.get("TRANSREC_DEBUG"):
             raise
         said = str(error) if isinstance(error, (DataError, HubError)) else one_line(error)

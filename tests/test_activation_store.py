@@ -132,6 +132,13 @@ def test_a_run_its_evaluation_and_serving_share_it(tmp_path):
     torch.testing.assert_close(served.item_embeds, expected.item_embeds)
 
 
+def test_a_store_that_is_not_filled_says_so(tmp_path, catalogue):
+    model = make_frozen()
+    store = make_store(tmp_path, model, catalogue)
+    with pytest.raises(InputError, match=r"states of \d+ items are not stored yet: call fill"):
+        encode_catalogue(model, store.source)
+
+
 def test_it_is_filled_with_new_items_only(tmp_path, processor, monkeypatch):
     tokenised, made = set(), TextPreparation.__init__
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.machinery
 import logging
+import os
 import re
 import shutil
 import sys
@@ -233,6 +234,11 @@ def test_an_argument_works(tmp_path, name):
 def test_arguments_that_do_not_go_together_are_refused(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         TransRecTrainingArguments(str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"output_dir .*\\xff is not UTF-8"):
+        TransRecTrainingArguments(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), use_cpu=True)
 
 
 @pytest.mark.parametrize(
@@ -565,6 +571,7 @@ def resume(run: Path, config: Any = None, checkpoint: Any = True, **options: Any
         ({"optim": "sgd"}, "optim=adamw_torch_fused, and cannot go on with sgd"),
         ({"learning_rate": 0.5}, "learning_rate=0.01, and cannot go on with 0.5"),
         ({"seed": 7}, "seed=42, and cannot go on with 7"),
+        ({"warmup_steps": 2}, "warmup_steps=0, and cannot go on with 2"),
         ({"trainable_blocks": 1}, "trainable_blocks=None, and cannot go on with 1"),
         ({"config": ids(hidden_size=32)}, r"holds another model\. .* is \(.*16.* there and \(.*32.* here"),
         ({"config": ids(num_hidden_layers=3)}, r"holds another model\. .* is missing there"),

@@ -197,8 +197,13 @@ class StoredStates:
         return (contents >= 0) & (self.file_of[contents] < 0)
 
     def states(self, rows: np.ndarray) -> list[Tensor]:
-        """The states of each catalogue row, `(states of the item, ...)`, not copied."""
+        """
+        The states of each catalogue row, `(states of the item, ...)`, not copied. Raises [`InputError`] for rows whose
+        states are not stored.
+        """
         contents, files = self.content_of[rows], list(self.files.values())
+        if missing := int(self.missing(rows).sum()):
+            raise InputError(f"{self.folder}: states of {missing} items are not stored yet: call fill() of the store")
         where = zip(self.file_of[contents], self.starts[contents], self.lengths[contents], strict=True)
         return [files[file][start : start + length] for file, start, length in where]
 

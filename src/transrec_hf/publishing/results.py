@@ -201,7 +201,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def cpu_name() -> str:
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SchedulerType
 
+from ..errors import printable
 from ..model.configuration_transrec import BOTTLENECK_PLACES
 from .tuning import TUNINGS, resolve_tuning
 
@@ -187,6 +188,8 @@ class TransRecTrainingArguments(TrainingArguments):
         Raises:
             `ValueError`: With the argument and the mend.
         """
+        if any("\ud800" <= char <= "\udfff" for char in self.output_dir):
+            raise ValueError(f"output_dir {printable(self.output_dir)} is not UTF-8, as its files are: name another one")
         for name, (possible, why) in REFUSED.items():
             if (value := getattr(self, name)) not in possible:
                 raise ValueError(f"{name}={value!r} is not possible: {why}. Leave it out.")

@@ -19,6 +19,7 @@ from .arguments import TransRecTrainingArguments
 AS_BEFORE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "seed", "data_seed"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "trainable_blocks"),
+    *("warmup_steps", "lr_scheduler_kwargs"),
     *("learning_rate", "tower_learning_rate", "projection_learning_rate"),
     *("weight_decay", "tower_weight_decay", "projection_weight_decay"),
 )
