@@ -18,6 +18,7 @@ from .towers_transrec import (
     check_tower,
     frozen_depth,
     is_frozen,
+    pooled_state,
     resume_tower,
     run_tower,
     text_positions,
@@ -304,10 +305,7 @@ class ItemEncoder(nn.Module):
             if self.pooling_strategy == "attention":
                 return self.text_pooling(states, mask)
             return states[:, 0] if self.pooling_strategy == "cls" else masked_mean(states, mask)
-        pooled = output.get("pooler_output")
-        if pooled is None:
-            pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
-        return pooled.flatten(1)
+        return pooled_state(output)
 
     def fuse(self, vectors: dict[str, tuple[Tensor, Tensor]], present: Tensor) -> Tensor:
         """

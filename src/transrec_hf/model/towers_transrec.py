@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,18 +75,24 @@ def build_tower(config: Any) -> PreTrainedModel:
 @torch.no_grad()
 def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
     """
-    Raises `ValueError` for a tower that does not make states of a text, an image or a sound alone: it is given one,
-    unless it has no weights yet.
+    Raises `ValueError` for a tower that does not make states of texts, images or sounds alone: it is given two that
+    are the same, unless it has no weights yet.
     """
     if tower.device.type == "meta":
         return
-    mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if is_text else None
+    mask = torch.ones(2, 4, dtype=torch.long, device=tower.device) if is_text else None
     modes = {module: module.training for module in tower.modules()}
     tower.eval()
     try:
-        states = run_tower(tower, placeholder(tower, mask), mask).last_hidden_state
-        if is_text and states.shape != (1, 4, tower_width(tower)):
-            raise ValueError(f"4 tokens have states of the shape {tuple(states.shape)}")
+        contents = placeholder(tower, mask)
+        if not is_text:
+            contents = (contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)).expand(2, *contents.shape[1:])
+        output = run_tower(tower, contents, mask)
+        states = output.last_hidden_state if is_text else pooled_state(output)
+        if states.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
+            raise ValueError(f"they have the shape {tuple(states.shape)}, and the width {tower_width(tower)}")
+        if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
+            raise ValueError("they differ for one and the same content")
     except Exception as error:
         what = "4 tokens" if is_text else "a sound" if name == "audio" else "an image"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -192,6 +198,15 @@ def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None
     return tower(**{tower.main_input_name: values.to(tower.dtype, memory_format=layout)}, **kwargs)
 
 
+def pooled_state(output: Any) -> Tensor:
+    """Output of a tower to one state per content, `(n, width)`, as the tower pools it itself."""
+    states = output.last_hidden_state
+    pooled = output.get("pooler_output")
+    if pooled is None:
+        pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
+    return pooled.flatten(1)
+
+
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
     """
     Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or one image or
@@ -213,7 +228,11 @@ def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
         return torch.zeros(1, *shape, dtype=tower.dtype, device=tower.device)
     size = getattr(config, "image_size", 64)
     sides = size if isinstance(size, list | tuple) else (size, size)
-    return torch.zeros(1, config.num_channels, *sides, dtype=tower.dtype, device=tower.device)
+    return torch.zeros(1, getattr(config, "num_channels", 3), *sides, dtype=tower.dtype, device=tower.device)
+
+
+class NotRun(RuntimeError):
+    """A tower does not run its blocks one by one."""
 
 
 class _Reached(Exception):
@@ -236,26 +255,33 @@ def lower_output(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tenso
         return reached.args[0]
     finally:
         hook.remove()
-    raise RuntimeError(f"{type(tower).__name__} did not run its block {depth - 1}")
+    raise NotRun(f"{type(tower).__name__} did not run its block {depth - 1}")
 
 
 def lower_states(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """The states of contents `(n, ...)` after the first `depth` blocks of a tower."""
     output = lower_output(tower, depth, values, mask)
-    return output if isinstance(output, Tensor) else output[0]
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+def with_states(output: Any, states: Tensor) -> Any:
+    """What a block hands on, with other states and without the tensors beside them, which are of its contents."""
+    if isinstance(output, Tensor):
+        return states
+    return (with_states(output[0], states), *(None if isinstance(part, Tensor) else part for part in output[1:]))
 
 
 def resume_tower(tower: PreTrainedModel, depth: int, states: Tensor, mask: Tensor | None = None) -> Any:
     """What a tower says of contents of which the states after its first `depth` blocks are known, `(n, ...)`."""
     contents = placeholder(tower, mask)
     known = vars(tower).setdefault("_handed_on", {})
-    if depth not in known:  # what its blocks hand on besides states: nothing, or what is the same for all contents
+    if depth not in known:  # whether states alone, or in a tuple with sizes, say, that are the same for all contents
         with torch.no_grad():
             output = lower_output(tower, depth, contents[:1], None if mask is None else mask[:1])
-        rest = None if isinstance(output, Tensor) else tuple(output[1:])
-        known[depth] = rest and tuple(None if isinstance(part, Tensor) else part for part in rest)
-    output = states if known[depth] is None else (states, *known[depth])
-    with resumed_from(tower, depth, output):
+        known[depth] = with_states(output, torch.empty(0))
+    with resumed_from(tower, depth, with_states(known[depth], states)):
         return run_tower(tower, contents, mask)
 
 
@@ -293,25 +319,31 @@ def freeze_below(tower: PreTrainedModel, trainable_blocks: int | None) -> None:
     in_blocks = set(blocks.parameters())
     after = [parameter for parameter in tower.parameters() if parameter.requires_grad and parameter not in in_blocks]
     if depth and after and tower.device.type != "meta":
-        for parameter in read_below(tower, depth, after):
-            parameter.requires_grad_(False)
+        with suppress(NotRun):
+            for parameter in read_below(tower, depth, after):
+                parameter.requires_grad_(False)
 
 
 def read_below(tower: PreTrainedModel, depth: int, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Which of the parameters, all of them trained, have a part in the states after the first `depth` blocks."""
+    """Which of the parameters have a part in the states after the first `depth` blocks."""
     modes = {module: module.training for module in tower.modules()}
-    tower.eval()
+    trained = {parameter: parameter.requires_grad for parameter in tower.parameters()}
     mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
-    try:
+
+    def have_part(some: list[nn.Parameter]) -> bool:
+        for parameter in trained:
+            parameter.requires_grad_(any(parameter is one for one in some))
         with torch.enable_grad():
-            states = lower_states(tower, depth, placeholder(tower, mask), mask)
-            if not states.requires_grad:
-                return []
-            found = torch.autograd.grad(states.float().sum(), parameters, allow_unused=True)
+            return lower_states(tower, depth, placeholder(tower, mask), mask).requires_grad
+
+    tower.eval()
+    try:
+        return [one for one in parameters if have_part([one])] if have_part(parameters) else []
     finally:
+        for parameter, was_trained in trained.items():
+            parameter.requires_grad_(was_trained)
         for module, mode in modes.items():
             module.training = mode
-    return [parameter for parameter, part in zip(parameters, found, strict=True) if part is not None]
 
 
 def is_frozen(module: nn.Module) -> bool:
