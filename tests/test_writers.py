@@ -23,12 +23,13 @@ import pytest
 import torch
 from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
-from testing_utils import make_config, make_model, make_trainer
+from testing_utils import make_config, make_model, make_processor, make_trainer
 from transformers import logging
 
-from transrec_hf import DataError, ItemIndex, Recommender, TransRecModel, TransRecTrainer, files
+from transrec_hf import DataError, ItemIndex, Recommender, TransRecModel, TransRecProcessor, TransRecTrainer, files
 from transrec_hf.data.statistics import load_statistics, save_statistics
 from transrec_hf.files import locked, read_whole, recover, whole_file, written_whole
+from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.publishing.card import model_card, update_model_card
 from transrec_hf.publishing.checkpoint import (
     checkpoints_of,
@@ -408,13 +409,37 @@ def read_checkpoint(folder: Path) -> tuple[float, ...]:
 
 def write_checkpoint(folder: Path, seed: int) -> None:
     size = {"max_shard_size": "1KB"} if seed == 1 else {}
-    model = baseline(seed, width=16 if seed == 1 else 8)
-    with written_whole(folder) as partial:
-        model.save_pretrained(partial, **size)
+    baseline(seed, width=16 if seed == 1 else 8).save_pretrained(folder, **size)
+
+
+def write_processor(folder: Path, seed: int) -> None:
+    processor = make_processor("text")
+    processor.max_text_length = 10 + seed
+    processor.tokenizer.model_max_length = 10 + seed
+    processor.save_pretrained(folder)
+
+
+def read_processor(folder: Path) -> int:
+    processor = TransRecProcessor.from_pretrained(folder)
+    assert processor.tokenizer.model_max_length == processor.max_text_length
+    return processor.max_text_length
+
+
+def write_item_statistics(folder: Path, seed: int) -> None:
+    ItemStatistics(np.array(["a", "b"][:seed]), np.arange(seed)).save(folder)
+
+
+def read_item_statistics(folder: Path) -> list[str]:
+    recover(folder)
+    found = ItemStatistics.from_pretrained(folder)
+    assert found is not None and len(found.item_ids) == len(found.train_counts)
+    return found.item_ids.tolist()
 
 
 WRITERS: dict[str, tuple[Callable[[Path, int], Any], Callable[[Path], Any]]] = {
     "checkpoint over one of another width and in shards": (write_checkpoint, weights),
+    "processor": (write_processor, read_processor),
+    "statistics of items": (write_item_statistics, read_item_statistics),
     "save_checkpoint": (lambda folder, seed: save_checkpoint(folder, baseline(seed)), weights),
     "recommender with its index": (write_recommender, read_recommender),
     "index over that of another order": (write_index, read_index),
@@ -426,7 +451,13 @@ WRITERS: dict[str, tuple[Callable[[Path, int], Any], Callable[[Path], Any]]] = {
 }
 
 
-FULL_DISKS = ("recommender with its index", "card and evaluation", "table of results")
+FULL_DISKS = (
+    "checkpoint over one of another width and in shards",
+    "processor",
+    "recommender with its index",
+    "card and evaluation",
+    "table of results",
+)
 
 
 @pytest.mark.parametrize(

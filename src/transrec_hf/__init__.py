@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from . import files
 from .model.configuration_transrec import TransRecConfig
 from .model.modeling_transrec import TransRecModel, TransRecOutput, TransRecPreTrainedModel
 from .model.processing_transrec import TransRecProcessor
@@ -50,6 +51,8 @@ AutoProcessor.register(TransRecConfig, TransRecProcessor)
 TransRecConfig.register_for_auto_class()
 TransRecModel.register_for_auto_class("AutoModel")
 TransRecProcessor.register_for_auto_class()
+
+TransRecModel.files = TransRecProcessor.files = files  # here, folders are written whole
 
 # what pulls in datasets, the trainer or an evaluator is imported when it is first used
 _LAZY = {

@@ -15,6 +15,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .modalities_transrec import COLUMNS, MODALITIES
+from .tuning_transrec import WholeFolders
 from .windows_transrec import LogMelFeatureExtractor
 
 
@@ -86,7 +87,7 @@ def feature_extractor_of(audio_model: str) -> Any:
     return AutoFeatureExtractor.from_pretrained(audio_model, trust_remote_code=False)
 
 
-class TransRecProcessor(ProcessorMixin):
+class TransRecProcessor(WholeFolders, ProcessorMixin):
     r"""
     Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, a feature
     extractor for the sounds, and vectors that items come with, or any of them.

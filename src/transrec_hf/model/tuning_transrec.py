@@ -57,7 +57,37 @@ def as_expression(patterns: Iterable[str]) -> str:
     return "^(" + "|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns) + ")$"
 
 
-class ThinCheckpoints(PreTrainedModel):
+class WholeFolders:
+    """
+    Writes a folder whole or not at all, and reads one state of it, where the package is installed; the code that
+    travels with a checkpoint does as `transformers` does.
+    """
+
+    files: Any = None
+    """`transrec_hf.files`, if it is there."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        if self.files is None or not kwargs.get("is_main_process", True):
+            parent.save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        with self.files.written_whole(save_directory) as folder:
+            parent.save_pretrained(str(folder), *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        if cls.files is None:
+            return parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return cls.files.read_whole(
+            pretrained_model_name_or_path,
+            lambda: parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs),
+        )
+
+
+class ThinCheckpoints(WholeFolders, PreTrainedModel):
     """
     A model whose checkpoints may be thin: they hold the weights that differ from those of other checkpoints (the
     towers that it was made with, or the model that it was trained from), and name these by id, commit and SHA-256.

@@ -70,7 +70,9 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
         left = read_whole(place, lambda: _collect(place, snapshot))
         with bad_input(str(folder)):
             config = snapshot / HEADS[0]
-            refuse_local((json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}).get("weights_from") or [])
+            refuse_local(
+                (json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}).get("weights_from") or []
+            )
         for name in HEADS:
             if name in left:
                 raise DataError(

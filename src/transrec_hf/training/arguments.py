@@ -189,7 +189,9 @@ class TransRecTrainingArguments(TrainingArguments):
             `ValueError`: With the argument and the mend.
         """
         if any("\ud800" <= char <= "\udfff" for char in self.output_dir):
-            raise ValueError(f"output_dir {printable(self.output_dir)} is not UTF-8, as its files are: name another one")
+            raise ValueError(
+                f"output_dir {printable(self.output_dir)} is not UTF-8, as its files are: name another one"
+            )
         for name, (possible, why) in REFUSED.items():
             if (value := getattr(self, name)) not in possible:
                 raise ValueError(f"{name}={value!r} is not possible: {why}. Leave it out.")
