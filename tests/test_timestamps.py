@@ -214,7 +214,7 @@ def test_dates_bound_a_temporal_split(unit: int) -> None:
 
 
 SECONDS = NOW + 977 * np.arange(200)
-ROUNDED_BEFORE = {
+ROUNDED_BEFORE: dict[str, tuple[np.ndarray, bool]] = {
     "float32": (SECONDS.astype(np.float32), True),
     "float32 of milliseconds": ((1000 * SECONDS).astype(np.float32), True),
     "seconds": (SECONDS, False),
