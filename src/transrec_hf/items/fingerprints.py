@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -33,3 +34,16 @@ def adapter_settings(model: nn.Module) -> list[Any]:
             used = {adapter: module.scaling[adapter] for adapter in active}
             found.append([name, module.disable_adapters, module.merged, used])
     return found
+
+
+def hash_weight(digest: Any, value: Any) -> None:
+    """Add what a state dictionary holds under one name to a hash; a quantised layer has tuples of tensors there."""
+    if isinstance(value, tuple):
+        for part in value:
+            hash_weight(digest, part)
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        value = value.dequantize() if value.is_quantized else value
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    else:
+        digest.update(repr(value).encode())

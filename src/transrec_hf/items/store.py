@@ -35,7 +35,7 @@ from ..model.towers_transrec import (
 )
 from ..model.windows_transrec import has_states_in_time
 from .encoding import fit_texts, item_loader, packed_linears, sort_by_length
-from .fingerprints import adapter_settings, tower_settings
+from .fingerprints import adapter_settings, hash_weight, tower_settings
 from .preparing import ItemSource, bucket_by_tokens
 
 
@@ -67,11 +67,7 @@ def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preproce
         if not below and (id(tensor) in in_upper or not is_frozen):
             continue  # what is registered after the blocks, and frozen, the lower ones may read
         digest.update(name.encode())
-        if not isinstance(tensor, Tensor):  # of a quantised layer
-            digest.update(repr(tensor).encode())
-            continue
-        tensor = tensor.dequantize() if tensor.is_quantized else tensor
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hash_weight(digest, tensor)
     return digest.hexdigest()[:32]
 
 

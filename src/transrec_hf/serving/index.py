@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from ..errors import DataError, one_line
 from ..files import whole_file
-from ..items.fingerprints import adapter_settings, tower_settings
+from ..items.fingerprints import adapter_settings, hash_weight, tower_settings
 from ..model.item_encoder_transrec import WhitenedProjection
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -59,14 +59,9 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
         if isinstance(module, WhitenedProjection)
         for statistic in module.statistics
     }
-    values = [value for name, value in encoder.state_dict().items() if name not in of_catalogue]
-    for value in values:  # without the names, which change between libraries' versions
-        if not isinstance(value, torch.Tensor):  # of a quantised layer
-            digest.update(repr(value).encode())
-            continue
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        value = value.dequantize() if value.is_quantized else value
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, value in encoder.state_dict().items():
+        if name not in of_catalogue:
+            hash_weight(digest, value)  # without its name, which changes between libraries' versions
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue, load_catalogue
 from ..errors import MAX_EXAMPLES, DataError, UnknownItems, shortened
 from ..items.encoding import fit_texts
+from ..items.fingerprints import hash_weight
 from ..items.meeting import ItemStatistics, match_items
 from ..items.preparing import ItemSource
 from ..model.modalities_transrec import MODALITIES
@@ -283,8 +284,8 @@ def model_version(model: TransRecModel, encoder: str) -> str:
     digest.update(json.dumps([settings.get("user_encoder"), settings.get("num_attention_heads")]).encode())
     for name, value in model.state_dict().items():
         if not name.startswith("item_encoder."):
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(name.encode())
+            hash_weight(digest, value)
     return digest.hexdigest()[:16]
 
 
