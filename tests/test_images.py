@@ -260,7 +260,7 @@ def test_pixels_that_are_no_numbers_are_refused(pixels: list[list[float]]) -> No
     image = PIL.Image.fromarray(np.array(pixels, dtype=np.float32))
     catalogue = load_catalogue(pa.table({"item_id": ["a"], "image": [encoded(image, "TIFF")]}))
     with pytest.raises(DataError, match="not finite"):
-        catalogue.check_images()
+        catalogue.check_contents()
 
 
 def test_images_of_pil_in_a_table_have_a_mend() -> None:

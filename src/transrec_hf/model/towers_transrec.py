@@ -86,7 +86,8 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
     try:
         contents = placeholder(tower, mask)
         if not is_text:
-            contents = (contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)).expand(2, *contents.shape[1:])
+            contents = contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)
+            contents = torch.cat([contents, contents])
         output = run_tower(tower, contents, mask)
         states = output.last_hidden_state if is_text else pooled_state(output)
         if states.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
