@@ -31,7 +31,7 @@ _ARITHMETIC: dict[type, Callable[[Any, Any], pc.Expression]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+    ast.Div: lambda left, right: left.cast("double") / right.cast("double"),
 }
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 
@@ -70,7 +70,7 @@ def parse_filter(expression: str, names: tuple[str, ...]) -> pc.Expression:
         raise DataError(f"the filter has {len(expression):,} characters, and {MAX_LENGTH:,} are the most")
     try:
         return _Reader(expression, names).expression(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
         said = getattr(error, "msg", None) or type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from ..errors import DataError, one_line
+from ..errors import DataError
 from ..files import locked, read_whole
 from .index import INDEX_NAME, ItemIndex
 from .journal import JOURNAL_NAME, append_record, read_journal
@@ -141,6 +141,7 @@ class LiveItems:
             if self.folder is None:
                 change = make(self.snapshot)
                 if change is not None:
+                    self._check(change)
                     self._apply(change)
                     if self._has_grown():
                         before = self.snapshot
@@ -180,16 +181,23 @@ class LiveItems:
         return changed > max(MIN_COMPACTED, COMPACTED_SHARE * len(self.base))
 
     def _check(self, change: Change) -> None:
-        """Refuse columns that do not fit those that are there. Raises [`DataError`]."""
-        if change.added is not None and change.added.columns is not None:
-            try:
-                tables = [self.snapshot.columns.schema, change.added.columns.schema]
-                pa.unify_schemas(tables, promote_options="permissive")
-            except pa.ArrowException as error:
+        """Refuse columns of another kind than those that are there, which no filter reads. Raises [`DataError`]."""
+        there = self.snapshot.columns.schema
+        for new in [] if change.added is None or change.added.columns is None else change.added.columns.schema:
+            kinds = {_kind(new.type), _kind(there.field(new.name).type) if new.name in there.names else "null"}
+            if len(kinds - {"null"}) > 1:
                 raise DataError(
-                    f"the columns of the items do not fit those of the index ({one_line(error)})"
-                ) from None
+                    f"the column {new.name!r} of the items holds {new.type}, and that of the index "
+                    f"{there.field(new.name).type}. Write it as there."
+                )
 
     def _apply(self, change: Change) -> None:
         number = self.snapshot.changes + 1
         self.snapshot = self.snapshot.changed(change, f"{self.base_version}+{number}")
+
+
+def _kind(kind: pa.DataType) -> str:
+    """Which types of Arrow can be in one column."""
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "number"
+    return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +15,9 @@ from ..evaluation.ranking import precise
 
 
 CHUNK = 2**13  # items that are scored at a time, so that their scores stay in the cache
-SCORES = 2**26  # held at a time: 256 MiB
-GATHERED = 2**22  # numbers of candidates' vectors that are held at a time
-BLOCK = 32  # items of which the best one is looked at first
+SCORES = 2**25  # held at a time: 128 MiB
+GATHERED = 2**20  # numbers of candidates' vectors that are held at a time
+BLOCK = 64  # items of which the best one is looked at first
 SMALL = 2**12  # rows that are not worth a scan
 SHARE = 16  # one row in so many, or fewer, allowed: they alone are scored
 ROUNDING = 2.0**-8  # of bfloat16
@@ -37,32 +39,47 @@ class Matrix:
         exact (`Tensor` of shape `(n, width)`): In fp32, with the popularity of the items as the last column, if the
             model adds it.
         size (`int`): Numbers of a vector without that.
+        whole (`float`): Largest length of a row.
         scan (`Tensor` of shape `(n, size)`, *optional*): The same in bfloat16, without the popularity.
+        length (`float`): Largest length of a row without the popularity.
         error (`float`): Largest length of what a row of `scan` lacks.
-        length (`float`): Largest length of a row.
     """
 
     exact: Tensor
     size: int
+    whole: float
     scan: Tensor | None = None
-    error: float = 0.0
     length: float = 0.0
+    error: float = 0.0
 
     @classmethod
     def of(cls, exact: Tensor, size: int, scan: Tensor | None = None) -> Matrix:
         """With the smaller copy where it is of use, unless it is given."""
+        whole = length = error = 0.0
         if len(exact) <= SMALL or scan_dtype(exact.device.type) == torch.float32:
-            return cls(exact, size)
-        scan = exact[:, :size].bfloat16() if scan is None else scan
-        error = length = 0.0
+            scan = None
+        elif scan is None:
+            scan = exact[:, :size].bfloat16()
         for start in range(0, len(exact), CHUNK):
-            rows = exact[start : start + CHUNK, :size]
-            error = max(error, float((rows - scan[start : start + CHUNK]).norm(dim=1).max()))
-            length = max(length, float(rows.norm(dim=1).max()))
-        return cls(exact, size, scan, error, length)
+            rows = exact[start : start + CHUNK]
+            whole = max(whole, float(rows.norm(dim=1).max()))
+            if scan is not None:
+                short = rows[:, :size]
+                length = max(length, float(short.norm(dim=1).max()))
+                error = max(error, float((short - scan[start : start + CHUNK]).norm(dim=1).max()))
+        return cls(exact, size, whole, scan, length, error)
 
     def __len__(self) -> int:
         return len(self.exact)
+
+    def bound(self, queries: Tensor, is_short: bool) -> Tensor:
+        """How far the estimates of [`_scan`] can be from the scores of users, `(n_users,)`."""
+        bound = queries.norm(dim=1) * self.whole * queries.shape[1] * 2.0**-23  # of sums in fp32
+        if not is_short:
+            return bound
+        short = queries[:, : self.size]
+        lengths, lacks = short.norm(dim=1), (short - short.bfloat16()).norm(dim=1)
+        return bound + lacks * self.length + lengths * self.error * (1 + ROUNDING) + ROUNDING * lengths * self.length
 
 
 def top(scores: Tensor, k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -151,31 +168,48 @@ def _subset(
         excluded = (excluded[0][among], places[among])
     elif excluded is not None:
         excluded = None
-    return Matrix(matrix.exact[rows], matrix.size), excluded
+    return Matrix(matrix.exact[rows], matrix.size, matrix.whole), excluded
 
 
 def _search(
     matrix: Matrix, queries: Tensor, k: int, allowed: Tensor | None, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    wanted = max(4 * k, 2 * BLOCK)
-    if matrix.scan is None or wanted * 4 > len(matrix):
-        return _decide(matrix, queries, *_scan(matrix, queries, matrix.exact, k + BLOCK, allowed, excluded), k)
-    short = queries[:, : matrix.size]
-    lengths = short.norm(dim=1)
-    bound = (short - short.bfloat16()).norm(dim=1) * matrix.length + lengths * matrix.error
-    bound += (ROUNDING + 1e-4) * lengths * matrix.length  # of the sums
-    estimates, candidates = _scan(matrix, queries, matrix.scan, wanted, allowed, excluded)
+    wanted = max(4 * k, 32)
+    vectors = matrix.exact if matrix.scan is None or 4 * wanted > len(matrix) else matrix.scan
+    estimates, candidates = _scan(matrix, queries, vectors, wanted, allowed, excluded)
     scores, rows = _decide(matrix, queries, estimates, candidates, k)
+    if wanted >= len(matrix):
+        return scores, rows
     # an item that is no candidate has at most the last estimate plus the bound
-    unsure = (scores[:, -1] < estimates[:, -1] + bound) & (estimates[:, -1] > -torch.inf)
+    last = estimates[:, -1]
+    unsure = (scores[:, -1] <= last + matrix.bound(queries, vectors is matrix.scan)) & (last > -torch.inf)
     if unsure.any():
         users = unsure.nonzero().squeeze(1)
         if excluded is not None:
             chosen = unsure[excluded[0]]
             excluded = (unsure.cumsum(0)[excluded[0][chosen]] - 1, excluded[1][chosen])
-        found = _scan(matrix, queries[users], matrix.exact, k + BLOCK, allowed, excluded)
-        scores[users], rows[users] = _decide(matrix, queries[users], *found, k)
+        scores[users], rows[users] = _compute(matrix, queries[users], k, allowed, excluded)
     return scores, rows
+
+
+def _compute(
+    matrix: Matrix, queries: Tensor, k: int, allowed: Tensor | None, excluded: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """The `k` best rows by all scores, in full precision: for those whom a scan leaves in doubt."""
+    scores = torch.empty(len(queries), len(matrix), device=queries.device)
+    for start in range(0, len(matrix), CHUNK):
+        scores[:, start : start + CHUNK] = precise(queries) @ precise(matrix.exact[start : start + CHUNK]).T
+    if allowed is not None:
+        scores.masked_fill_(~allowed, -torch.inf)
+    if excluded is not None:
+        scores[excluded] = -torch.inf
+    least = scores.topk(k, dim=1).values[:, -1:]
+    better, equal = scores > least, scores == least
+    left = k - better.sum(dim=1, keepdim=True)
+    rows = (better | (equal & (equal.cumsum(dim=1) <= left))).nonzero()[:, 1].view(len(queries), k)
+    found = scores.gather(1, rows)
+    order = found.sort(dim=1, descending=True, stable=True).indices
+    return found.gather(1, order), rows.gather(1, order)
 
 
 def _scan(
@@ -188,20 +222,41 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     """Estimates of the scores of all rows by `vectors`, which are those of the matrix, and the `k` largest."""
     n = len(matrix)
-    scores = torch.empty(len(queries), -(-n // BLOCK) * BLOCK, device=queries.device)
-    scores[:, n:] = -torch.inf
-    left = queries[:, : vectors.shape[1]].to(vectors.dtype)
-    for start in range(0, n, CHUNK):
-        chunk = slice(start, min(start + CHUNK, n))
-        scores[:, chunk] = left @ vectors[chunk].T
-        if vectors.shape[1] < queries.shape[1]:
-            scores[:, chunk].addr_(queries[:, -1], matrix.exact[chunk, -1])
-        if allowed is not None:
-            scores[:, chunk].masked_fill_(~allowed[chunk], -torch.inf)
-    if excluded is not None:
-        scores[excluded] = -torch.inf
-    estimates, rows = top(scores, min(k, n))
-    return estimates, rows.clamp(max=n - 1)  # what fills up the last block has no estimate
+    with _room(len(queries), -(-n // BLOCK) * BLOCK, queries.device) as scores:
+        scores[:, n:] = -torch.inf
+        left = queries[:, : vectors.shape[1]].to(vectors.dtype)
+        for start in range(0, n, CHUNK):
+            chunk = slice(start, min(start + CHUNK, n))
+            scores[:, chunk] = left @ vectors[chunk].T
+            if vectors.shape[1] < queries.shape[1]:
+                scores[:, chunk].addr_(queries[:, -1], matrix.exact[chunk, -1])
+            if allowed is not None:
+                scores[:, chunk].masked_fill_(~allowed[chunk], -torch.inf)
+        if excluded is not None:
+            scores[excluded] = -torch.inf
+        estimates, rows = top(scores, min(k, n))
+        return estimates, rows.clamp(max=n - 1)  # what fills up the last block has no estimate
+
+
+_kept: list[Tensor] = []  # memory for scores: the system takes as long to give it as it takes to compute them
+
+
+@contextmanager
+def _room(n_users: int, n_items: int, device: torch.device) -> Iterator[Tensor]:
+    """A tensor `(n_users, n_items)` to write scores to, and no longer used afterwards."""
+    size = n_users * n_items
+    if device.type != "cpu" or size > SCORES + n_items or size < SCORES // 64:
+        yield torch.empty(n_users, n_items, device=device)
+        return
+    try:
+        memory = _kept.pop()
+    except IndexError:
+        memory = torch.empty(0)
+    if len(memory) < size:
+        memory = torch.empty(size)
+    yield memory[:size].view(n_users, n_items)
+    if len(_kept) < 2:
+        _kept.append(memory)
 
 
 def _decide(matrix: Matrix, queries: Tensor, estimates: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
