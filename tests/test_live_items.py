@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def state(folder: Path) -> dict[str, tuple]:
 
 def add(ids: list[str], value: float = 1.0, price: int = 2) -> Change:
     return Change(make_index(ids, value, price))
+
+
+def always(change: Change) -> Callable[[Any], Change]:
+    return lambda snapshot: change
 
 
 CHANGES = {
@@ -196,7 +201,7 @@ def test_several_processes_lose_no_change(tmp_path: Path) -> None:
                 mine = LiveItems.open(tmp_path / "index", SIZE)
                 for step in range(5):
                     new = add([f"item-{100 + 10 * number + step}"])
-                    mine.change(lambda snapshot, new=new: new)
+                    mine.change(always(new))
                     if step == 2:
                         mine.compact()
                 status = 0
@@ -223,7 +228,7 @@ def test_a_journal_that_has_grown_is_written_into_the_index(
         else:
             expected[number] = float(step)
             change = add([f"item-{number}"], float(step))
-        live.change(lambda snapshot, change=change: change)
+        live.change(always(change))
         versions.add(live.snapshot.version)
         rows = live.snapshot.known_rows
         seen = dict(zip(live.snapshot.ids(rows), live.snapshot.vectors(rows)[:, 1].tolist(), strict=True))
@@ -306,11 +311,10 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     arguments = (make_model(), ItemSource(make_catalogue(), make_processor()))
     with pytest.raises(KeyboardInterrupt):
         Recommender(*arguments, folder=tmp_path / "index")
-    monkeypatch.setattr(
-        building, "encode_catalogue", lambda *args, **kwargs: encoded.append(0) or encode(*args, **kwargs)
-    )
+    encoded.append(0)
+    monkeypatch.setattr(building, "encode_catalogue", counted)
     found = Recommender(*arguments, folder=tmp_path / "index")
-    assert encoded == [3, 3, 0, 0], "two of four blocks were left to do"
+    assert encoded == [3, 3, 0, 3, 3], "two of four blocks were left to do"
     monkeypatch.setattr(building, "RESUMED", 10**6)
     torch.testing.assert_close(found.item_embeds, Recommender(*arguments).item_embeds, atol=1e-5, rtol=1e-5)
     assert {path.name for path in (tmp_path / "index").iterdir()} == {"item_index.safetensors"}
