@@ -19,7 +19,7 @@ TORCH := $(or $(shell grep -E '^torch==' $(CONSTRAINTS)),torch)
 ##@ Start here
 
 .PHONY: quickstart
-quickstart: $(VENV)/.plot-installed ## set up, pre-train on a source, transfer to a target, compare, recommend
+quickstart: $(VENV)/.plot-installed $(if $(filter audio video,$(ARGS)),$(VENV)/.media-installed) ## set up, pre-train on a source, transfer to a target, compare, recommend
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 .PHONY: test

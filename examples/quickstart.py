@@ -1,8 +1,8 @@
 """Pre-train on one platform, transfer to another, compare, save, reload, recommend: `make quickstart`.
 
-The two platforms are the built-in demo world (`transrec_hf.data.demo`): items are titles, drawn images or both, and no
-user or item of the source occurs on the target. It takes about two minutes on two CPU cores and leaves in the output
-folder
+The two platforms are the built-in demo world (`transrec_hf.data.demo`): items are titles, drawn images or both, or
+what else `--modalities` names, as `text audio`, and no user or item of the source occurs on the target. It takes about
+two minutes on two CPU cores and leaves in the output folder
 
     source/, target/    the data, in the format that the other examples read
     checkpoint/         the fine-tuned model, its processor and the statistics of its data
@@ -58,6 +58,10 @@ GREY = "#a9a9a9"
 class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder that everything is written to."})
     seed: int = field(default=0, metadata={"help": "Seed of the demo world, of the models and of training."})
+    modalities: list[str] = field(
+        default_factory=lambda: ["text", "image"],
+        metadata={"help": "What items show, some one of it and some all, of text, image and audio."},
+    )
     pretrain_epochs: float = field(default=6, metadata={"help": "Epochs on the source."})
     target_epochs: float = field(default=50, metadata={"help": "Most epochs on the target; every run may stop early."})
     recommend: bool = field(default=False, metadata={"help": "Only recommend, from what an earlier run has left."})
@@ -110,7 +114,7 @@ def make_trainer(
         training_args,
         catalogue=platform.catalogue,
         split=leave_one_out(platform.sequences),
-        processing_class=demo_processor() if model.config.modalities else None,
+        processing_class=demo_processor(args.modalities) if model.config.modalities else None,
         callbacks=[Bar(name)],
     )
     trainer.remove_callback(ProgressCallback)
@@ -119,14 +123,14 @@ def make_trainer(
 
 def compare(args: QuickstartArguments) -> dict[str, Any]:
     """Trains the models, saves the fine-tuned one, and returns the reports on the test targets and learning curves."""
-    output_dir, world = Path(args.output_dir), demo_world(args.seed)
+    output_dir, world = Path(args.output_dir), demo_world(args.seed, args.modalities)
     for name, platform in (("source", world.source), ("target", world.target)):
         print(f"{name}: {len(platform.catalogue)} items, {len(platform.sequences)} users", flush=True)
         platform.save(output_dir / name)
 
     set_seed(args.seed)
-    model, scratch = TransRecModel(demo_config()), TransRecModel(demo_config())
-    ids = TransRecModel(demo_config(text_config=None, vision_config=None, num_items=len(world.target.catalogue)))
+    model, scratch = (TransRecModel(demo_config(args.modalities)) for _ in range(2))
+    ids = TransRecModel(demo_config(modalities=(), num_items=len(world.target.catalogue)))
     on_target: dict[str, Any] = {"num_train_epochs": args.target_epochs, "early_stopping_patience": 10}
 
     pretrainer = make_trainer("pre-training", model, world.source, 2e-3, args, num_train_epochs=args.pretrain_epochs)
@@ -205,7 +209,8 @@ def recommend(output_dir: Path) -> None:
     """Loads the checkpoint and prints what it recommends to three users of the target platform."""
     catalogue, sequences = load_domain(output_dir / "target")
     recommender = Recommender.from_pretrained(output_dir / "checkpoint", catalogue)
-    shown = ["" if has_text else "  (image only)" for has_text in catalogue.has_text]
+    others = [f"  ({' and '.join(catalogue.read(row))})" for row in range(len(catalogue))]
+    shown = ["" if has_text else other for has_text, other in zip(catalogue.has_text, others, strict=True)]
     titles = [title + note for title, note in zip(catalogue.items["description"], shown, strict=True)]
     for user in range(3):
         *history, target = sequences[user]["items"]

@@ -57,9 +57,12 @@ from transrec_hf import (
     encode_catalogue,
     load_catalogue,
 )
+from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.windows_transrec import LogMelFeatureExtractor, reads_samples
+from transrec_hf.publishing.checkpoint import check_processor
 from transrec_hf.publishing.dataset import write_items
+from transrec_hf.serving.export import graphs_of, program_of
 
 
 av = pytest.importorskip("av")
@@ -463,6 +466,14 @@ def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
     assert "audio" in (tmp_path / "run" / "README.md").read_text()
     served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
     assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
+    known = source.catalogue.encoded("audio", 2)
+    raw = [
+        served.recommend([{"audio": sound}], k=3, exclude_seen=False)
+        for sound in (known, source.catalogue.read(2)["audio"])
+    ]
+    assert raw[0] == raw[1] == served.recommend(["item-2"], k=3, exclude_seen=False)
+    with pytest.raises(DataError, match="audio of a raw item cannot be read"):
+        served.recommend([{"audio": b"nothing"}])
 
 
 @pytest.mark.parametrize("name", AUDIO_TOWERS)
@@ -493,3 +504,29 @@ def test_they_are_published_and_read_again(tmp_path, source):
     (tmp_path / "a.wav").write_bytes(GOOD)
     (tmp_path / "items.csv").write_text("item_id,audio\nx,a.wav\n")
     assert load_catalogue(tmp_path / "items.csv").read(0)["audio"].shape == (1600,)
+
+
+def test_the_graph_of_an_export_takes_any_number_of_sounds_and_windows(source):
+    graph = next(graph for graph in graphs_of(make_mixed_model(), source.processor) if graph.name == "audio")
+    program = program_of(graph).module()
+    for inputs in (graph.inputs, graph.others):
+        torch.testing.assert_close(program(*inputs.values()), graph.module(*inputs.values()), atol=1e-5, rtol=1e-4)
+
+
+def test_the_demo_world_can_be_heard():
+    modalities = ("text", "audio")
+    target = demo_world(modalities=modalities).target
+    catalogue, processor = target.catalogue, demo_processor(modalities)
+    assert processor.modalities == list(modalities) and not catalogue.has("image").any()
+    assert 0.2 < (catalogue.has("text") & catalogue.has("audio")).mean() < 0.4 and catalogue.has_any().all()
+    rows = np.flatnonzero(catalogue.has("audio"))[:40]
+    values = ItemSource(catalogue.select(rows), processor).batch(np.arange(40)).parts["audio"].values[0][:, 0]
+    loudness, sizes = values.amax(dim=(1, 2)), torch.from_numpy(target.attributes[rows, 3])
+    assert all(loudness[sizes == size].max() < loudness[sizes > size].min() for size in (0, 1))
+    model = TransRecModel(demo_config(modalities))
+    assert encode_catalogue(model, ItemSource(catalogue.select(rows), processor)).isfinite().all()
+
+
+def test_a_processor_that_asks_for_hours_is_refused():
+    with pytest.raises(DataError, match="seconds of every sound"):
+        check_processor(make_processor("wav2vec2", max_audio_windows=10**6))

@@ -19,7 +19,7 @@ from .parsing import parse_arguments
 
 LIBRARIES = (
     *("torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "tokenizers", "safetensors"),
-    *("numpy", "pandas", "pyarrow", "pillow", "typer", "peft", "matplotlib", "torchvision"),
+    *("numpy", "pandas", "pyarrow", "pillow", "typer", "av", "peft", "matplotlib", "torchvision"),
 )
 VARIABLES = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
 

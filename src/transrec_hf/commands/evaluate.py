@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..errors import DataError, bad_input
 from ..files import write_json
 from ..items.encoding import content_vectors
+from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import load_checkpoint
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
@@ -32,6 +33,7 @@ class EvaluationArguments:
     seed: int = option(0, "Seed of that draw.")
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, for the baseline of content alone.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for the baseline of content alone.")
+    audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for the same baseline.")
     activation_store: str | None = option(None, "Folder that keeps the states of the towers for the next time.")
     trainable_blocks: int = option(0, "Blocks above those states; as in training, to read the store of a run.")
     bf16: bool = option(False, "Compute in bf16.")
@@ -49,8 +51,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec evaluate runs/my_target --data my_target --json > report.json
 
     Prints the model beside baselines that need no training, with 95 % intervals, whether it is above them, and the
-    model on slices of the users. With text_model or vision_model, nearest neighbours by these untouched encoders are a
-    baseline too.
+    model on slices of the users. With text_model, vision_model or audio_model, nearest neighbours by these untouched
+    encoders are a baseline too.
     """
     kinds = (DataArguments, SplitArguments, EvaluationArguments)
     data_args, split_args, args = parse_arguments(kinds, argv, evaluate, positional="checkpoint")
@@ -82,10 +84,10 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if known is not None:
             trainer.source.log_popularity = known.log_popularity
         vectors = None
-        if args.text_model or args.vision_model:
+        towers = {modality.tower: getattr(args, modality.tower) for modality in MODALITIES.values() if modality.tower}
+        if any(towers.values()):
             vectors = content_vectors(
-                args.text_model,
-                args.vision_model,
+                towers,
                 catalogue,
                 device=trainer.args.device,
                 batch_size=args.batch_size,

@@ -20,6 +20,7 @@ from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
 from ..items.meeting import ItemStatistics, match_items, needs_item_statistics, set_item_vectors
 from ..model.configuration_transrec import TransRecConfig
+from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits, check_place, load_checkpoint
@@ -37,7 +38,7 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
 
 
 # Towers and num_items are options of their own below, and what a checkpoint does not hold is no setting.
-OTHERS = ("text_config", "vision_config", "num_items", "bottleneck", "weights_from")
+OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "weights_from")
 CONFIG_FIELDS = tuple(
     field.name
     for field in fields(TransRecConfig)
@@ -83,6 +84,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     from_checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model to start from.")
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, for a new model.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
+    audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for a new model.")
     id_baseline: bool = option(False, "A new model without towers, of one vector per item.")
     preset: Literal["default", "paper"] = option("default", "Settings of a new model; others can be set by name.")
     hybrid: bool = option(False, "Learn a vector for each item of the catalogue too, beside what its content says.")
@@ -91,7 +93,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     def __post_init__(self) -> None:
         origins = {
             "from_checkpoint": self.from_checkpoint,
-            "text_model or vision_model": self.text_model or self.vision_model,
+            "text_model, vision_model or audio_model": any(self.towers.values()),
             "id_baseline": self.id_baseline,
         }
         given = [name for name, value in origins.items() if value]
@@ -101,6 +103,11 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             raise ValueError("hybrid adds ID vectors to content, which id_baseline does not read: leave one out")
         if self.from_checkpoint and self.preset != "default":
             raise ValueError("preset is for a new model, from_checkpoint brings its own settings: leave one out")
+
+    @property
+    def towers(self) -> dict[str, str | None]:
+        """Folder or Hub id of every tower, by its name in the table."""
+        return {modality.tower: getattr(self, modality.tower) for modality in MODALITIES.values() if modality.tower}
 
     def load(self, catalogue: Catalogue, is_demo: bool = False) -> tuple[TransRecModel, TransRecProcessor | None]:
         """
@@ -132,20 +139,19 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         if self.id_baseline:
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
-        towers: dict[str, Any] = {"text_model": self.text_model, "vision_model": self.vision_model}
-        named = {name: tower for name, tower in towers.items() if tower}
+        named: dict[str, Any] = {name: tower for name, tower in self.towers.items() if tower}
         size = settings["features_size"]
         if named or size is not None:
             for tower in named.values():
                 check_place(tower)
             with bad_input(" and ".join(f"{name} {tower}" for name, tower in named.items()) or "model configuration"):
-                model = TransRecModel.from_text_vision_pretrained(**towers, **settings)
+                model = TransRecModel.from_text_vision_pretrained(**named, **settings)
                 return model, TransRecProcessor.from_towers(
-                    **towers, max_text_length=max_text_length, features_size=size
+                    **named, max_text_length=max_text_length, features_size=size
                 )
         if not is_demo:
             raise DataError(
-                "no model: give --text_model, --vision_model, --features_size or several of them, or "
+                "no model: give --text_model, --vision_model, --audio_model, --features_size or several of them, or "
                 "--from_checkpoint, or --id_baseline"
             )
         with bad_input("model configuration"):

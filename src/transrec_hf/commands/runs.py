@@ -342,10 +342,9 @@ def run_training(
     trainer.save_model()
 
     vectors = None
-    if (model_args.text_model or model_args.vision_model) and len(domains) == 1:
+    if any(model_args.towers.values()) and len(domains) == 1:
         vectors = content_vectors(
-            model_args.text_model,
-            model_args.vision_model,
+            model_args.towers,
             catalogue,
             device=args.device,
             batch_size=args.per_device_eval_batch_size,

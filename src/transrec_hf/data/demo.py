@@ -1,11 +1,12 @@
 """The built-in demo world: two small platforms on which content transfers and ids cannot.
 
 An item is one drawn thing with four attributes: colour, shape, pattern and size. Some items show them in a short title
-("crimson striped star , large"), some in a drawn image, some in both. A user likes one colour, one shape and one
+("crimson striped star , large"), some in a drawn image, some in both; asked for, some in a sound, whose pitch, timbre,
+rhythm and loudness are colour, shape, pattern and size. A user likes one colour, one shape and one
 pattern, and each of these likings moves on along a cycle that is the same on both platforms: who liked orange stars
 turns to gold ones. The platforms share no user, no item and no combination of attributes, word their titles in their
-own way and draw on their own paper. All that a model can carry from the source to the target is how content looks and
-how tastes move.
+own way, draw on their own paper and hiss in their own loudness. All that a model can carry from the source to the
+target is how content looks and sounds and how tastes move.
 
 Everything is computed from a seed with NumPy and Pillow, in about a second; nothing is downloaded or licensed.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import io
 import os
+import wave
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +26,9 @@ import numpy as np
 from PIL import Image
 
 from ..model.configuration_transrec import FORMAT_1, TransRecConfig
+from ..model.modalities_transrec import MODALITIES
 from ..model.processing_transrec import TransRecProcessor
+from ..model.windows_transrec import LogMelFeatureExtractor
 from .catalogue import Catalogue, load_catalogue
 from .interactions import Sequences, load_interactions
 
@@ -50,7 +55,24 @@ IMAGE_SIZE = 32  # pixels, both sides
 TASTE_WEIGHTS = (6.0, 5.0, 4.0)  # what a match of colour, shape, pattern adds to the utility of an item
 TASTE_DRIFT = (0.3, 0.2, 0.1)  # chance per step that the liked colour, shape, pattern moves on by one in its cycle
 POPULARITY_SPREAD = 0.3  # standard deviation of the utility which all users share
-MODALITY_SHARES = {"text": 0.35, "image": 0.35, "both": 0.3}
+SHOWN = ("text", "image")
+"""The modalities that the demo world shows unless it is asked for others."""
+SHARE_OF_ALL = 0.3  # of the items; the others show one modality each
+RATE = 8000  # samples of a sound in a second
+PITCHES = 220 * 2 ** (np.arange(len(COLOURS)) / 5)  # Hz
+TIMBRES = np.array(  # of the overtones, by shape
+    [
+        [1, 0, 0, 0, 0, 0],
+        [1, 0, 0.9, 0, 0.8, 0],
+        [1, 0.9, 0.8, 0.7, 0.6, 0.5],
+        [0.3, 1, 0, 0, 0, 0],
+        [0.3, 0, 0, 1, 0, 0.5],
+        [0.5, 0.2, 0, 0, 0, 1],
+    ]
+)
+RHYTHMS = ("########", "#.#.#.#.", "#...#...", "##..##..", "####....")  # loud and silent eighths, by pattern
+LOUDNESS = (0.1, 0.25, 0.6)  # by size
+EIGHTH = RATE // 20  # samples
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,7 @@ class PlatformStyle:
         lengths (`tuple[int, int]`): Shortest and longest sequence, in interactions.
         title (`str`): Template of the titles; its fields are the names of the attributes.
         paper (`tuple[int, int, int]`): RGB colour that the images are drawn on.
+        hiss (`float`): Loudness of the noise that is in the sounds.
     """
 
     name: str
@@ -72,10 +95,11 @@ class PlatformStyle:
     lengths: tuple[int, int]
     title: str
     paper: tuple[int, int, int]
+    hiss: float
 
 
-SOURCE = PlatformStyle("source", 600, 3000, (8, 14), "{colour} {pattern} {shape} , {size}", (255, 255, 250))
-TARGET = PlatformStyle("target", 400, 300, (4, 7), "{size} {pattern} {shape} in {colour}", (240, 243, 252))
+SOURCE = PlatformStyle("source", 600, 3000, (8, 14), "{colour} {pattern} {shape} , {size}", (255, 255, 250), 0.01)
+TARGET = PlatformStyle("target", 400, 300, (4, 7), "{size} {pattern} {shape} in {colour}", (240, 243, 252), 0.02)
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,8 @@ class DemoPlatform:
 
     Args:
         catalogue ([`Catalogue`]):
-            Its items: a title, an image or both each. The column `description` is for people, no model reads it.
+            Its items: a title, an image or both each, or what else was asked for. The column `description` is for
+            people, no model reads it.
         sequences ([`Sequences`]): Its users' interactions, in time order.
         attributes (`np.ndarray` of shape `(num_items, 4)`):
             The hidden truth: indices into the values of `ATTRIBUTES`, in its order. No model may see them.
@@ -120,11 +145,13 @@ class DemoWorld:
     target: DemoPlatform
 
 
-def demo_world(seed: int = 0) -> DemoWorld:
+def demo_world(seed: int = 0, modalities: Collection[str] = SHOWN) -> DemoWorld:
     """Draws the demo world.
 
     Args:
         seed (`int`, *optional*, defaults to 0): The same seed gives the same world, byte for byte.
+        modalities (`Collection[str]`, *optional*, defaults to text and image): What items show, of `"text"`, `"image"`
+            and `"audio"`: one of them each or, three in ten, all.
 
     Returns:
         [`DemoWorld`]: a source of 600 items and 3 000 users, and a target of 400 items and 300 users, who have chosen
@@ -134,33 +161,50 @@ def demo_world(seed: int = 0) -> DemoWorld:
     combinations = np.array(list(product(*(range(len(values)) for values in ATTRIBUTES.values()))))
     rng.shuffle(combinations)
     source, target, _ = np.split(combinations, [SOURCE.num_items, SOURCE.num_items + TARGET.num_items])
-    return DemoWorld(_draw_platform(SOURCE, source, rng), _draw_platform(TARGET, target, rng))
+    shown = tuple(modalities)
+    return DemoWorld(_draw_platform(SOURCE, source, rng, shown), _draw_platform(TARGET, target, rng, shown))
 
 
-def demo_processor() -> TransRecProcessor:
+def demo_processor(modalities: Collection[str] = SHOWN) -> TransRecProcessor:
     """A processor for the demo world, made in memory: its words are the tokens, its images keep their size."""
     from transformers import BertTokenizer, ViTImageProcessorPil
 
     vocabulary = {word: index for index, word in enumerate(_vocabulary())}
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return TransRecProcessor(BertTokenizer(vocab=vocabulary), ViTImageProcessorPil(size=size))
+    spectrogram = LogMelFeatureExtractor(
+        RATE, IMAGE_SIZE, IMAGE_SIZE, 256, EIGHTH // 4, 256, (150.0, 4000.0), offset=0.1, is_image=False
+    )
+    return TransRecProcessor(
+        BertTokenizer(vocab=vocabulary) if "text" in modalities else None,
+        ViTImageProcessorPil(size=size) if "image" in modalities else None,
+        feature_extractor=spectrogram if "audio" in modalities else None,
+        max_audio_windows=1,
+    )
 
 
-def demo_config(**overrides: Any) -> TransRecConfig:
-    """A configuration with a two-block BERT and a two-block ViT, which learns the demo world on a CPU in a minute.
+def demo_config(modalities: Collection[str] = SHOWN, **overrides: Any) -> TransRecConfig:
+    """
+    A configuration with a two-block BERT, ViT and AST, as far as items show what they read, which learns the demo
+    world on a CPU in a minute.
 
     Args:
+        modalities (`Collection[str]`, *optional*, defaults to text and image): Which the model reads.
         overrides: Fields of [`TransRecConfig`] to set otherwise.
     """
-    from transformers import BertConfig, ViTConfig
+    from transformers import ASTConfig, BertConfig, ViTConfig
 
     tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    text_config = BertConfig(vocab_size=len(_vocabulary()), max_position_embeddings=16, **tower)
-    vision_config = ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower)
+    patches = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+    towers = {
+        "text": BertConfig(vocab_size=len(_vocabulary()), max_position_embeddings=16, **tower),
+        "image": ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower),
+        "audio": ASTConfig(max_length=IMAGE_SIZE, num_mel_bins=IMAGE_SIZE, **patches, **tower),
+    }
     # its towers know nothing yet, so there is no content to begin with: a linear map and dot products learn it whole
     fields = {**FORMAT_1, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"intermediate_size": 128, "hidden_dropout_prob": 0.1}
-    fields |= {"max_position_embeddings": 16, "text_config": text_config, "vision_config": vision_config}
+    fields |= {"max_position_embeddings": 16}
+    fields |= {MODALITIES[name].config: towers[name] for name in modalities}
     return TransRecConfig(**(fields | overrides))
 
 
@@ -169,23 +213,24 @@ def attribute_words(attributes: np.ndarray) -> dict[str, str]:
     return {name: values[index] for (name, values), index in zip(ATTRIBUTES.items(), attributes, strict=True)}
 
 
-def _draw_platform(style: PlatformStyle, attributes: np.ndarray, rng: np.random.Generator) -> DemoPlatform:
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
+def _draw_platform(
+    style: PlatformStyle, attributes: np.ndarray, rng: np.random.Generator, modalities: tuple[str, ...]
+) -> DemoPlatform:
+    from datasets import Dataset
 
     item_ids = [f"{style.name}-item-{row:04d}" for row in range(len(attributes))]
-    kinds = rng.choice(list(MODALITY_SHARES), size=len(attributes), p=list(MODALITY_SHARES.values()))
+    shares = [(1 - SHARE_OF_ALL) / len(modalities)] * len(modalities)
+    kinds = rng.choice([*modalities, "all"], size=len(attributes), p=[*shares, SHARE_OF_ALL])
     titles = [style.title.format(**attribute_words(row)) for row in attributes]
-    images = _encode_png(_draw_images(attributes, style.paper, rng))
-    items = {
-        "item_id": item_ids,
-        "text": [title if kind != "image" else None for title, kind in zip(titles, kinds, strict=True)],
-        "image": [{"bytes": image} if kind != "text" else None for image, kind in zip(images, kinds, strict=True)],
-        "description": titles,
+    contents: dict[str, list[Any]] = {"text": titles}
+    contents["image"] = [{"bytes": image} for image in _encode_png(_draw_images(attributes, style.paper, rng))]
+    if "audio" in modalities:
+        contents["audio"] = [{"bytes": sound} for sound in _play_sounds(attributes, style.hiss, rng.spawn(1)[0])]
+    columns = {
+        name: [content if kind in (name, "all") else None for content, kind in zip(contents[name], kinds, strict=True)]
+        for name in modalities
     }
-    text = Value("string")
-    features = Features(item_id=text, text=text, image=ImageFeature(decode=False), description=text)
-    catalogue = load_catalogue(Dataset.from_dict(items, features=features))
+    catalogue = load_catalogue(Dataset.from_dict({"item_id": item_ids, **columns, "description": titles}))
 
     users, steps, rows, tastes = _draw_interactions(style, attributes, rng)
     interactions = {
@@ -271,6 +316,27 @@ def _patterns() -> np.ndarray:
     checked = (x // 4 + y // 4) % 2 == 0
     split = x < IMAGE_SIZE // 2
     return np.stack([plain, striped, dotted, checked, split])
+
+
+def _play_sounds(attributes: np.ndarray, hiss: float, rng: np.random.Generator) -> list[bytes]:
+    """Plays one sound per row of `attributes`, a little out of tune, as WAV."""
+    time = np.arange(len(RHYTHMS[0]) * EIGHTH) / RATE
+    overtones = np.arange(1, TIMBRES.shape[1] + 1)[:, None]
+    ramp = np.minimum(1, np.arange(1, EIGHTH + 1) / 40)  # without clicks
+    gates = [np.concatenate([(mark == "#") * ramp for mark in rhythm]) for rhythm in RHYTHMS]
+    sounds = []
+    for colour, shape, pattern, size in attributes:
+        pitch = PITCHES[colour] * rng.uniform(0.98, 1.02)
+        phases = 2 * np.pi * (pitch * overtones * time + rng.random(overtones.shape))
+        heard = TIMBRES[shape] * (pitch * overtones[:, 0] < RATE / 2)
+        tone = LOUDNESS[size] * gates[pattern] * (heard @ np.sin(phases)) / heard.sum()
+        samples = np.clip(tone + rng.normal(scale=hiss, size=len(time)), -1, 1)
+        file = io.BytesIO()
+        with wave.open(file, "wb") as sound:
+            sound.setparams((1, 2, RATE, len(time), "NONE", "not compressed"))
+            sound.writeframes((samples * 32767).astype("<i2").tobytes())
+        sounds.append(file.getvalue())
+    return sounds
 
 
 def _encode_png(images: np.ndarray) -> list[bytes]:

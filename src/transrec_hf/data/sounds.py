@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +68,9 @@ def opened(source: pa.Buffer | str, formats: tuple[str, ...]) -> Iterator[InputC
             if demuxer is None:
                 raise BadContent(f"not a file of a known format ({', '.join(formats)})")
             file.seek(0)
-            with av.open(file, format=demuxer, metadata_errors="replace") as container:
+            # what a WAV file holds is in its header alone, and need not be found out
+            options = {"probesize": "32"} if demuxer == "wav" else {}
+            with av.open(file, format=demuxer, options=options, metadata_errors="replace") as container:
                 yield container
     except BadContent:
         raise
@@ -96,6 +97,85 @@ def frames_of(container: InputContainer, stream: Any) -> Iterator[Any]:
                 raise BadContent(f"more than {MAX_BROKEN} packets are damaged") from error
 
 
+def decode_sound(source: pa.Buffer | str, sampling_rate: int = 16_000, seconds: float = CHECKED_SECONDS) -> np.ndarray:
+    """
+    The beginning of a sound, the mean of its channels: `(samples,)`, float32. No more of the file is decoded.
+
+    Args:
+        source (`pa.Buffer` or `str`): The encoded file, or its path.
+        sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
+        seconds (`float`, *optional*, defaults to 30): After which it is cut.
+
+    Raises:
+        [`BadContent`]: If it cannot be used.
+    """
+    wanted, found, parts = int(sampling_rate * seconds), 0, []
+    with opened(source, AUDIO_FORMATS) as container:
+        stream = _stream(container)
+        sounds: Iterable[np.ndarray] = map(_mono, frames_of(container, stream))
+        if stream.rate != sampling_rate:
+            sounds = _resampled(sounds, stream.rate, sampling_rate)
+        for samples in sounds:
+            parts.append(samples)
+            found += len(samples)
+            if found >= wanted:
+                break
+        length = _seconds(stream)
+    if not found:
+        raise BadContent("no sound in it: 0 samples")
+    if 2 * found < min(wanted, length * sampling_rate):
+        raise BadContent(
+            f"truncated: {found / sampling_rate:.1f} of {length:.1f} seconds can be decoded. Get the file again"
+        )
+    samples = np.concatenate(parts)[:wanted]
+    if not np.isfinite(samples).all():
+        raise BadContent("some samples are NaN or infinite")
+    return samples
+
+
+def _stream(container: InputContainer) -> Any:
+    """The first stream of sound. Raises [`BadContent`] if there is none, or its header is absurd."""
+    if not container.streams.audio:
+        raise BadContent("no sound in it: the file has no audio stream")
+    stream = container.streams.audio[0]
+    rate, channels = stream.rate or 0, stream.codec_context.channels
+    if not (0 < rate <= MAX_RATE and 0 < channels <= MAX_CHANNELS):
+        raise BadContent(
+            f"{rate:,} samples a second in {channels} channels; up to {MAX_RATE:,} in {MAX_CHANNELS} are read"
+        )
+    return stream
+
+
+def _seconds(stream: Any) -> float:
+    """How long a stream is as its header says; 0 if it does not."""
+    return float(stream.duration * stream.time_base) if stream.duration else 0.0
+
+
+def _mono(frame: AudioFrame) -> np.ndarray:
+    """The mean of all channels, however many there are: `(samples,)`, float32."""
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, len(frame.layout.channels)).T
+    if samples.dtype.kind in "iu":
+        middle = 128 if samples.dtype == np.uint8 else 0
+        samples = (samples.astype(np.float32) - middle) / 2.0 ** (8 * samples.dtype.itemsize - 1)
+    return samples[0].astype(np.float32) if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
+
+
+def _resampled(sounds: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:
+    """The pieces of a sound at another rate."""
+    import av
+
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=wanted)
+    for samples in sounds:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="flt", layout="mono")
+        frame.sample_rate = rate
+        for part in resampler.resample(frame):
+            yield part.to_ndarray()[0]
+    for part in resampler.resample(None):
+        yield part.to_ndarray()[0]
+
+
 class Sounds(Files):
     """Sounds, mono at the rate that is asked for; see [`Files`]."""
 
@@ -103,78 +183,19 @@ class Sounds(Files):
 
     def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
         super().__init__(rows, folder)
-        self._seconds = np.zeros(len(rows))
+        self._lengths = np.zeros(len(rows))
 
     def lengths(self) -> np.ndarray:
         """Seconds of each sound as its header says, `(N,)`; 0 where it does not, or was not read yet."""
-        return self._seconds[self._places]
+        return self._lengths[self._places]
 
-    def read(self, row: int, sampling_rate: int = 16_000, seconds: float = CHECKED_SECONDS) -> np.ndarray:
-        """
-        The beginning of a sound, the mean of its channels: `(samples,)`, float32. No more of the file is decoded.
-
-        Args:
-            row (`int`): Of the item.
-            sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
-            seconds (`float`, *optional*, defaults to 30): After which it is cut.
-        """
-        import av
-
-        wanted, found, parts = int(sampling_rate * seconds), 0, []
-        with opened(self._source(row), AUDIO_FORMATS) as container:
-            stream = self._stream(container)
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
-            for frame in chain(frames_of(container, stream), [None]):
-                for part in resampler.resample(None if frame is None else _mono(frame)):
-                    parts.append(part.to_ndarray()[0])
-                    found += len(parts[-1])
-                if found >= wanted:
-                    break
-            length = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        if not found:
-            raise BadContent("no sound in it: 0 samples")
-        if 2 * found < min(wanted, length * sampling_rate):
-            raise BadContent(
-                f"truncated: {found / sampling_rate:.1f} of {length:.1f} seconds can be decoded. Get the file again"
-            )
-        samples = np.concatenate(parts)[:wanted]
-        if not np.isfinite(samples).all():
-            raise BadContent("some samples are NaN or infinite")
-        return samples
+    def read(self, row: int, **form: Any) -> np.ndarray:
+        """The beginning of a sound, `(samples,)`, float32; `form` as of [`decode_sound`]."""
+        return decode_sound(self._source(row), **form)
 
     def _check(self, row: int, full: bool) -> None:
         if full:
             self.read(row)
             return
         with opened(self._source(row), AUDIO_FORMATS) as container:
-            stream = self._stream(container)
-            if stream.duration:
-                self._seconds[self._places[row]] = float(stream.duration * stream.time_base)
-
-    def _stream(self, container: InputContainer) -> Any:
-        """The first stream of sound. Raises [`BadContent`] if there is none, or its header is absurd."""
-        if not container.streams.audio:
-            raise BadContent("no sound in it: the file has no audio stream")
-        stream = container.streams.audio[0]
-        rate, channels = stream.rate or 0, stream.codec_context.channels
-        if not (0 < rate <= MAX_RATE and 0 < channels <= MAX_CHANNELS):
-            raise BadContent(
-                f"{rate:,} samples a second in {channels} channels; up to {MAX_RATE:,} in {MAX_CHANNELS} are read"
-            )
-        return stream
-
-
-def _mono(frame: AudioFrame) -> AudioFrame:
-    """The mean of all channels, however many there are."""
-    import av
-
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, len(frame.layout.channels)).T
-    if samples.dtype.kind in "iu":
-        middle = 128 if samples.dtype == np.uint8 else 0
-        samples = (samples.astype(np.float32) - middle) / 2.0 ** (8 * samples.dtype.itemsize - 1)
-    mixed = np.ascontiguousarray(samples.mean(axis=0, dtype=np.float32)[None])
-    mono = av.AudioFrame.from_ndarray(mixed, format="flt", layout="mono")
-    mono.sample_rate, mono.pts, mono.time_base = frame.sample_rate, None, frame.time_base
-    return mono
+            self._lengths[self._places[row]] = _seconds(_stream(container))

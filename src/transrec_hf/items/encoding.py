@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -247,8 +247,7 @@ def item_states(
 
 
 def content_vectors(
-    text_model: str | None,
-    vision_model: str | None,
+    towers: Mapping[str, str | None],
     catalogue: Catalogue,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -258,14 +257,14 @@ def content_vectors(
     part of each tower scaled to length 1, and zero where an item lacks its modality.
 
     Args:
-        text_model, vision_model (`str`, *optional*): folders or Hub ids of the towers, at least one.
+        towers (`dict[str, str]`): folders or Hub ids, by the names of the table, e.g. `"text_model"`; at least one.
         catalogue ([`Catalogue`]): the items.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to compute them.
         kwargs: further arguments of [`encode_catalogue`].
     """
-    fields: dict[str, Any] = FORMAT_1
-    model = TransRecModel.from_text_vision_pretrained(text_model, vision_model, **fields)
-    source = ItemSource(catalogue, TransRecProcessor.from_towers(text_model, vision_model))
+    named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}
+    model = TransRecModel.from_text_vision_pretrained(**{**named, **FORMAT_1})
+    source = ItemSource(catalogue, TransRecProcessor.from_towers(**named))
     encoder = model.item_encoder
     widths = [tower_width(tower) for tower in encoder.towers.values()]
     for name, columns in zip(encoder.towers, torch.eye(sum(widths)).split(widths, dim=1), strict=True):

@@ -287,13 +287,18 @@ class ItemEncoder(nn.Module):
             mask (`Tensor` of shape `(n, windows)`): What share of each window is real; 0 where there is none.
         """
         tower, real = self.towers[name], mask > 0
+        reads_all = torch.compiler.is_exporting()  # or shapes would depend on what is real
+        windows, shares = (values.flatten(0, 1), mask.flatten()) if reads_all else (values[real], mask[real])
         if stored:
-            output, moments = resume_tower(tower, stored, values[real].to(tower.dtype)), None
+            output, moments = resume_tower(tower, stored, windows.to(tower.dtype)), None
         else:
-            output, moments = run_windows(tower, values[real], mask[real])
+            output, moments = run_windows(tower, windows, shares)
         found = self.pool(output, None) if moments is None else masked_mean(output.last_hidden_state, moments)
-        states = found.new_zeros(*mask.shape, found.shape[-1])
-        states[real] = found
+        if reads_all:
+            states = found.view(*mask.shape, -1)
+        else:
+            states = found.new_zeros(*mask.shape, found.shape[-1])
+            states[real] = found
         pooling = getattr(self, f"{name}_pooling", None)
         return masked_mean(states, real) if pooling is None else pooling(states, real)
 

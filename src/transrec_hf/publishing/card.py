@@ -272,7 +272,7 @@ def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[
 def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration, arguments and statistics by file, for eyes that need not know where things lay."""
     files = {name: read_json(folder / name) for name in ("config.json", TRAINING_ARGS_NAME, STATISTICS_NAME)}
-    for tower in ("text_config", "vision_config"):
+    for tower in TransRecConfig.sub_configs_defaults:
         if name := (files["config.json"].get(tower) or {}).get("_name_or_path"):
             files["config.json"][tower]["_name_or_path"] = named_source(name)["name"]
     files[TRAINING_ARGS_NAME] = dict(_arguments(evaluation, files[TRAINING_ARGS_NAME]))

@@ -38,6 +38,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 MAX_SMALL_FILE = 2**26  # bytes of a JSON file
 MAX_CARD = 2**20
 MAX_IMAGE_SIDE = 4096  # pixels
+MAX_SECONDS = 600  # of a sound
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 """What libraries raise, besides [`ValueError`], on a checkpoint that is damaged or made up."""
 
@@ -291,7 +292,7 @@ def check_room(config: TransRecConfig, folder: Path) -> None:
     """
     widths: dict[str, Any] = {"config.json": config}
     if not config.weights_from:  # a thin checkpoint has its towers elsewhere
-        widths |= {"text_config": config.text_config, "vision_config": config.vision_config}
+        widths |= {name: getattr(config, name) for name in config.sub_configs_defaults}
     room = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     for name, part in widths.items():
         width = getattr(part, "hidden_size", 0)
@@ -306,7 +307,13 @@ def check_room(config: TransRecConfig, folder: Path) -> None:
 
 
 def check_processor(processor: TransRecProcessor) -> None:
-    """Refuse a processor that makes of every image one that fills the memory. Raises [`DataError`]."""
+    """Refuse a processor that makes of every image or sound one that fills the memory. Raises [`DataError`]."""
+    seconds = processor.form("audio")["seconds"] if "audio" in processor.modalities else 1
+    if not (0 < seconds <= MAX_SECONDS):
+        raise DataError(
+            f"feature extractor: it asks for {seconds:,} seconds of every sound, and {MAX_SECONDS:,} are the most. "
+            "Mend processor_config.json."
+        )
     settings = processor.image_processor.to_dict() if processor.image_processor is not None else {}
     for name in ("size", "crop_size", "pad_size"):
         size = settings.get(name)

@@ -183,10 +183,21 @@ def graphs_of(model: TransRecModel, processor: TransRecProcessor | None) -> Iter
             inputs["timestamps"] = torch.arange(count * length).view(count, length)
         return inputs
 
-    contents = {"text": texts, "image": images, "features": features}
+    def sounds(count: int, length: int) -> dict[str, Tensor]:
+        assert processor is not None
+        one = processor.prepare("audio", [torch.zeros(processor.window_samples)])["audio_values"]
+        return {"audio_values": numbers(count, length, *one.shape[2:]), "audio_mask": mask(count, length).float()}
+
+    contents = {"text": texts, "image": images, "features": features, "audio": sounds}
+    dims_of = {
+        "text": ["texts", "tokens"],
+        "image": ["images"],
+        "features": ["features"],
+        "audio": ["sounds", "windows"],
+    }
     for name in config.modalities:
-        longest = (model.item_encoder.positions or 2**20) if MODALITIES[name].mask else 8
-        dims = ["texts", "tokens"] if MODALITIES[name].mask else [f"{name}s" if name == "image" else name]
+        longest = (model.item_encoder.positions or 2**20) if MODALITIES[name].has_tokens else 8
+        dims = dims_of[name]
         given = both(contents[name], longest)
         yield Graph(name, Tower(model, name), f"{name}_vectors", *given, dict.fromkeys(given[0], dims))
     given = both(items)

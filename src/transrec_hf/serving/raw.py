@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ..data.images import IMAGE_FORMATS
-from ..errors import DataError, one_line, shortened
+from ..data.sounds import decode_sound
+from ..errors import BadContent, DataError, one_line, shortened
 from ..items.encoding import packed_linears
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
@@ -31,11 +33,12 @@ def is_id(item: Any) -> bool:
 
 def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     """
-    What a raw item shows, by modality: a text, an RGB image, a float32 vector.
+    What a raw item shows, by modality: a text, an RGB image, a float32 vector, the bytes or samples of a sound.
 
     Args:
         item (`dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): By modality the contents, an image as a PIL
-            image or as the bytes of a file; or an image or a vector alone.
+            image or as the bytes of a file, a sound as such bytes or as samples at the rate of the processor; or an
+            image or a vector alone.
         modalities (`Sequence[str]`): Which the model reads.
 
     Raises:
@@ -50,7 +53,7 @@ def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     unknown = [name for name in item if name not in MODALITIES]
     if unknown:
         raise DataError(f"a raw item has no {shortened(unknown[0])!r}: give some of {', '.join(MODALITIES)}")
-    readers = {"text": _text, "image": _image, "features": _vector}
+    readers: dict[str, Callable[[Any], Any]] = {"text": _text, "image": _image, "features": _vector, "audio": _sound}
     shown = {name: readers[name](item[name]) for name in modalities if item.get(name) is not None}
     if not shown:
         given = ", ".join(name for name in item if item[name] is not None) or "nothing"
@@ -79,14 +82,28 @@ def _image(image: Any) -> PIL.Image.Image:
         raise DataError(f"the image of a raw item cannot be read ({shortened(one_line(error), 200)})") from error
 
 
-def _vector(vector: Any) -> np.ndarray:
+def _numbers(values: Any) -> np.ndarray:
+    """Values as float32; none if they are no numbers."""
     try:
-        numbers = np.asarray(vector.detach().cpu() if isinstance(vector, Tensor) else vector, dtype=np.float32)
+        return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        numbers = np.empty(0, dtype=np.float32)
+        return np.empty(0, dtype=np.float32)
+
+
+def _vector(vector: Any) -> np.ndarray:
+    numbers = _numbers(vector)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all() or not numbers.any():
         raise DataError("the features of a raw item are a list of finite numbers that are not all zero")
     return numbers
+
+
+def _sound(sound: Any) -> Any:
+    if isinstance(sound, (bytes, bytearray, memoryview)):
+        return bytes(sound)
+    samples = _numbers(sound)
+    if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
+        raise DataError("the audio of a raw item is the bytes of a file, or finite samples of one channel")
+    return samples
 
 
 def without_ids(model: TransRecModel) -> TransRecModel:
@@ -99,11 +116,23 @@ def without_ids(model: TransRecModel) -> TransRecModel:
     return other
 
 
+def _decoded(processor: TransRecProcessor, sound: Any) -> Any:
+    """The samples of a sound that may be the bytes of a file. Raises [`DataError`]."""
+    if not isinstance(sound, bytes):
+        return sound
+    try:
+        return decode_sound(pa.py_buffer(sound), **processor.form("audio"))
+    except BadContent as error:
+        raise DataError(f"the audio of a raw item cannot be read ({error})") from error
+
+
 def raw_batch(processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]]) -> ItemBatch:
     """What [`read_raw`] has read, as a batch that a model reads. Raises [`DataError`]."""
     columns: dict[str, Any] = {name: [shown.get(name) for shown in contents] for name in processor.modalities}
     if "image" in columns:
         columns["images"] = columns.pop("image")
+    if "audio" in columns:
+        columns["audio"] = [_decoded(processor, sound) for sound in columns["audio"]]
     given = {name: column for name, column in columns.items() if any(value is not None for value in column)}
     try:
         return ItemBatch.from_inputs(**processor(**given))
