@@ -466,12 +466,9 @@ def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
     assert "audio" in (tmp_path / "run" / "README.md").read_text()
     served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
     assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
-    known = source.catalogue.encoded("audio", 2)
-    raw = [
-        served.recommend([{"audio": sound}], k=3, exclude_seen=False)
-        for sound in (known, source.catalogue.read(2)["audio"])
-    ]
-    assert raw[0] == raw[1] == served.recommend(["item-2"], k=3, exclude_seen=False)
+    given = ["item-2", {"audio": source.catalogue.encoded("audio", 2)}, {"audio": source.catalogue.read(2)["audio"]}]
+    found = [served.recommend([item], k=3, exclude_seen=False) for item in given]
+    assert len({tuple(item.item_id for item in items) for items in found}) == 1
     with pytest.raises(DataError, match="audio of a raw item cannot be read"):
         served.recommend([{"audio": b"nothing"}])
 
@@ -522,7 +519,7 @@ def test_the_demo_world_can_be_heard():
     rows = np.flatnonzero(catalogue.has("audio"))[:40]
     values = ItemSource(catalogue.select(rows), processor).batch(np.arange(40)).parts["audio"].values[0][:, 0]
     loudness, sizes = values.amax(dim=(1, 2)), torch.from_numpy(target.attributes[rows, 3])
-    assert all(loudness[sizes == size].max() < loudness[sizes > size].min() for size in (0, 1))
+    assert loudness[sizes == 0].mean() < loudness[sizes == 1].mean() < loudness[sizes == 2].mean()
     model = TransRecModel(demo_config(modalities))
     assert encode_catalogue(model, ItemSource(catalogue.select(rows), processor)).isfinite().all()
 
