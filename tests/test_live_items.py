@@ -318,3 +318,30 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(building, "RESUMED", 10**6)
     torch.testing.assert_close(found.item_embeds, Recommender(*arguments).item_embeds, atol=1e-5, rtol=1e-5)
     assert {path.name for path in (tmp_path / "index").iterdir()} == {"item_index.safetensors"}
+
+
+@pytest.mark.parametrize("options", [{}, {"similarity": "cosine", "popularity_prior": True, "item_map": "whitened"}])
+def test_towers_are_loaded_when_they_are_needed(tmp_path: Path, options: dict[str, Any]) -> None:
+    first = Recommender(make_model(**options), ItemSource(make_catalogue(), make_processor()))
+    first.save_pretrained(tmp_path, columns=True)
+    served = Recommender.from_pretrained(tmp_path)
+    tower = served.model.item_encoder.text_model
+    assert all(value.device.type == "meta" for value in tower.parameters())
+    history = ["item-3", "item-1"]
+    assert served.recommend(history, 5) == first.recommend(history, 5)
+    assert served.versions == Recommender.from_pretrained(tmp_path, make_catalogue()).versions
+    raw = [{"text": "red hat"}, "item-1"]
+    found, expected = (of.recommend(raw, 5) for of in (served, first))
+    assert [item.item_id for item in found] == [item.item_id for item in expected]
+    assert found[0].score == pytest.approx(expected[0].score, abs=1e-4)
+    assert all(value.device.type == "cpu" for value in served.model.parameters())
+    again = Recommender.from_pretrained(tmp_path)
+    again.add_items([{"item_id": "new", "text": "old shoe"}])
+    first.add_items([{"item_id": "new", "text": "old shoe"}])
+    assert [item.item_id for item in again.recommend(["new"], 5)] == [
+        item.item_id for item in first.recommend(["new"], 5)
+    ]
+    again.save_pretrained(tmp_path / "copy")
+    assert Recommender.from_pretrained(tmp_path / "copy").recommend(["new"], 5)[0].score == pytest.approx(
+        again.recommend(["new"], 5)[0].score
+    )

@@ -457,6 +457,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a filter of no column": (lambda of: of.recommend(HISTORY, filter="colour == 'red'"), "names 'colour'"),
     "unknown candidates": (lambda of: of.recommend(HISTORY, candidates=["zz"]), "unknown item ids"),
     "candidates of others": (lambda of: of.recommend([HISTORY], candidates=[[], []]), "2 lists of candidates for 1"),
+    "a sound for a model of texts": (lambda of: of.recommend([{"audio": np.ones(9)}]), "shows audio, and this model"),
     "an unknown modality": (lambda of: of.recommend(HISTORY, modality="sound"), "modality is one of text, image"),
     "no content": (lambda of: of.recommend([{}]), "shows nothing"),
     "an unknown content": (lambda of: of.recommend([{"title": "hat"}]), "has no 'title'"),

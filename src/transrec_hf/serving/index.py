@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from transformers.utils import cached_file
 
@@ -32,7 +32,12 @@ FORMAT = 3
 MAX_CHECKED = 2**28  # bytes of vectors that are checked whenever they are read; of more by `verify` only
 
 
-def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, index_format: int = FORMAT) -> str:
+def encoder_hash(
+    model: TransRecModel,
+    processor: TransRecProcessor | None,
+    index_format: int = FORMAT,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> str:
     """
     SHA-256 over all that item vectors depend on besides the items: weights and their dtype, settings of the towers,
     pooling and projections, the adapters in use, and the preprocessing.
@@ -42,6 +47,7 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
         processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
         index_format (`int`, *optional*): Of the index that the hash is compared with; 1 knew of weights, pooling and
             preprocessing alone.
+        weights (`dict[str, Tensor]`, *optional*): Those of the item encoder, where the model itself lacks some.
     """
     config, encoder = model.config, model.item_encoder
     settings: list[Any] = [config.text_pooling]
@@ -59,10 +65,28 @@ def encoder_hash(model: TransRecModel, processor: TransRecProcessor | None, inde
         if isinstance(module, WhitenedProjection)
         for statistic in module.statistics
     }
-    for name, value in encoder.state_dict().items():
-        if name not in of_catalogue:
-            hash_weight(digest, value)  # without its name, which changes between libraries' versions
+    state = encoder.state_dict() if weights is None else weights
+    values = [value for name, value in state.items() if name not in of_catalogue]
+    if index_format < 3:
+        for value in values:
+            hash_weight(digest, value)
+        return digest.hexdigest()
+    digests = []
+    for value in values:  # without their names, which change between libraries and are others in files
+        hash_weight(of_value := hashlib.sha256(), value)
+        digests.append(of_value.digest())
+    digest.update(b"".join(sorted(digests)))
     return digest.hexdigest()
+
+
+def read_encoder_hash(folder: str | os.PathLike) -> str | None:
+    """The [`encoder_hash`] of the index in a folder, if there is one of this format."""
+    try:
+        with safe_open(Path(folder) / INDEX_NAME, framework="pt") as content:
+            made_from = content.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return made_from.get("encoder_hash") if made_from.get("format") == str(FORMAT) else None
 
 
 @dataclass

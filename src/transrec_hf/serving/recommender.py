@@ -15,7 +15,7 @@ from transformers.utils import PushToHubMixin
 
 from ..data.catalogue import Catalogue, load_catalogue
 from ..errors import DataError, bad_input, hub_errors, pinned, shortened
-from ..files import read_whole, written_whole
+from ..files import read_whole, recover, written_whole
 from ..items.meeting import ItemStatistics
 from ..items.preparing import ItemSource
 from ..model.user_encoder_transrec import last_state
@@ -23,7 +23,8 @@ from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, load_model_and_pr
 from .choosing import POOL, allowed_rows, among, as_answers, best_rows, candidate_rows, reordered
 from .explaining import Contents, UserInputs, explain_users, padded
 from .histories import History, as_histories, check_k, check_on_unknown, find_items, read_histories, read_times
-from .index import INDEX_NAME, ItemIndex
+from .index import FORMAT, INDEX_NAME, ItemIndex, read_encoder_hash
+from .light import load_without_towers
 from .live import LiveItems
 from .raw import is_id
 from .rerank import Step
@@ -51,6 +52,7 @@ class Recommender(ServedItems, PushToHubMixin):
         counts (`dict[str, int]`, *optional*): How often items occur in the training data, for
             [`~Recommender.popular`]; if not given, what `statistics` say.
         folder (`str`, *optional*): Where the index is written, and changes to the items are kept.
+        load_all (`Callable`, *optional*): Loads the model as a whole, if the index has made do without its towers.
         kwargs: Further arguments of [`encode_catalogue`], e.g. `batch_size`.
 
     Raises:
@@ -74,6 +76,7 @@ class Recommender(ServedItems, PushToHubMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         items: Any = None,
         index: str | os.PathLike | None = None,
+        device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Recommender:
         """
@@ -85,6 +88,7 @@ class Recommender(ServedItems, PushToHubMixin):
                 checkpoint holds an item index, or `index` is one.
             index (`str`, *optional*): Folder of an index, in which changes to the items are kept. It is written if it
                 is missing or was made by another model.
+            device (`torch.device` or `str`, *optional*): Where the model is put; the CPU if not given.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` and `subfolder` as in
                 `PreTrainedModel.from_pretrained`, `trust_remote_code` if its tokenizer may run code of its own, and
                 further arguments of [`Recommender`] and [`encode_catalogue`].
@@ -98,17 +102,24 @@ class Recommender(ServedItems, PushToHubMixin):
         with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
             place = pinned(name, place)
             trusted = {**place, "trust_remote_code": kwargs.pop("trust_remote_code", False)}
-            (model, processor), own, statistics = read_whole(
-                name,
-                lambda: (
-                    load_model_and_processor(name, trusted),
-                    ItemIndex.from_pretrained(name, **place) if index is None else None,
-                    ItemStatistics.from_pretrained(name, **place),
-                ),
-            )
+
+            def load() -> tuple[Any, ...]:
+                own = ItemIndex.from_pretrained(name, **place) if index is None else None
+                statistics = ItemStatistics.from_pretrained(name, **place)
+                made_by = (own.encoder_hash if own and own.format == FORMAT else None) if index is None else None
+                made_by = read_encoder_hash(index) if index is not None else made_by
+                light = load_without_towers(name, trusted, made_by) if can_be_light and made_by else None
+                return (*(light or load_model_and_processor(name, trusted)), light is not None, own, statistics)
+
+            can_be_light = items is None and (device is None or torch.device(device).type == "cpu")
+            model, processor, is_light, own, statistics = read_whole(name, load)
+        if is_light:
+            kwargs["load_all"] = lambda: load_model_and_processor(name, trusted)[0]
+        elif device is not None:
+            model = model.to(device)
         found: ItemIndex | LiveItems | None = own
-        if index is not None and Path(index, INDEX_NAME).is_file():
-            found = LiveItems.open(index, model.config.hidden_size, model.device)
+        if index is not None and has_index(index):
+            found = LiveItems.open(index, model.config.hidden_size, "cpu" if is_light else model.device)
         if items is not None and not isinstance(items, Catalogue):
             items = load_catalogue(items)
         source = None if items is None else ItemSource(items, processor)
@@ -321,7 +332,7 @@ class Recommender(ServedItems, PushToHubMixin):
         times: Sequence[Sequence[int]] | None,
     ) -> UserInputs:
         """What the model reads of users; `vectors` and `present` are of the raw items."""
-        length, device = self.model.config.max_position_embeddings, self.model.device
+        length, device = self.model.config.max_position_embeddings, self.device
         ends = [np.asarray(history.rows[-length:], dtype=np.int64) for history in histories]
         origin, places = np.unique(np.concatenate(ends), return_inverse=True)
         raw = torch.from_numpy(-1 - origin[origin < 0])  # they have the lowest numbers
@@ -349,3 +360,9 @@ class Recommender(ServedItems, PushToHubMixin):
         if self.processor is None or not self._sources:
             return None
         return Contents(self.whole_model(), self.processor, self._sources, raw)
+
+
+def has_index(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds an item index."""
+    recover(folder)
+    return Path(folder, INDEX_NAME).is_file()

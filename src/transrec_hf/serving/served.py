@@ -53,6 +53,7 @@ class ServedItems:
         statistics: ItemStatistics | None = None,
         counts: Mapping[str, int] | None = None,
         folder: str | os.PathLike | None = None,
+        load_all: Callable[[], TransRecModel] | None = None,
         **kwargs: Any,
     ):
         if isinstance(source, Catalogue):
@@ -64,7 +65,8 @@ class ServedItems:
         self.catalogue = None if source is None else source.catalogue
         self._sources = [] if source is None else [source]
         self._encoding = threading.RLock()  # tokenizers, and layers while they are packed, are of one thread
-        self._load_all: Callable[[], TransRecModel] | None = None
+        self._load_all = load_all
+        self.device = next(value.device for value in model.parameters() if value.device.type != "meta")
         self._kwargs = kwargs
         if source is not None and statistics is not None:
             self.statistics = match_items(model, source.catalogue, statistics)
@@ -79,7 +81,7 @@ class ServedItems:
                 processor.max_text_length = min(processor.max_text_length, positions)
         live = index if isinstance(index, LiveItems) else None
         known = index.base if isinstance(index, LiveItems) else index
-        if known is not None and not known.belongs_to(model, processor):
+        if known is not None and load_all is None and not known.belongs_to(model, processor):
             logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
             known = live = None
         if source is None:
@@ -91,7 +93,7 @@ class ServedItems:
                 known.counts = torch.from_numpy(np.where(rows < 0, 0, statistics.train_counts[rows.clip(min=0)]))
         else:
             live, known = self._meet(source, known, live, counts, folder, **kwargs)
-        self.live = live or LiveItems(known, model.config.hidden_size, folder, model.device)
+        self.live = live or LiveItems(known, model.config.hidden_size, folder, self.device)
         self.encoder_hash = self.live.base.encoder_hash
         self.model_version = model_version(model, self.encoder_hash)
         self._unknown = self._popularity_of_new()
@@ -131,7 +133,7 @@ class ServedItems:
         """The model with its towers, which are loaded now if an index has made do without them so far."""
         with self._encoding:
             if self._load_all is not None:
-                model = self._load_all().to(self.model.device).eval()
+                model = self._load_all().to(self.device).eval()
                 set_statistics(model, self.live.base.statistics)
                 self.model, self._load_all = model, None
             return self.model
