@@ -31,8 +31,7 @@ from transrec_hf import (
 from transrec_hf.training.transfer import choose_start
 
 
-ID_BASELINE = {"hidden_size": 256, "user_hidden_size": 256, "popularity_prior": False, "hidden_dropout_prob": 0.3}
-VARIANTS = ("untrained", "scratch", "hybrid", "id_baseline")
+VARIANTS = ("untrained", "untrained hybrid", "scratch", "hybrid", "id_baseline")
 METRICS = ("hit_rate@10", "ndcg@10")
 
 
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
         chosen = np.random.default_rng(options.seed).permutation(len(split.train))[:size]
         split.train = split.train.select(np.sort(chosen))
     towers = {name: getattr(options, name) for name in ("text_model", "vision_model") if getattr(options, name)}
-    processor = TransRecProcessor.from_towers(**towers)
+    processor = TransRecProcessor.from_towers(**towers) if towers else None
     users = f" of {options.user_fraction:.0%} of the users" if options.user_fraction < 1 else ""
 
     def trainer_of(model: TransRecModel, folder: str, epochs: float) -> TransRecTrainer:
@@ -96,7 +95,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     def build(variant: str) -> TransRecModel:
         set_seed(options.seed)
         if variant == "id_baseline":
-            return TransRecModel(TransRecConfig(num_items=len(catalogue), num_hidden_layers=1, **ID_BASELINE))
+            return TransRecModel(TransRecConfig.esasrec(len(catalogue)))
         hybrid: dict[str, Any] = {"num_items": len(catalogue)} if variant.endswith("hybrid") else {}
         if not variant.startswith("source"):
             return TransRecModel.from_text_vision_pretrained(**towers, **hybrid)
@@ -109,11 +108,11 @@ def run(options: argparse.Namespace, results: Results) -> None:
     for variant in variants:
         model = build(variant)
         with tempfile.TemporaryDirectory() as folder:
-            if variant == "untrained":
+            if variant.startswith("untrained"):
                 trainer = trainer_of(model, folder, 1)
                 trainer.fill_store()
                 trainer.prepare_model()
-                report(trainer, variant, baselines=True)
+                report(trainer, variant, baselines=variant == "untrained")
                 continue
             if variant.startswith("source"):
                 zero_shot = trainer_of(model, folder, 1)

@@ -90,6 +90,19 @@ def test_blocks_may_hand_on_tuples(tmp_path, catalogue, family, trainable_blocks
     test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, TUPLES[family](), trainable_blocks)
 
 
+@pytest.mark.parametrize(
+    ("family", "trainable_blocks"),
+    [("minilm", 0), ("minilm", 1), ("minilm", 2), ("modernbert", 0), ("modernbert", 1)],
+)
+def test_states_of_several_depths_are_stored_too(tmp_path, catalogue, family, trainable_blocks):
+    """Some of them below the frozen blocks, some above, and pooled where all are."""
+    settings = {"text_config": TEXT_TOWERS[family](), "text_depths": 3}
+    settings["vision_config"] = VISION_TOWERS["vit"](num_hidden_layers=3)
+    test_losses_and_gradients_are_those_without_the_store(tmp_path, catalogue, settings, trainable_blocks)
+    last = make_frozen(trainable_blocks, config=make_config(**{**settings, "text_depths": 1}))
+    assert len(make_store(tmp_path, last, catalogue).missing_rows())  # other depths are another store
+
+
 def test_a_tower_that_cannot_go_on_from_states_is_refused(tmp_path, catalogue):
     config = XLNetConfig(vocab_size=13, d_model=16, n_layer=2, n_head=2, d_inner=24)  # its states are tokens by texts
     model = make_frozen(config=make_config("text", text_config=config))

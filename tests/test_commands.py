@@ -194,7 +194,7 @@ def test_a_run_resumes(workplace: Path, tmp_path: Path) -> None:
     ("arguments", "modalities"),
     [
         (("--text_model", "bert", "--vision_model", "vit", "--modality_policy", "one_per_item"), ("text", "image")),
-        (("--id_baseline", "--k_core", "2", "--hidden_size", "16"), ()),
+        (("--id_baseline", "--preset", "esasrec", "--k_core", "2", "--hidden_size", "16"), ()),
         (
             ("--preset", "paper", "--split", "temporal", "--validation_from", "3", "--test_from", "4"),
             ("text", "image"),
@@ -211,8 +211,10 @@ def test_models_from_scratch(
     model, _ = load_checkpoint(str(tmp_path))
     assert model.config.modalities == modalities
     assert ("content_neighbours" in report["baselines"]) == ("bert" in arguments)
-    if "--preset=paper" in arguments:
+    if "paper" in arguments:
         assert (model.config.objective, model.config.is_causal) == ("cpc", False)
+    if "esasrec" in arguments:
+        assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 16)
 
 
 def test_a_model_of_vectors_that_items_come_with(tmp_path: Path) -> None:
@@ -631,6 +633,7 @@ BAD_INPUT: dict[str, Case] = {
     "unknown tower on the Hub": with_data("text_model nobody/nothing", "--text_model", "nobody/nothing"),
     "two origins of the model": with_data("exclude each other", "--text_model", "bert", "--id_baseline"),
     "preset of a checkpoint": with_data("leave one out", "--preset", "paper", "--from_checkpoint", "bert"),
+    "preset of IDs for content": with_data("give id_baseline too", "--preset", "esasrec", "--text_model", "bert"),
     "missing checkpoint": with_arguments(
         "finetune", "/no/model: no such folder", "--from_checkpoint", "/no/model", "--data", "{target}"
     ),

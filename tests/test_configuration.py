@@ -65,6 +65,12 @@ def test_paper_preset_is_that_of_the_released_code():
     assert TransRecConfig.paper(hidden_size=64).hidden_size == 64
 
 
+def test_the_baseline_of_ids_reads_no_content():
+    config = TransRecConfig.esasrec(7, hidden_dropout_prob=0.5)
+    assert config.modalities == () and not config.is_hybrid and config.num_items == 7
+    assert (config.hidden_size, config.num_hidden_layers, config.hidden_dropout_prob) == (256, 1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

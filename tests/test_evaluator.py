@@ -481,7 +481,7 @@ def test_blocks_of_sequences_change_no_report(monkeypatch):
     ]
     whole = [evaluator.evaluate(model) for evaluator in evaluators]
     monkeypatch.setattr("transrec_hf.data.interactions.BLOCK", 7)
-    monkeypatch.setattr("transrec_hf.evaluation.baselines.BLOCK", 7)
+    monkeypatch.setattr("transrec_hf.data.statistics.BLOCK", 7)
     monkeypatch.setattr("transrec_hf.data.interactions.MAX_IN_MEMORY", 0)
     assert [evaluator.evaluate(model) for evaluator in evaluators] == whole
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from testing_utils import (
+    BERT,
     DROPOUT,
     IMAGE_SIZE,
     LINES,
@@ -25,7 +26,7 @@ from testing_utils import (
     make_processor,
     make_tokenizer,
 )
-from transformers import AutoModel, CLIPConfig, CLIPModel, DINOv3ViTConfig, set_seed
+from transformers import AutoModel, BertConfig, CLIPConfig, CLIPModel, DINOv3ViTConfig, set_seed
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor
 from transrec_hf.items.preparing import ItemSource
@@ -263,10 +264,44 @@ def test_running_statistics_are_updated_once():
     assert all(norm.track_running_stats for norm in norms)
 
 
-@pytest.mark.parametrize("modality", ["text", "image"])
-def test_compiled_blocks_have_no_graph_breaks_and_take_any_shape(modality):
+@pytest.mark.parametrize("pooling", ["mean", "cls", "attention"])
+@pytest.mark.parametrize("family", TEXT_TOWERS)
+def test_states_of_several_depths_are_pooled_beside_each_other(family, pooling):
+    """They are those that the tower itself tells of; below the last all real tokens are averaged."""
+    config = make_config("text", text_config=TEXT_TOWERS[family](), text_depths=3, text_pooling=pooling)
+    model = make_model(config).eval()
+    encoder, depths = model.item_encoder, {"minilm": [0, 2]}.get(family, [0, 1])
+    ids, mask = torch.randint(5, 13, (3, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    states = encoder.state("text", ids, mask)
+    told = encoder.text_model(ids, attention_mask=mask, output_hidden_states=True)
+    lower = [[told.hidden_states[depth][i, : n.sum()].mean(dim=0) for i, n in enumerate(mask)] for depth in depths]
+    expected = [*(torch.stack(part) for part in lower), encoder.pool(told, mask)]
+    torch.testing.assert_close(states, torch.cat(expected, dim=1))
+    assert encoder.text_projection.in_features == states.shape[1]
+    states.sum().backward()
+    assert encoder.text_model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_towers_of_few_blocks_have_fewer_depths():
+    config = make_config("text", text_config=BertConfig(**{**BERT, "num_hidden_layers": 1}), text_depths=5)
+    assert make_model(config).item_encoder.depths == {"text": [0]}
+
+
+def test_item_vectors_are_as_wide_as_the_widest_tower_says(tmp_path):
+    for name, tower in (("text", TEXT_TOWERS["bert"]()), ("vision", VISION_TOWERS["vit"]())):
+        AutoModel.from_config(tower).save_pretrained(tmp_path / name)
+    for number, width in ((1, 16), (2, 32), (3, 48)):
+        towers = tmp_path / "text", tmp_path / "vision"
+        model = TransRecModel.from_text_vision_pretrained(*towers, text_depths=number, user_hidden_size=8)
+        assert model.config.hidden_size == model.item_encoder.text_projection.mean.shape[0] == width
+    chosen = TransRecModel.from_text_vision_pretrained(*towers, hidden_size=8, user_hidden_size=8)
+    assert chosen.config.hidden_size == 8
+
+
+@pytest.mark.parametrize(("modality", "depths"), [("text", 1), ("text", 3), ("image", 1)])
+def test_compiled_blocks_have_no_graph_breaks_and_take_any_shape(modality, depths):
     """`fullgraph` raises for a break, the stance for another compilation."""
-    config = make_config(modality, max_position_embeddings=12)
+    config = make_config(modality, max_position_embeddings=12, text_depths=depths)
     catalogue = make_catalogue(50, kinds=(modality,))
     plain, compiled = make_model(config), make_model(config)
     compiled.compile_blocks(backend="aot_eager")

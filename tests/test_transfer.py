@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +14,14 @@ from testing_utils import (
     make_collator,
     make_config,
     make_processor,
+    make_sequences,
     make_split,
     make_trainer,
 )
 
 from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfig, TransRecModel, encode_catalogue
 from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.items.meeting import fitted_decay, start_from_data
 from transrec_hf.model.item_encoder_transrec import WhitenedProjection
 from transrec_hf.training.transfer import AUTO_INITS, INITS, choose_start, start_from
 
@@ -151,6 +156,65 @@ def test_contradictions_are_refused(fields, message):
 
 
 # The hybrid
+
+
+def test_the_decay_is_fitted_to_how_users_walk():
+    """Items of content in a circle: who goes on from the last one alone, or from the last two alike."""
+    rng = np.random.default_rng(0)
+    content = torch.nn.functional.normalize(torch.randn(400, 32), dim=1)
+    for share in (0.4, 0.8):
+        lines = []
+        for _ in range(60):
+            line = rng.integers(400, size=2).tolist()
+            for _ in range(20):
+                wanted = content[line[-1]] + share * content[line[-2]] + 0.1 * torch.randn(32)
+                wanted = content @ wanted
+                wanted[line[-3:]] = -9
+                line.append(int(wanted.argmax()))
+            lines.append(np.array(line))
+        assert fitted_decay(content, make_sequences(lines)) == pytest.approx(share, abs=0.2)
+    assert fitted_decay(content, make_sequences(lines[:1])) is None
+
+
+def test_a_new_decay_is_fitted_and_a_trained_one_stays(monkeypatch):
+    monkeypatch.setattr("transrec_hf.items.meeting.fitted_decay", lambda content, train: 0.4)
+    for value in (None, 0.1):
+        model, source = fitted()
+        if value is not None:
+            torch.nn.init.constant_(model.content_prior.decay, value)
+        start_from_data(model, source, make_split(num_users=2).train)
+        assert model.content_prior.decay.item() == pytest.approx(np.log(0.4 / 0.6) if value is None else value)
+
+
+def test_id_vectors_begin_as_the_content_of_neighbours():
+    """Checked item by item; vectors that know something, and those of other item maps, stay as they are."""
+    plain, source = fitted()
+    hybrid = fresh(num_items=ITEMS)
+    hybrid.load_state_dict(plain.state_dict(), strict=False)
+    content = encode_catalogue(plain, source)[:, :-1]  # without the column of popularity
+    split = make_split(num_users=3, lengths=(4, 6))
+    chosen = [user["items"].tolist() for user in split.train]
+    neighbours = [Counter() for _ in range(ITEMS)]
+    for line in chosen:
+        for a, b in itertools.combinations(range(len(line)), 2):
+            if b - a <= 3 and line[a] != line[b]:
+                neighbours[line[a]][line[b]] += 1
+                neighbours[line[b]][line[a]] += 1
+    start_from_data(hybrid, source, split.train)
+    vectors = hybrid.item_encoder.item_embedding.weight.detach()
+    for counts, vector in zip(neighbours, vectors, strict=True):
+        n = counts.total()
+        total = sum(count * content[j] / (1 + neighbours[j].total()) ** 0.5 for j, count in counts.items())
+        expected = 0.75 * n / (n + 10) * total / total.norm() * 0.1 * 16**0.5 if n else torch.zeros(16)
+        torch.testing.assert_close(vector, expected)
+    assert vectors.any() and not vectors[[n == Counter() for n in neighbours]].any()
+    with torch.no_grad():
+        vectors.fill_(1)
+    start_from_data(hybrid, source, split.train)
+    assert vectors.eq(1).all()
+    linear = fresh(num_items=ITEMS, item_map="linear")
+    start_from_data(linear, source, split.train)
+    assert not linear.item_encoder.item_embedding.weight.any()
 
 
 def test_a_hybrid_begins_as_its_content_and_leaves_cold_items_alone(tmp_path):

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 DEMO = "demo:"
 DEFAULT, PAPER = TransRecConfig(), TransRecConfig.paper()
+PRESETS = {"default": DEFAULT, "paper": PAPER, "esasrec": TransRecConfig.esasrec(1)}
 
 
 def option(default: Any, text: str, **kwargs: Any) -> Any:
@@ -86,7 +87,9 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
     audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for a new model.")
     id_baseline: bool = option(False, "A new model without towers, of one vector per item.")
-    preset: Literal["default", "paper"] = option("default", "Settings of a new model; others can be set by name.")
+    preset: Literal["default", "paper", "esasrec"] = option(
+        "default", "Settings of a new model, esasrec of the ID baseline; others can be set by name."
+    )
     hybrid: bool = option(False, "Learn a vector for each item of the catalogue too, beside what its content says.")
     max_text_length: int | None = option(None, "Tokens after which a text is cut [64, or as in the checkpoint].")
 
@@ -101,6 +104,8 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
         if self.hybrid and self.id_baseline:
             raise ValueError("hybrid adds ID vectors to content, which id_baseline does not read: leave one out")
+        if self.preset == "esasrec" and not self.id_baseline:
+            raise ValueError("preset esasrec is a baseline of item IDs alone: give id_baseline too")
         if self.from_checkpoint and self.preset != "default":
             raise ValueError("preset is for a new model, from_checkpoint brings its own settings: leave one out")
 
@@ -131,8 +136,8 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             if processor is not None and self.max_text_length is not None:
                 processor.max_text_length = self.max_text_length
             return model, processor
-        base = PAPER if self.preset == "paper" else demo_config() if is_demo else DEFAULT
-        settings = {**{name: getattr(base, name) for name in CONFIG_FIELDS}, **changes}
+        base = demo_config() if is_demo and self.preset == "default" else PRESETS[self.preset]
+        settings = changes if base is DEFAULT else {**{name: getattr(base, name) for name in CONFIG_FIELDS}, **changes}
         if self.hybrid:
             settings["num_items"] = len(catalogue)
         max_text_length = 64 if self.max_text_length is None else self.max_text_length
@@ -140,7 +145,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
         named: dict[str, Any] = {name: tower for name, tower in self.towers.items() if tower}
-        size = settings["features_size"]
+        size = settings.get("features_size")
         if named or size is not None:
             for tower in named.values():
                 check_place(tower)

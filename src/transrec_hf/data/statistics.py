@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..errors import DataError, hub_errors, pinned
 from ..files import write_json
 from ..model.modalities_transrec import MODALITIES
 from .catalogue import Catalogue
-from .interactions import Sequences, Split
+from .interactions import Sequences, Split, flat_column
+from .reading import BLOCK
 
 
 STATISTICS_NAME = "data_statistics.json"
@@ -28,6 +29,32 @@ def log_popularity(counts: np.ndarray) -> np.ndarray:
     """
     counts = np.asarray(counts, dtype=np.float64)
     return np.log(np.maximum(counts, 1) / max(counts.sum(), 1)).astype(np.float32)
+
+
+def co_occurrences(train: Sequences, num_items: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    Pairs `left * num_items + right` of different items within the window, both ways, and their counts; sorted, in
+    blocks.
+    """
+    pairs = flat_column(2 * window * int(train.lengths.sum()), np.int64)
+    size = 0
+    for block in train.blocks():
+        users, place = block.expand()
+        items = block.items[place].astype(np.int64)
+        for gap in range(1, window + 1):
+            near = (users[gap:] == users[:-gap]) & (items[gap:] != items[:-gap])
+            left, right = items[:-gap][near], items[gap:][near]
+            for found in (left * num_items + right, right * num_items + left):
+                pairs[size : size + len(found)] = found
+                size += len(found)
+    pairs = pairs[:size]
+    pairs.sort()
+    start = 0
+    while start < size:
+        last = pairs[min(start + BLOCK, size) - 1]
+        end = int(np.searchsorted(pairs, last, side="right"))
+        yield np.unique(pairs[start:end], return_counts=True)
+        start = end
 
 
 def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:

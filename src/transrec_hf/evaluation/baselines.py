@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from ..data.interactions import flat_column
-from ..data.reading import BLOCK
+from ..data.statistics import co_occurrences
 from .ranking import dot_scores
 
 
@@ -87,7 +85,7 @@ class CoOccurrence:
         norms = np.sqrt(train.item_counts(num_items))
         degrees = np.zeros(num_items, dtype=np.int64)
         neighbours, similarities = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.float32)]
-        for pairs, counts in _pairs(train, num_items, window):
+        for pairs, counts in co_occurrences(train, num_items, window):
             left, right = pairs // num_items, pairs % num_items
             degrees += np.bincount(left, minlength=num_items)
             neighbours.append(right.astype(np.int32))
@@ -127,29 +125,3 @@ class ContentNeighbours:
         real = (history >= 0).unsqueeze(2)
         means = (self.vectors[history.clamp(min=0)] * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
         return dot_scores(means, self.vectors)
-
-
-def _pairs(train: Sequences, num_items: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """
-    Pairs `left * num_items + right` of different items within the window, both ways, and their counts; sorted, in
-    blocks.
-    """
-    pairs = flat_column(2 * window * int(train.lengths.sum()), np.int64)
-    size = 0
-    for block in train.blocks():
-        users, place = block.expand()
-        items = block.items[place].astype(np.int64)
-        for gap in range(1, window + 1):
-            near = (users[gap:] == users[:-gap]) & (items[gap:] != items[:-gap])
-            left, right = items[:-gap][near], items[gap:][near]
-            for found in (left * num_items + right, right * num_items + left):
-                pairs[size : size + len(found)] = found
-                size += len(found)
-    pairs = pairs[:size]
-    pairs.sort()
-    start = 0
-    while start < size:
-        last = pairs[min(start + BLOCK, size) - 1]
-        end = int(np.searchsorted(pairs, last, side="right"))
-        yield np.unique(pairs[start:end], return_counts=True)
-        start = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import nn
 from transformers.utils import cached_file, logging
 
 from ..data.catalogue import Catalogue
-from ..data.statistics import log_popularity
+from ..data.interactions import Sequences
+from ..data.statistics import co_occurrences, log_popularity
 from ..errors import MAX_EXAMPLES, DataError, one_line
 from ..files import whole_file
-from ..model.modeling_transrec import TransRecModel
-from .encoding import item_states, standardize_projections
+from ..model.modeling_transrec import DECAY, TransRecModel
+from .encoding import encode_catalogue, item_states, standardize_projections
 from .preparing import ItemSource
 
 
@@ -31,6 +33,10 @@ MAX_SHIFT = 0.04
 Share of the mean in the second moment of whitened states from which a catalogue is another one. Between the platforms
 that we have it is .07 to .6 in one of the modalities at least, within one (the last fifth of its items) up to .03.
 """
+WINDOW = 3  # steps, at most, between two items of a user that are neighbours
+NEIGHBOUR_LENGTH = 0.75  # of an ID vector at the start, as a share of that of the content
+NEIGHBOUR_DOUBT = 10  # neighbours at which it is half as long
+TRIPLES, FEWEST_TRIPLES = 2**16, 100  # of items that follow each other, from which a decay is fitted
 SAMPLE = 500  # items from which the shift is measured
 
 
@@ -153,6 +159,88 @@ def match_items(model: TransRecModel, catalogue: Catalogue, known: ItemStatistic
 
 
 @torch.no_grad()
+def start_from_data(model: TransRecModel, source: ItemSource, train: Sequences) -> None:
+    """
+    Start what is new in a model by the data at hand: the decay of its content prior, see [`fitted_decay`], and the ID
+    vectors of a hybrid, see [`neighbour_vectors`]. What was trained before stays, and so does a model whose item map
+    does not whiten: what its content says is not known yet.
+
+    Args:
+        model ([`TransRecModel`]): Changed in place.
+        source ([`ItemSource`]): The items.
+        train ([`Sequences`]): The training data.
+    """
+    config, encoder = model.config, model.item_encoder
+    if not (config.modalities and encoder.is_whitened):
+        return
+    vectors = getattr(encoder, "item_embedding", None)
+    prior = model.content_prior if config.content_prior else None
+    new_vectors = isinstance(vectors, nn.Embedding) and not vectors.weight.any()
+    new_decay = prior is not None and prior.decay == torch.full_like(prior.decay, DECAY)
+    if (vectors is not None and not new_vectors) or not (new_vectors or new_decay):
+        return
+    content = nn.functional.normalize(encode_catalogue(model, source)[:, : config.hidden_size], dim=1).cpu()
+    decay = fitted_decay(content, train)
+    if new_decay and decay is not None:
+        prior.decay.fill_(math.log(decay / (1 - decay)))
+    if new_vectors:
+        vectors.weight.copy_(neighbour_vectors(content, train) * encoder.length)
+
+
+def fitted_decay(content: torch.Tensor, train: Sequences) -> float | None:
+    """
+    What an item says of the next choice, as a share of what the item after it says: the ratio of the coefficients in
+    the least squares of an item's content on that of the two before it. `None` if that was seen too seldom.
+
+    Args:
+        content (`torch.Tensor` of shape `(n_items, size)`): Vectors of the items.
+        train ([`Sequences`]): The training data.
+    """
+    found = []
+    for block in train.blocks():
+        users, place = block.expand()
+        same = users[2:] == users[:-2]
+        items = block.items[place]
+        found.append(np.stack([items[2:][same], items[1:-1][same], items[:-2][same]]))
+        if sum(part.shape[1] for part in found) >= TRIPLES:
+            break
+    triples = torch.from_numpy(np.concatenate(found, axis=1)[:, :TRIPLES].astype(np.int64))
+    if triples.shape[1] < FEWEST_TRIPLES:
+        return None
+    following, *before = (content - content.mean(dim=0))[triples].double()
+    gram = torch.stack([torch.stack([(a * b).sum() for a in before]) for b in before])
+    last, earlier = torch.linalg.lstsq(gram, torch.stack([(a * following).sum() for a in before])).solution.tolist()
+    return min(max(earlier / last, 0.3), 0.95) if last > 0 else None
+
+
+def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
+    """
+    What the content of an item's neighbours says, which are the items that users chose shortly before or after it.
+    With `c_ij` how often they did, `n_i` the sum of that and `e_j` the unit vectors of content:
+
+        v_i = 0.75 n_i / (n_i + 10) unit(sum over j of c_ij (1 + n_j)^(-1/2) e_j)
+
+    Args:
+        content (`torch.Tensor` of shape `(n_items, size)`): Unit vectors of the items.
+        train ([`Sequences`]): The training data.
+
+    Returns:
+        `torch.Tensor` of shape `(n_items, size)`: The vectors, zero where an item has no neighbours.
+    """
+    size = len(content)
+    blocks = [(pairs, torch.from_numpy(counts).float()) for pairs, counts in co_occurrences(train, size, WINDOW)]
+    edges = [(torch.from_numpy(np.stack([pairs // size, pairs % size])), counts) for pairs, counts in blocks]
+    total, sums = torch.zeros(size), torch.zeros_like(content)
+    for (left, _), counts in edges:
+        total.index_add_(0, left, counts)
+    for places, counts in edges:
+        weights = counts * (1 + total[places[1]]).rsqrt()
+        sums += torch.sparse_coo_tensor(places, weights, (size, size), check_invariants=False) @ content
+    length = NEIGHBOUR_LENGTH * total / (total + NEIGHBOUR_DOUBT)
+    return length[:, None] * nn.functional.normalize(sums, dim=1)
+
+
+@torch.no_grad()
 def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> dict[str, float]:
     """
     How far the items are from those whose statistics a model with a whitened item map has: by modality, the share of
@@ -197,4 +285,4 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     return True
 
 
-__all__ = ["ItemStatistics", "match_items", "set_item_vectors", "standardize_for"]
+__all__ = ["ItemStatistics", "match_items", "set_item_vectors", "standardize_for", "start_from_data"]

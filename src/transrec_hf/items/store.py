@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,24 @@ FILE_BYTES = 2**26  # states in one file, about
 FILE_SECONDS = 30  # after which what there is is written all the same
 
 
-def prefix_key(tower: PreTrainedModel, depth: int, pooling: str | None, preprocessing: str, dtype: torch.dtype) -> str:
+def prefix_key(
+    tower: PreTrainedModel,
+    depth: int,
+    pooling: str | None,
+    preprocessing: str,
+    dtype: torch.dtype,
+    lower: Sequence[int] = (),
+) -> str:
     """
     A name made of all that stored states depend on besides the item: the settings of the tower and the adapters in it,
-    the weights and the number of the frozen blocks, the pooling after them if it is frozen too, the preprocessing, the
-    dtypes of computation and of storage. If any of them changes, so does the name: states are never stale.
+    the weights and the number of the frozen blocks, the pooling after them if it is frozen too, the lower depths, the
+    preprocessing, the dtypes of computation and of storage. If any of them changes, so does the name: states are never
+    stale.
     """
     device = tower.device.type
     computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tower.dtype
     settings: list[Any] = [depth, pooling, str(computed), str(dtype), preprocessing]
+    settings += [list(lower)] if lower else []
     settings += [tower_settings(tower), adapter_settings(tower)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     upper = [] if pooling else list(tower_blocks(tower)[depth:].state_dict(keep_vars=True).values())
@@ -283,9 +293,9 @@ class ActivationStore:
             if not (pooled and MODALITIES[name].is_windowed):
                 check_resumes(name, tower, self.depths[name])
             preprocessing = source.processor.fingerprint(name)  # type: ignore[union-attr]
-            key = prefix_key(
-                tower, self.depths[name], encoder.pooling_strategy if pooled else None, preprocessing, dtype
-            )
+            pooling, lower = encoder.pooling_strategy if pooled else None, encoder.depths[name]
+            lower = [depth for depth in lower if depth < self.depths[name]]
+            key = prefix_key(tower, self.depths[name], pooling, preprocessing, dtype, lower)
             ragged = MODALITIES[name].mask is not None and not pooled
             self.states[name] = StoredStates(Path(folder) / f"{name}-{key}", source, name, self.depths[name], ragged)
         self.refresh()
@@ -386,7 +396,7 @@ class ActivationStore:
                     reached = lower_states(tower, depth, values[real]).to(self.dtype).cpu()
                     states += reached.split(real.sum(dim=1).tolist())
                 elif mask is not None:
-                    reached = lower_states(tower, depth, values, mask).to(self.dtype).cpu()
+                    reached = encoder.states_to_store(name, values, mask, depth).to(self.dtype).cpu()
                     states += [item[real] for item, real in zip(reached, mask.bool().cpu(), strict=True)]
                 else:
                     states += lower_states(tower, depth, values).to(self.dtype).cpu().unsqueeze(1)

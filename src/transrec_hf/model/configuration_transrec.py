@@ -28,6 +28,7 @@ FORMAT_1 = {
     "content_prior": False,
     "popularity_prior": False,
     "user_hidden_size": None,
+    "text_depths": 1,
 }
 """What checkpoints of format 1, and the paper's code, say nothing of."""
 BOTTLENECK_PLACES = ("houlsby", "pfeiffer")
@@ -51,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (0, 1),
     "initializer_range": (0, 1000),
     "max_position_embeddings": (1, MAX_SIZE),
+    "text_depths": (1, MAX_LAYERS),
     "pooling_head_size": (1, MAX_WIDTH),
     "pooling_query_size": (1, MAX_WIDTH),
     "projection_hidden_size": (1, MAX_SIZE),
@@ -184,6 +186,10 @@ class TransRecConfig(PreTrainedConfig):
             self-attention followed by additive attention.
         window_pooling (`str`, *optional*, defaults to `"mean"`):
             How the states of the windows of a sound become one vector: `"mean"`, or `"attention"` as for texts.
+        text_depths (`int`, *optional*, defaults to 2):
+            Of how many depths of the text tower the states are pooled, and put beside each other: 1 is the last states
+            alone, 2 those and the word embeddings, more are spaced evenly between. Those below the last are averaged,
+            whatever `text_pooling` is.
         pooling_head_size (`int`, *optional*, defaults to 20):
             Width of a head of the self-attention in pooling by attention.
         pooling_query_size (`int`, *optional*, defaults to 200):
@@ -263,6 +269,7 @@ class TransRecConfig(PreTrainedConfig):
     use_modality_embedding: bool = True
     text_pooling: str = "mean"
     window_pooling: str = "mean"
+    text_depths: int = 2
     pooling_head_size: int = 20
     pooling_query_size: int = 200
     projection_hidden_size: int | None = None
@@ -302,6 +309,28 @@ class TransRecConfig(PreTrainedConfig):
             "hidden_dropout_prob": 0.1,
         }
         return cls(**{**settings, **kwargs})
+
+    @classmethod
+    def esasrec(cls, num_items: int, **kwargs: Any) -> "TransRecConfig":
+        """
+        A strong baseline of item IDs alone, tuned on validation: SASRec of one block and one head, 256 wide, with
+        cosines, the recency-weighted mean of the history's own vectors, and the in-batch softmax.
+
+        Args:
+            num_items (`int`): Size of the catalogue.
+            kwargs: Fields to set otherwise.
+        """
+        settings: dict[str, Any] = {
+            "hidden_size": 256,
+            "user_hidden_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 1024,
+            "hidden_dropout_prob": 0.3,
+            "attention_probs_dropout_prob": 0.3,
+            "popularity_prior": False,
+        }
+        return cls(num_items=num_items, **{**settings, **kwargs})
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -374,6 +403,7 @@ class TransRecConfig(PreTrainedConfig):
             or self.popularity_prior
             or self.is_hybrid
             or self.objective == "masked"
+            or (self.text_config is not None and self.text_depths > 1)
             or self.bottleneck
             or self.weights_from
         )

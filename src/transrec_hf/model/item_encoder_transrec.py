@@ -18,7 +18,10 @@ from .towers_transrec import (
     check_tower,
     frozen_depth,
     is_frozen,
+    lower_depths,
+    lower_states,
     pooled_state,
+    recorded,
     resume_tower,
     run_tower,
     text_positions,
@@ -32,6 +35,9 @@ CONTENT_RMS = 0.1
 Of a number of a whitened item vector. It decides how much the ID vector of a hybrid, which moves by the learning rate
 in a step, matters beside the content.
 """
+
+MAX_DEFAULT_WIDTH = 1024
+"""Of item vectors, if their width is not chosen."""
 
 MODALITY_SCALE = {"image": 0.4}
 """Of whitened vectors at the start, where it is not 1."""
@@ -77,6 +83,16 @@ class AttentionPooling(nn.Module):
         logits = self.additive_query(torch.tanh(self.additive(attended))).squeeze(-1)
         weights = logits.float().masked_fill(~mask, -torch.inf).softmax(dim=-1).to(attended.dtype)
         return (weights.unsqueeze(-1) * attended).sum(dim=1)
+
+
+def default_width(config: TransRecConfig, towers: dict[str, PreTrainedModel]) -> int:
+    """Of item vectors: if they are whitened as wide as what the widest tower says, so that no axis is left out."""
+    if config.item_map != "whitened":
+        return config.hidden_size
+    texts = {modality.tower for modality in MODALITIES.values() if modality.has_tokens}
+    depths = {name: lower_depths(tower, config.text_depths) for name, tower in towers.items() if name in texts}
+    widths = [tower_width(tower) * (1 + len(depths.get(name, ()))) for name, tower in towers.items()]
+    return min(MAX_DEFAULT_WIDTH, max(widths))
 
 
 def build_projection(config: TransRecConfig, width: int) -> nn.Module:
@@ -181,6 +197,7 @@ class ItemEncoder(nn.Module):
         self.modalities = config.modalities
         self.pooling_strategy = config.text_pooling
         self.positions: int | None = None  # of the tower that reads texts
+        self.depths: dict[str, list[int]] = {}  # of towers, those that are pooled besides the last
         if config.num_items is not None:
             self.item_embedding = nn.Embedding(config.num_items, config.hidden_size)
         for modality in (MODALITIES[name] for name in self.modalities):
@@ -188,8 +205,10 @@ class ItemEncoder(nn.Module):
                 width = getattr(config, modality.config)
             else:
                 tower = towers.get(modality.tower) or build_tower(getattr(config, modality.config))
-                check_tower(tower, modality.name, modality.has_tokens)
+                depths = lower_depths(tower, config.text_depths) if modality.has_tokens else []
+                check_tower(tower, modality.name, modality.has_tokens, depths)
                 setattr(self, modality.tower, tower)
+                self.depths[modality.name] = depths
                 width = tower_width(tower)
                 self.positions = text_positions(tower) if modality.has_tokens else self.positions
             strategy = config.text_pooling if modality.has_tokens else config.window_pooling
@@ -197,6 +216,8 @@ class ItemEncoder(nn.Module):
                 pooling = AttentionPooling(config, width)
                 setattr(self, f"{modality.name}_pooling", pooling)
                 width = pooling.output_size
+            if modality.tower is not None:
+                width += len(depths) * tower_width(tower)
             setattr(self, modality.projection, build_projection(config, width))
         self.is_whitened = config.item_map == "whitened"
         self.length = CONTENT_RMS * config.hidden_size**0.5
@@ -240,8 +261,8 @@ class ItemEncoder(nn.Module):
         Args:
             name (`str`): The modality.
             values (`Tensor` of shape `(n, ...)`): The contents as the tower reads them, vectors if there is none; or,
-                if `stored`, states after so many blocks, which an [`ActivationStore`] has, pooled if they are
-                `(n, width)`.
+                if `stored`, states after so many blocks, which an [`ActivationStore`] has, see
+                [`~ItemEncoder.states_to_store`].
             mask (`Tensor` of shape `(n, length)`, *optional*): Which positions, or what shares of windows, are real.
             stored (`int`, *optional*, defaults to 0): See `values`.
 
@@ -272,11 +293,33 @@ class ItemEncoder(nn.Module):
                 f"a text has {mask.shape[1]} tokens, and the {name} tower has positions for {self.positions}: set "
                 f"max_text_length={self.positions} of the processor"
             )
-        if not stored:
-            output = run_tower(tower, values, mask)
-        else:
-            output = resume_tower(tower, stored, values.to(tower.dtype), mask)
-        return self.pool(output, mask)
+        return self.read(name, values, mask, stored)[1]
+
+    def read(
+        self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
+        """The output of the tower of a modality, and the states of all depths, pooled and beside each other."""
+        tower, depths = self.towers[name], self.depths[name]
+        known: dict[int, Tensor] = {}
+        if stored:
+            below = [stored, *(depth for depth in depths if depth < stored)]
+            known = dict(zip(below, values.to(tower.dtype).chunk(len(below), dim=-1), strict=True))
+            values = known[stored]
+        with recorded(tower, [depth for depth in depths if depth not in known]) as found:
+            output = resume_tower(tower, stored, values, mask) if stored else run_tower(tower, values, mask, **kwargs)
+        states = found | known
+        pooled = [masked_mean(states[depth], mask) for depth in depths if mask is not None]
+        return output, torch.cat([*pooled, self.pool(output, mask)], dim=-1)
+
+    def states_to_store(self, name: str, values: Tensor, mask: Tensor | None, stored: int) -> Tensor:
+        """
+        What an [`ActivationStore`] keeps of contents: the states after so many frozen blocks, beside those of lower
+        depths that are pooled. Of a tower that is frozen whole it keeps what the projection reads.
+        """
+        lower = [depth for depth in self.depths[name] if depth < stored]
+        with recorded(self.towers[name], lower) as below:
+            states = lower_states(self.towers[name], stored, values, mask)
+        return torch.cat([states, *(below[depth] for depth in lower)], dim=-1)
 
     def _windows_state(self, name: str, values: Tensor, mask: Tensor, stored: int) -> Tensor:
         """

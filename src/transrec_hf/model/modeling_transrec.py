@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import AMONG_ALL, WITH_NEGATIVES, TransRecConfig
-from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection
+from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection, default_width
 from .loss_transrec import (
     SharedItems,
     batch_slots,
@@ -43,7 +43,6 @@ from .towers_transrec import (
     evaluate_frozen,
     keep_running_statistics,
     load_tower,
-    run_tower,
     tower_blocks,
     training_batch_norms,
 )
@@ -62,9 +61,8 @@ from .user_encoder_transrec import (
 
 LOGIT_SCALE = 12.0  # of cosines at the start
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP
-POPULARITY_WEIGHT = 1.0  # at the start
-DECAY = 0.85  # of the content prior at the start, before the logistic function: 0.7
-ENCODER_WEIGHT = -1.2  # of what the user encoder adds to it at the start, its logarithm: 0.3
+POPULARITY_WEIGHT, IN_HYBRIDS = 1.0, 0.5  # at the start; what is popular has many neighbours, too
+DECAY, ENCODER_WEIGHT = 0.85, -1.2  # of the content prior at the start: the logit of 0.7, the logarithm of 0.3
 
 
 @dataclass
@@ -151,7 +149,7 @@ class TransRecModel(TransRecPreTrainedModel):
         if config.similarity == "cosine":
             self.logit_scale = Scale(math.log(LOGIT_SCALE))
         if config.popularity_prior:
-            self.popularity_weight = Scale(POPULARITY_WEIGHT)
+            self.popularity_weight = Scale(IN_HYBRIDS if config.is_hybrid else POPULARITY_WEIGHT)
         self.item_chunk_size: int | None = None
         self.images_per_pass: int | None = None
         self.post_init()
@@ -166,14 +164,16 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
             vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
-            kwargs: `audio_model`, a Hub id or folder too; and fields of [`TransRecConfig`], e.g. `hidden_size=256`,
-                `features_size=512`, or `objective="cpc"`.
+            kwargs: `audio_model`, a Hub id or folder too; and fields of [`TransRecConfig`], e.g. `features_size=512`.
+                Without `hidden_size` whitened item vectors are as wide as what the towers say, up to 1024.
         """
         fields = {modality.tower: modality.config for modality in MODALITIES.values() if modality.tower}
         names = {"text_model": text_model, "vision_model": vision_model}
         names |= {name: kwargs.pop(name) for name in fields if name in kwargs}
         towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
         configs = {fields[name]: tower.config for name, tower in towers.items()}
+        if towers and "hidden_size" not in kwargs:
+            kwargs["hidden_size"] = default_width(cls.config_class(**configs, **kwargs), towers)
         # without it the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
         return cls(cls.config_class(**configs, **kwargs), **towers)
@@ -267,10 +267,10 @@ class TransRecModel(TransRecPreTrainedModel):
         encoder = self.item_encoder
         if name not in encoder.towers:
             raise ValueError(f"this model has no {name} tower: it reads {self.config.modalities or 'item_rows'}")
-        output = run_tower(encoder.towers[name], values, mask, **kwargs)
+        output, state = encoder.read(name, values, mask, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
-            pooler_output=encoder.projection(name)(encoder.pool(output, mask)),
+            pooler_output=encoder.projection(name)(state),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -73,10 +73,10 @@ def build_tower(config: Any) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
+def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[int]) -> None:
     """
-    Raises `ValueError` for a tower that does not make states of texts, images or sounds alone: it is given two that
-    are the same, unless it has no weights yet.
+    Raises `ValueError` for a tower that does not make states of texts, images or sounds alone, or has none after some
+    number of its blocks that is asked for: it is given two that are the same, unless it has no weights yet.
     """
     if tower.device.type == "meta":
         return
@@ -88,18 +88,21 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool) -> None:
         if not is_text:
             contents = contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)
             contents = torch.cat([contents, contents])
-        output = run_tower(tower, contents, mask)
+        with recorded(tower, depths) as below:
+            output = run_tower(tower, contents, mask)
         states = output.last_hidden_state if is_text else pooled_state(output)
-        if states.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
-            raise ValueError(f"they have the shape {tuple(states.shape)}, and the width {tower_width(tower)}")
+        for found in (states, *(below[depth] for depth in depths)):
+            if found.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
+                raise ValueError(f"they have the shape {tuple(found.shape)}, and the width {tower_width(tower)}")
         if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
             raise ValueError("they differ for one and the same content")
     except Exception as error:
         what = "4 tokens" if is_text else "a sound" if name == "audio" else "an image"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        other = "another encoder, or text_depths=1" if depths else "another encoder"
         raise ValueError(
             f"{type(tower).__name__} cannot be the {name} tower, which makes states of {what} alone ({reason}): take "
-            "another encoder"
+            f"{other}"
         ) from error
     finally:
         for module, mode in modes.items():
@@ -206,6 +209,43 @@ def pooled_state(output: Any) -> Tensor:
     if pooled is None:
         pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
     return pooled.flatten(1)
+
+
+def lower_depths(tower: PreTrainedModel, number: int) -> list[int]:
+    """
+    After how many blocks of a tower its states are read besides the last ones, so that there are `number` depths, or
+    as many as it has: 0, the word embeddings, and more evenly between.
+    """
+    last = len(tower_blocks(tower)) if number > 1 else 0
+    return sorted({round(last * i / (number - 1)) for i in range(number - 1)} - {last})
+
+
+@contextmanager
+def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, what a tower that runs once says after so many blocks is kept; 0 is what the first one reads."""
+    states: dict[int, Tensor] = {}
+    blocks = tower_blocks(tower) if depths else []
+    calls = {block: block._compiled_call_impl for block in blocks}
+
+    def recording(block: nn.Module, depth: int) -> Callable[..., Any]:
+        call = calls[block] or block._call_impl
+
+        def call_and_record(*args: Any, **kwargs: Any) -> Any:
+            states.setdefault(depth, args[0] if args else kwargs["hidden_states"])
+            output = call(*args, **kwargs)
+            states.setdefault(depth + 1, output if isinstance(output, Tensor) else output[0])
+            return output
+
+        return call_and_record
+
+    # in place of the compiled call, which no hook would reach
+    for depth in {max(0, depth - 1) for depth in depths}:
+        blocks[depth]._compiled_call_impl = recording(blocks[depth], depth)
+    try:
+        yield states
+    finally:
+        for block, call in calls.items():
+            block._compiled_call_impl = call
 
 
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..evaluation.evaluator import Ranking, RankingEvaluator
 from ..evaluation.protocol import EvaluationProtocol
 from ..items.encoding import fit_texts, standardize_projections
-from ..items.meeting import ItemStatistics, needs_item_statistics, standardize_for
+from ..items.meeting import ItemStatistics, needs_item_statistics, standardize_for, start_from_data
 from ..items.preparing import ItemSource, token_budget
 from ..items.store import ActivationStore
 from ..model.configuration_transrec import TransRecConfig
@@ -218,13 +218,14 @@ class TransRecTrainer(TrainerBase):
         self.store, self.source = store, store.source
 
     def prepare_model(self) -> None:
-        """Give new projections their data-dependent start, see [`standardize_projections`]; `train` begins with it."""
+        """Give what is new in the model its start by the data at hand; `train` begins with it."""
         self.is_prepared = True
         keeps_own = has_adapter(self.model) and not has_own_projections(self.model)
         prepare = standardize_for if keeps_own else standardize_projections
         if self.source.processor is not None:
             with self.quiet(), self.autocast_smart_context_manager(), whole_weights(self.model):
                 prepare(self.model, self.source, seed=self.args.seed)
+                start_from_data(self.model, self.source, self.split.train)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of training windows, of items as the store has them."""
@@ -394,8 +395,7 @@ class TransRecTrainer(TrainerBase):
             baselines (`bool`, *optional*, defaults to `True`): report what needs no training as well. The report
                 of another model, such as the ID baseline, may be added to `reports[split]["baselines"]`.
             content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): for a baseline of content alone.
-            max_users (`int`, *optional*): rank for so many users, drawn at random by the seed of the run; for all if
-                not given.
+            max_users (`int`, *optional*): rank for so many users, drawn at random by the seed of the run, not for all.
 
         Returns:
             `dict`: see [`RankingEvaluator.evaluate`].
