@@ -30,6 +30,7 @@ VERBS = {
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
     "recommend": ("recommend", "Recommend items to users."),
     "serve": ("serve", "Serve recommendations over HTTP."),
+    "demo": ("demo", "Show a recommender in the browser."),
     "export": ("export", "Write a model as graphs that run without this package."),
     "env": ("env", "Print the versions and the machine, for reports of errors."),
 }
