@@ -68,10 +68,14 @@ class Lane:
         """
         if self.is_full():
             raise Busy
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future = asyncio.get_running_loop().create_future()
         self._waiting.append((job, answer))
         self._tasks.set()
-        return await asyncio.wait_for(answer, timeout)
+        try:
+            return await asyncio.wait_for(answer, timeout)
+        except (asyncio.TimeoutError, asyncio.CancelledError):  # of a client that is gone, too
+            self._waiting = deque(pair for pair in self._waiting if pair[1] is not answer)
+            raise
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -79,9 +83,7 @@ class Lane:
             await self._tasks.wait()
             batch: list[tuple[Any, asyncio.Future]] = []
             while self._waiting and len(batch) < self.max_batch:
-                job, answer = self._waiting.popleft()
-                if not answer.done():
-                    batch.append((job, answer))
+                batch.append(self._waiting.popleft())
             if not self._waiting:
                 self._tasks.clear()
             if not batch:
