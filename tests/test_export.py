@@ -96,8 +96,9 @@ def test_graphs_compute_what_the_model_does(file_format: str, tmp_path: Path) ->
         {"modalities": "", "features_size": 7, "max_position_embeddings": 2},
         {"modalities": "text", "user_encoder": "hstu", "time_buckets": 8},
         {"modalities": "text", "text_pooling": "attention", "user_encoder": "gru"},
+        {"modalities": "text", "text_depths": 3},
     ],
-    ids=["ids", "vectors", "hstu with time", "gru with attention"],
+    ids=["ids", "vectors", "hstu with time", "gru with attention", "states of several depths"],
 )
 def test_programs_of_other_models_are_theirs(config: dict[str, Any]) -> None:
     """Batch and length are free: where the code pins one, `torch.export` fails."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -280,6 +281,20 @@ def test_states_of_several_depths_are_pooled_beside_each_other(family, pooling):
     assert encoder.text_projection.in_features == states.shape[1]
     states.sum().backward()
     assert encoder.text_model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_threads_read_the_depths_of_their_own_texts():
+    model = make_model(make_config("text", text_depths=3)).eval()
+    ids = [torch.randint(5, 13, (2, 5)) for _ in range(40)]
+
+    @torch.no_grad()
+    def read(tokens):
+        return model.item_encoder.state("text", tokens, torch.ones_like(tokens))
+
+    with ThreadPoolExecutor(8) as pool:
+        for found, expected in zip(pool.map(read, ids), map(read, ids), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert not any(block._compiled_call_impl for block in tower_blocks(model.item_encoder.text_model))
 
 
 def test_towers_of_few_blocks_have_fewer_depths():

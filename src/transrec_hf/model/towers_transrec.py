@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +18,8 @@ from .configuration_transrec import check_sizes
 
 
 logger = logging.get_logger(__name__)
+
+RECORDING = threading.RLock()  # of the blocks of all towers
 
 WHOLES = {"clap_audio_model": "audio_model", "whisper": "encoder"}
 """By the type of a configuration, the name of the tower in the model that [`AutoModel`] loads for it."""
@@ -222,13 +225,18 @@ def lower_depths(tower: PreTrainedModel, number: int) -> list[int]:
 
 @contextmanager
 def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, what a tower that runs once says after so many blocks is kept; 0 is what the first one reads."""
+    """
+    Inside, what a tower that runs once says after so many blocks is kept; 0 is what the first one reads. One thread at
+    a time: the blocks are those of all.
+    """
+    if not depths:
+        yield {}
+        return
     states: dict[int, Tensor] = {}
-    blocks = tower_blocks(tower) if depths else []
-    calls = {block: block._compiled_call_impl for block in blocks}
+    blocks = tower_blocks(tower)
 
     def recording(block: nn.Module, depth: int) -> Callable[..., Any]:
-        call = calls[block] or block._call_impl
+        call = block._compiled_call_impl or block._call_impl
 
         def call_and_record(*args: Any, **kwargs: Any) -> Any:
             states.setdefault(depth, args[0] if args else kwargs["hidden_states"])
@@ -238,14 +246,16 @@ def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int
 
         return call_and_record
 
-    # in place of the compiled call, which no hook would reach
-    for depth in {max(0, depth - 1) for depth in depths}:
-        blocks[depth]._compiled_call_impl = recording(blocks[depth], depth)
-    try:
-        yield states
-    finally:
-        for block, call in calls.items():
-            block._compiled_call_impl = call
+    with RECORDING:
+        calls = {block: block._compiled_call_impl for block in blocks}
+        # in place of the compiled call, which no hook would reach
+        for depth in {max(0, depth - 1) for depth in depths}:
+            blocks[depth]._compiled_call_impl = recording(blocks[depth], depth)
+        try:
+            yield states
+        finally:
+            for block, call in calls.items():
+                block._compiled_call_impl = call
 
 
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
