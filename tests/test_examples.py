@@ -58,6 +58,7 @@ def test_the_examples_run_one_after_the_other(one_epoch: None, tmp_path: Path, c
     assert Recommender.from_pretrained("runs/recommender").recommend(["target-item-0001"], k=1)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was(one_epoch: None, capsys: pytest.CaptureFixture) -> None:
     optuna = pytest.importorskip("optuna")
     example = load_example("search")

@@ -506,6 +506,7 @@ def test_the_server_keeps_what_it_is_given(hub: LocalHub, pushed: TransRecModel)
     assert HfApi().whoami()["name"] == "me"
 
 
+@pytest.mark.slow
 def test_the_round_trip_of_the_examples(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "examples" / "hub_round_trip.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

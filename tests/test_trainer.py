@@ -245,7 +245,7 @@ def test_options_of_the_trainer_work(tmp_path, arguments):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_towers_of_many_kinds_of_blocks_are_compiled(tmp_path, bf16):
     """More often than dynamo compiles a code by default; with frozen blocks, autocast, and two runs in a process."""
     config = make_config("image", vision_config=VISION_TOWERS["mobilenet_v1"]())
@@ -257,7 +257,12 @@ def test_towers_of_many_kinds_of_blocks_are_compiled(tmp_path, bf16):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"gradient_checkpointing": True}, {"dataloader_num_workers": 2}, {"item_chunk_size": 2}, COMPILED],
+    [
+        {"gradient_checkpointing": True},
+        {"dataloader_num_workers": 2},
+        {"item_chunk_size": 2},
+        pytest.param(COMPILED, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_options_that_must_not_change_the_result_do_not(tmp_path, arguments):

@@ -201,6 +201,7 @@ def test_torch_export_takes_any_number_of_users_and_any_length(encoder):
         torch.testing.assert_close(exported(*histories), encoder(*histories), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_number_of_users_and_any_length(encoder, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
