@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -665,13 +666,37 @@ def test_a_terminal_that_cannot_show_a_character(folder: Path, tmp_path: Path) -
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"??" in done.stdout
 
 
-def test_the_promises_name_their_tests() -> None:
-    """Each test that SECURITY.md names is there."""
-    promised = set(
-        re.findall(r"`(test_\w+)`", (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8"))
-    )
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of_tables(file: str) -> list[str]:
+    """The rows of all tables of a page, without their headers."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("|") and not line.startswith(("|---", "| promise", "| kind"))]
+
+
+@pytest.mark.parametrize("file", ["SECURITY.md", "docs/trust.md"])
+def test_the_promises_name_their_tests(file: str) -> None:
+    """Each row has a test, and each test that is named is there."""
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    assert len(promised) > 20 and not {name for name in promised if f"def {name}(" not in tests}
+    assert len(rows_of_tables(file)) > 15 and all("`test_" in row for row in rows_of_tables(file))
+    named = re.findall(r"`(test_\w+)`", (ROOT / file).read_text(encoding="utf-8"))
+    assert not {name for name in named if f"def {name}(" not in tests}
+
+
+def test_as_many_inputs_are_tried_as_it_says(request: pytest.FixtureRequest) -> None:
+    if request.config.option.keyword:
+        pytest.skip("a part of the tests")
+    collected = Counter(getattr(item, "originalname", "") for item in request.session.items)
+    total = 0
+    for row in rows_of_tables("docs/trust.md"):
+        names = re.findall(r"`(test_\w+)`", row)
+        said = int(re.findall(r"\d+", row.split("|")[3])[0])
+        is_of_stops = "kills" in row.split("|")[3]
+        if all(collected[name] for name in names) and not is_of_stops:
+            assert sum(collected[name] for name in names) >= said, row
+        total += said
+    assert total > 1000
 
 
 def test_errors_of_the_hub_stay_those_of_the_hub(hub: LocalHub) -> None:

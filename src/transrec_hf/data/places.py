@@ -138,7 +138,7 @@ def _check_configurations(repo_id: str, commit: str | None) -> None:
             continue
         text = Path(file).read_text(encoding="utf-8", errors="replace")
         if name == "README.md":
-            header = re.match(r"\s*---\s*?\n(.*?)\n---\s*?(\n|$)", text, re.DOTALL)
+            header = re.match(r"[\s\ufeff]*---\s*?\n(.*?)\n---\s*?(\n|$)", text, re.DOTALL)
             text = header[1] if header else ""
         try:
             configurations = (yaml.safe_load(text) or {}).get("configs")
