@@ -157,9 +157,14 @@ class ServedItems:
 
     @property
     def item_embeds(self) -> Tensor:
-        """Their vectors, `(n_items, hidden_size)`, with their popularity as one more number if scores add it."""
+        """
+        Their vectors, `(n_items, hidden_size)`, with their popularity as one more number if scores add it; not copied
+        if no item has changed.
+        """
         snapshot = self.items
-        return snapshot.vectors(snapshot.known_rows)
+        first = snapshot.segments[0].matrix.exact
+        is_whole = len(snapshot) == len(first) == len(snapshot.known_rows)
+        return first if is_whole else snapshot.vectors(snapshot.known_rows)
 
     @property
     def present(self) -> Tensor | None:
