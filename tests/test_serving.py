@@ -514,3 +514,18 @@ def test_a_deleted_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"gone.*image file not found"):
         served.add_items(items)
+
+
+def test_numbers_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(
+        "item_id,text,price,code,empty\na,red hat,3.5,007,\nb,old sock,20,12,\nc,shoe,,3,\n"
+    )
+    model, processor = make_model(modalities=("text",)), make_processor(("text",))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    served = Recommender.from_pretrained(tmp_path, tmp_path / "items.csv")
+    assert ids(served.recommend(["c"], filter="price < 4 and code == '007'")) == ["a"]
+    served.add_items([{"item_id": "d", "text": "new hat", "price": "2", "code": "12"}])
+    assert sorted(ids(served.recommend(["c"], filter="price < 4 or code == '12'"))) == ["a", "b", "d"]
+    with pytest.raises(DataError, match="'price' of the items holds string, and that of the index double"):
+        served.add_items([{"item_id": "e", "text": "new hat", "price": "dear"}])

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from accelerate import Accelerator
+import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
 from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
 from ..files import whole_file
-from ..items.preparing import ItemSource
-from ..publishing.checkpoint import load_checkpoint
-from ..serving.index import INDEX_NAME, ItemIndex
-from ..serving.live import LiveItems
 from ..serving.recommender import Recommender
-from ..serving.results import SCHEMA, Recommendation
-from .options import DataArguments, fit_to, option
+from ..serving.results import SCHEMA, Recommendations
+from .index import open_recommender
+from .options import DataArguments, option
 from .parsing import parse_arguments
 from .reporting import format_table
 from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
 
 
 logger = logging.get_logger(__name__)
+
+PART = 2**14  # users whose recommendations are put by before those of the next
 
 
 class History(NamedTuple):
@@ -57,6 +60,7 @@ class RecommendationArguments:
     include_history: bool = option(False, "Recommend what the user had before, too.")
     on_unknown: Literal["error", "skip"] = option("error", "What to do about items of a history that are not known.")
     output_file: str | None = option(None, "Parquet, CSV or JSONL file of user_id, item_id, rank, score [tables].")
+    filter: str | None = option(None, "Which items may come: an expression over their columns, e.g. 'stock > 0'.")
     index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
     use_cpu: bool = option(False, "Leave the accelerator alone.")
     batch_size: int = option(256, "Users at a time.")
@@ -80,43 +84,28 @@ def recommend(argv: Sequence[str] | None = None) -> int:
         transrec recommend runs/my_target --index runs/index --histories today.csv --output_file today.csv
 
     With --index the items are encoded once: the folder is written where it is missing or outdated, and read otherwise;
-    items need then not be given.
+    items need then not be given. Who has no history gets the popular items, if the model knows them.
     """
     data_args, args = parse_arguments(
         (DataArguments, RecommendationArguments), argv, recommend, positional="checkpoint"
     )
     if not args.checkpoint:
         raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
-    model, processor = load_checkpoint(args.checkpoint)
     catalogue = sequences = None
     if (data_args.items or data_args.data) and not (args.history or args.histories):
         catalogue, sequences = data_args.load()
     elif data_args.items or data_args.data:
         catalogue = data_args.load_items()
-    known = None if catalogue is None else fit_to(catalogue, model, args.checkpoint)
-    device = Accelerator(cpu=args.use_cpu).device
-    model = model.to(device)
-    index: ItemIndex | LiveItems | None = None
-    if args.index is None:
-        index = ItemIndex.from_pretrained(args.checkpoint)
-    elif (Path(args.index) / INDEX_NAME).is_file():
-        index = LiveItems.open(args.index, model.config.hidden_size, device)
-    if catalogue is None and index is None:
-        raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     histories = _histories(args, catalogue, sequences)
-    if model.config.time_buckets and any(history.times is None for history in histories):
+    recommender = open_recommender(args.checkpoint, catalogue, args.index, args.use_cpu)
+    if recommender.model.config.time_buckets and any(history.times is None for history in histories):
         raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
-    source = None if catalogue is None else ItemSource(catalogue, processor)
-    recommender = Recommender(model, source, index=index, processor=processor, statistics=known, folder=args.index)
-    histories = _known(histories, recommender.item_ids.tolist(), args)
-    blocks = _recommend(recommender, histories, args)
+    histories = _known(histories, recommender, args)
     if not args.output_file:
-        for history, found in itertools.chain.from_iterable(blocks):
-            _print(history, found, catalogue)
+        for history, found in _recommend(recommender, histories, args):
+            _print(history, found, recommender)
     else:
-        with whole_file(args.output_file) as file, table_writer(file, SCHEMA) as write:
-            for block in blocks:
-                write(_as_table(block))
+        _write(recommender, histories, args)
         logger.info("Recommendations for %s users are in %s", f"{len(histories):,}", args.output_file)
     return len(histories)
 
@@ -178,9 +167,12 @@ def read_histories(path: Path) -> list[History]:
     ]
 
 
-def _known(histories: list[History], item_ids: Iterable[str], args: RecommendationArguments) -> list[History]:
-    """The histories without unknown items, if these are to be skipped. Raises [`DataError`] if not."""
-    known = set(item_ids)
+def _known(histories: list[History], recommender: Recommender, args: RecommendationArguments) -> list[History]:
+    """
+    The histories without unknown items, if these are to be skipped; users without a history get the popular items, if
+    they are known. Raises [`DataError`] otherwise.
+    """
+    known = set(recommender.item_ids.tolist())
     kept = [_select(history, [item in known for item in history.items]) for history in histories]
     lost = {item for history in histories for item in history.items if item not in known}
     if lost and args.on_unknown == "error":
@@ -188,7 +180,7 @@ def _known(histories: list[History], item_ids: Iterable[str], args: Recommendati
             f"{args.histories or 'history'}: {len(lost)} unknown item ids: {sorted(lost)[:MAX_EXAMPLES]}. "
             "Add them to the items, or --on_unknown skip."
         )
-    left = [history for history in kept if history.items]
+    left = [history for history in kept if history.items or recommender.items.counts is not None]
     if len(left) < len(kept) and args.on_unknown == "error":
         raise DataError(f"{args.histories}: {len(kept) - len(left)} empty histories. Add items, or --on_unknown skip.")
     if lost or len(left) < len(kept):
@@ -205,34 +197,57 @@ def _select(history: History, keep: list[bool]) -> History:
 
 def _recommend(
     recommender: Recommender, histories: list[History], args: RecommendationArguments
-) -> Iterator[list[tuple[History, list[Recommendation]]]]:
-    """Block by block, each history with what is recommended to it."""
+) -> Iterator[tuple[History, Recommendations]]:
+    """Each history with what is recommended to it, block by block."""
     reads_time = bool(recommender.model.config.time_buckets)
     starts = range(0, len(histories), args.batch_size)
     for start in logging.tqdm(starts, desc="Recommending", unit="batch", delay=2):
         block = histories[start : start + args.batch_size]
-        items = [history.items for history in block]
-        times = [history.times or [] for history in block] if reads_time else None
-        found = recommender.recommend(items, args.top_k, exclude_seen=not args.include_history, timestamps=times)
-        yield list(zip(block, found, strict=True))
+        found = recommender.recommend(
+            [history.items for history in block],
+            args.top_k,
+            exclude_seen=not args.include_history,
+            filter=args.filter,
+            timestamps=[history.times or [] for history in block] if reads_time else None,
+        )
+        yield from zip(block, found, strict=True)
 
 
-def _as_table(block: list[tuple[History, list[Recommendation]]]) -> pa.Table:
-    rows = [
-        {"user_id": history.user, "item_id": item.item_id, "rank": rank, "score": item.score}
-        for history, found in block
-        for rank, item in enumerate(found, start=1)
-    ]
-    return pa.Table.from_pylist(rows, SCHEMA)
+def _write(recommender: Recommender, histories: list[History], args: RecommendationArguments) -> None:
+    """
+    The table of recommendations, whole. Of many users it is made in parts, which stay in a hidden folder beside it
+    until it is there: who asks for the same again after an interruption, gets what is left of it.
+    """
+    file = Path(args.output_file or "")
+    asked = json.dumps([dataclasses.asdict(recommender.versions), args.top_k, args.include_history, args.filter])
+    key = hashlib.sha256(asked.encode())
+    parts = file.parent / f".{file.name}.parts"
+    tables = []
+    for start in range(0, len(histories), PART):
+        some = histories[start : start + PART]
+        key.update(json.dumps(some).encode())
+        part = parts / f"{key.hexdigest()[:32]}.parquet"
+        if not part.is_file():
+            rows = [row for history, found in _recommend(recommender, some, args) for row in found.rows(history.user)]
+            table = pa.Table.from_pylist(rows, SCHEMA)
+            if len(histories) <= PART:
+                tables.append(table)
+                break
+            with whole_file(part) as partial:
+                pq.write_table(table, partial)
+        tables.append(pq.read_table(part, memory_map=True))
+    with whole_file(file) as partial, table_writer(partial, SCHEMA) as write:
+        for table in tables:
+            write(table)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
-def _print(history: History, found: list[Recommendation], catalogue: Catalogue | None) -> None:
+def _print(history: History, found: Recommendations, recommender: Recommender) -> None:
     """A table of one user's last items and recommendations."""
-
-    def text(item_id: str) -> str:
-        return "" if catalogue is None else catalogue.text(catalogue.rows([item_id])[0]) or "[image]"
-
+    snapshot, chosen = recommender.items, history.items[-3:]
+    columns = snapshot.take_columns(snapshot.find(chosen)).to_pylist() if chosen else []
     rows = [["", "item", "text", "score"]]
-    rows += [["chosen", item_id, text(item_id), ""] for item_id in history.items[-3:]]
-    rows += [[f"{rank}.", item.item_id, text(item.item_id), f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
-    print(f"\n{history.user}\n{format_table(rows, flush_left=3)}")
+    rows += [["chosen", item_id, of.get("text") or "", ""] for item_id, of in zip(chosen, columns, strict=True)]
+    rows += [[f"{rank}.", item.item_id, item.text or "", f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
+    said = " (no history: the popular items)" if found.fallback else ""
+    print(f"\n{history.user}{said}\n{format_table(rows, flush_left=3)}")

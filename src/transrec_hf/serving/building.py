@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,17 +35,46 @@ RESUMED = 2 * BLOCK  # items from which they are
 NEW_SHARE = 0.2  # of new or changed items from which on it is asked whether this is another catalogue
 
 
-def columns_of(catalogue: Catalogue) -> pa.Table:
-    """What an index keeps of the items besides vectors: all columns of plain values. A text that is hidden is null."""
+NUMBER = r"^\s*-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?\s*$"
+"""How numbers look that are read as such; `007` is a name."""
+
+
+def columns_of(catalogue: Catalogue, like: pa.Schema | None = None) -> pa.Table:
+    """
+    What an index keeps of the items besides vectors: all columns of plain values. A text that is hidden is null. Cells
+    of a CSV file are strings: where all of a column look like numbers, they become such.
+
+    Args:
+        catalogue ([`Catalogue`]): The items.
+        like (`pa.Schema`, *optional*): The columns that there are already, which say what is a number.
+    """
     left_out = {"item_id", *MODALITIES} - {"text"}
     table: pa.Table = catalogue.items.with_format("arrow")[:] if len(catalogue.items.column_names) else pa.table({})
     names = [field.name for field in table.schema if field.name not in left_out and _is_plain(field.type)]
     table = table.select(names)
     if "text" in names and not catalogue.has("text").all():
         texts = pa.chunked_array([pa.array(catalogue.has("text"))])
-        hidden = pa.compute.if_else(texts, table["text"], pa.scalar(None, table["text"].type))
+        hidden = pc.if_else(texts, table["text"], pa.scalar(None, table["text"].type))
         table = table.set_column(names.index("text"), "text", hidden)
+    for place, name in enumerate(names):
+        if name != "text" and pa.types.is_string(table[name].type):
+            table = table.set_column(place, name, _as_numbers(table[name], like and _type_in(like, name)))
     return table.replace_schema_metadata() if names else pa.table({"text": pa.nulls(len(catalogue), pa.string())})
+
+
+def _type_in(schema: pa.Schema, name: str) -> pa.DataType | None:
+    return schema.field(name).type if name in schema.names else None
+
+
+def _as_numbers(column: pa.ChunkedArray, kind: pa.DataType | None) -> pa.ChunkedArray:
+    """A column of strings as numbers, if all of them are and `kind` is none of strings."""
+    written = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    is_text = kind is not None and pa.types.is_string(kind)
+    if is_text or written.null_count == len(written) or not pc.all(pc.match_substring_regex(written, NUMBER)).as_py():
+        return column
+    numbers = pc.cast(pc.utf8_trim_whitespace(written), pa.float64())
+    is_whole = not pc.any(pc.match_substring(written, ".")).as_py()
+    return numbers.cast(pa.int64()) if is_whole and pc.max(pc.abs(numbers)).as_py() < 2**53 else numbers
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -164,7 +194,12 @@ def _encode(
 
 
 def index_of_new(
-    model: TransRecModel, source: ItemSource, known: ItemIndex | None, unknown: float, **kwargs: Any
+    model: TransRecModel,
+    source: ItemSource,
+    known: ItemIndex | None,
+    unknown: float,
+    like: pa.Schema | None = None,
+    **kwargs: Any,
 ) -> ItemIndex:
     """
     The index of items that come to a catalogue which has been met already: its statistics stay, and ID vectors that
@@ -176,6 +211,7 @@ def index_of_new(
         known ([`ItemIndex`], *optional*): What is known of items of the same ids; if their contents are the same,
             their vectors are taken over.
         unknown (`float`): The log popularity of an item that nobody has chosen yet.
+        like (`pa.Schema`, *optional*): See [`columns_of`].
         kwargs: Of [`encode_catalogue`].
     """
     catalogue, hashes = source.catalogue, source.catalogue.item_hashes()
@@ -211,6 +247,6 @@ def index_of_new(
         "",
         "",
         item_hashes=hashes,
-        columns=columns_of(catalogue),
+        columns=columns_of(catalogue, like),
         counts=counts,
     )

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from ..errors import DataError
 from ..files import locked, read_whole
+from .histories import find_items
 from .index import INDEX_NAME, ItemIndex
 from .journal import JOURNAL_NAME, append_record, read_journal
 from .snapshot import Change, Snapshot
@@ -72,6 +74,37 @@ class LiveItems:
         if items is None:
             raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one: transrec encode.")
         return cls(items, size, folder, device)
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike) -> LiveItems:
+        """As [`~LiveItems.open`], to look at and to remove items without the model."""
+        live = cls.open(folder, 0)
+        live.size = live.base.item_embeds.shape[1]
+        return live
+
+    def remove(self, item_ids: Iterable[Any], readable: bool = False) -> list[str]:
+        """
+        Recommend items no longer.
+
+        Args:
+            item_ids (`Iterable[str]`): Their ids.
+            readable (`bool`, *optional*, defaults to `False`): Whether they may still stand in histories.
+
+        Returns:
+            `list[str]`: The ids.
+
+        Raises:
+            [`UnknownItems`]: If one is not there.
+        """
+        removed: list[str] = []
+        item_ids = item_ids if isinstance(item_ids, str) else list(item_ids)
+
+        def make(snapshot: Snapshot) -> Change | None:
+            removed[:] = dict.fromkeys(snapshot.ids(find_items(snapshot, item_ids)))
+            return (Change(hidden=removed) if readable else Change(removed=removed)) if removed else None
+
+        self.change(make)
+        return removed
 
     def _start(self, items: ItemIndex) -> None:
         version = items.state or f"{items.catalogue_hash[:32]}{items.encoder_hash[:32]}"

@@ -27,7 +27,6 @@ from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits, check_processor
 from .building import build_index, columns_of, counts_of, index_of_new, log_popularity_of_new
-from .histories import find_items
 from .index import ItemIndex, set_statistics
 from .live import LiveItems
 from .raw import encode_raw, read_raw, without_ids
@@ -109,6 +108,7 @@ class ServedItems:
     ) -> tuple[LiveItems | None, ItemIndex]:
         """The items of a catalogue: those of an index as far as they are the same, else encoded."""
         catalogue = source.catalogue
+        check_fits(self.model, catalogue)
         same = known is not None and np.array_equal(known.item_ids, catalogue.item_ids)
         if known is not None and known.format < 3:
             if same and known.catalogue_hash == catalogue.content_hash():
@@ -218,15 +218,7 @@ class ServedItems:
         Raises:
             [`UnknownItems`]: If one is not there.
         """
-        removed: list[str] = []
-
-        def make(snapshot: Snapshot) -> Change | None:
-            removed[:] = dict.fromkeys(snapshot.ids(find_items(snapshot, item_ids)))
-            return (Change(hidden=removed) if readable else Change(removed=removed)) if removed else None
-
-        item_ids = list(item_ids) if not isinstance(item_ids, str) else item_ids
-        self.live.change(make)
-        return removed
+        return self.live.remove(item_ids, readable)
 
     def _put(self, rows: Any, exist: bool | None, **kwargs: Any) -> list[str]:
         """Add or update items that all exist, do not, or either."""
@@ -242,7 +234,8 @@ class ServedItems:
         there = before.find(ids)
         known = before.select(there[there >= 0])
         with self._encoding:
-            new = index_of_new(model, source, known, self._unknown, **{**self._kwargs, **kwargs})
+            schema, options = before.columns.schema, {**self._kwargs, **kwargs}
+            new = index_of_new(model, source, known, self._unknown, schema, **options)
 
         def make(snapshot: Snapshot) -> Change:
             self._check_exist(snapshot, ids, exist)

@@ -1,0 +1,222 @@
+"""`transrec encode`, `index` and `similar`: the vectors of a catalogue, changes to them, and items that are alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers.utils import logging
+
+from ..data.catalogue import Catalogue, load_catalogue
+from ..errors import DataError
+from ..publishing.checkpoint import check_place
+from ..serving.index import INDEX_NAME, ItemIndex
+from ..serving.journal import JOURNAL_NAME
+from ..serving.live import LiveItems
+from ..serving.recommender import Recommender, has_index
+from ..serving.results import Recommendations
+from .options import DataArguments, option
+from .parsing import parse_arguments
+from .reporting import format_table
+from .tables import as_ids, read_table
+
+
+logger = logging.get_logger(__name__)
+
+
+def open_recommender(
+    checkpoint: str | None,
+    items: Catalogue | None,
+    index: str | None,
+    use_cpu: bool = False,
+    **kwargs: Any,
+) -> Recommender:
+    """A recommender as the options of a verb ask for it. Raises [`DataError`]."""
+    if not checkpoint:
+        raise DataError("no model: give the folder or Hub id of a TransRec model")
+    check_place(checkpoint)
+    if items is None and index is not None and not has_index(index):
+        raise DataError(f"{index}: there is no item index here. Give --data or --items, and it is made.")
+    if items is None and index is None and ItemIndex.from_pretrained(checkpoint) is None:
+        raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
+    device = Accelerator(cpu=use_cpu).device
+    return Recommender.from_pretrained(checkpoint, items, index=index, device=device, **kwargs)
+
+
+@dataclass
+class EncodeArguments:
+    """With which model, and where to."""
+
+    _argument_group_name = "encoding"
+    checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
+    index: str | None = option(None, "Folder for the index.")
+    batch_size: int = option(128, "Items at a time.")
+    num_workers: int = option(0, "Processes that read and decode.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
+
+
+def encode(argv: Sequence[str] | None = None) -> int:
+    """
+    Encode the items of a platform, and keep their vectors in a folder.
+
+        transrec encode runs/my_target --items my_target --index runs/index
+
+    What the folder has already of the same model and contents is taken over, and an encoding that was interrupted goes
+    on where it was.
+    """
+    data_args, args = parse_arguments((DataArguments, EncodeArguments), argv, encode, positional="checkpoint")
+    if not args.index:
+        raise DataError("no place for the vectors: give --index, a folder")
+    items = data_args.load_items()
+    options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    recommender = open_recommender(args.checkpoint, items, args.index, args.use_cpu, **options)
+    logger.info("The vectors of %s items are in %s", f"{len(recommender):,}", args.index)
+    return len(recommender)
+
+
+@dataclass
+class IndexArguments:
+    """What to do with which index."""
+
+    _argument_group_name = "index"
+    index: str | None = option(None, "Folder of the index.")
+    checkpoint: str | None = option(None, "For add: folder or Hub id of the model that made it.")
+    items: str | None = option(None, "For add: file or folder of items. For remove: file with a column item_id.")
+    ids: list[str] | None = field(default=None, metadata={"help": "For remove: ids of items."})
+    readable: bool = option(False, "For remove: the items may still stand in histories.")
+    new_only: bool = option(False, "For add: refuse items that are there already, instead of updating them.")
+    verify: bool = option(False, "For info: read all of the index, and compare it with its hash.")
+    as_json: bool = option(False, "For info: print JSON.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
+
+
+def index(argv: Sequence[str] | None = None) -> int:
+    """
+    Add, update and remove items of an index, or look at it.
+
+        transrec index add runs/index --checkpoint runs/my_target --items new.csv
+        transrec index remove runs/index --ids item-17 item-4
+        transrec index remove runs/index --items discontinued.csv --readable
+        transrec index info runs/index --verify
+
+    Whoever serves from the folder sees a change at once. What is added is encoded alone; contents that are there
+    already are not encoded again.
+    """
+    rest = list(sys.argv[1:] if argv is None else argv)
+    actions = {"add": _add, "remove": _remove, "info": _info}
+    if rest and rest[0] not in actions and not rest[0].startswith("-"):
+        raise DataError(f"{rest[0]}: the verbs of index are {', '.join(actions)}")
+    action = actions[rest.pop(0)] if rest and rest[0] in actions else None
+    (args,) = parse_arguments((IndexArguments,), rest, index, positional="index")
+    if action is None:
+        raise DataError(f"what to do with the index? Say one of {', '.join(actions)} first")
+    if not args.index or not has_index(args.index):
+        raise DataError(f"{args.index or 'no folder given'}: there is no item index here. Make one: transrec encode.")
+    return action(args)
+
+
+def _add(args: IndexArguments) -> int:
+    if not args.items:
+        raise DataError("nothing to add: give --items, a file or folder")
+    recommender = open_recommender(args.checkpoint, None, args.index, args.use_cpu)
+    added = recommender.add_items(load_catalogue(args.items), exist_ok=not args.new_only)
+    logger.info("%s items were added or updated, %s are there", f"{len(added):,}", f"{len(recommender):,}")
+    return len(added)
+
+
+def _remove(args: IndexArguments) -> int:
+    assert args.index is not None
+    ids = list(args.ids or [])
+    if args.items:
+        table = read_table(Path(args.items))
+        if "item_id" not in table.column_names:
+            raise DataError(f"{args.items}: needs the column item_id; found {table.column_names}")
+        ids += [str(item_id) for item_id in as_ids(table["item_id"])[0] if item_id is not None]
+    if not ids:
+        raise DataError("nothing to remove: give --ids, or --items with a column item_id")
+    live = LiveItems.of_folder(args.index)
+    removed = live.remove(ids, args.readable)
+    logger.info("%s items were removed, %s are there", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
+    return len(removed)
+
+
+def _info(args: IndexArguments) -> int:
+    assert args.index is not None
+    live = LiveItems.of_folder(args.index)
+    base, snapshot = live.base, live.snapshot
+    if args.verify:
+        base.verify()
+    sizes = {name: (Path(args.index) / name) for name in (INDEX_NAME, JOURNAL_NAME)}
+    facts = {
+        "items": snapshot.num_items,
+        "recommendable": int(snapshot.offered.count_nonzero()),
+        "numbers of a vector": base.item_embeds.shape[1],
+        "columns": snapshot.columns.column_names,
+        "version": snapshot.version,
+        "changes since it was written": snapshot.changes,
+        "popularity": "known" if snapshot.counts is not None else "not known",
+        "made by": base.encoder_hash[:16],
+        "format": base.format,
+        "bytes": {name: os.path.getsize(path) for name, path in sizes.items() if path.is_file()},
+        **({"verified": True} if args.verify else {}),
+    }
+    if args.as_json:
+        print(json.dumps({"index": args.index, **facts}, indent=2))
+    else:
+        width = max(map(len, facts))
+        lines = [f"  {name:<{width}}  {_shown(value)}" for name, value in facts.items()]
+        print("\n".join([args.index, *lines]))
+    return snapshot.num_items
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:,}" for name, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@dataclass
+class SimilarArguments:
+    """Like what."""
+
+    _argument_group_name = "similar"
+    checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
+    item: str | None = option(None, "Id of an item of the catalogue.")
+    text: str | None = option(None, "A text, instead: what is like an item of this text?")
+    image: str | None = option(None, "File of an image, alone or beside the text.")
+    top_k: int = option(10, "How many items.")
+    filter: str | None = option(None, "Which items may come: an expression over their columns.")
+    index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
+
+
+def similar(argv: Sequence[str] | None = None) -> Recommendations:
+    """
+    Find items that are like another one, or like a text or an image.
+
+        transrec similar runs/my_target --index runs/index --item item-17
+        transrec similar runs/my_target --items my_target --text "a red hat"
+    """
+    data_args, args = parse_arguments((DataArguments, SimilarArguments), argv, similar, positional="checkpoint")
+    raw: dict[str, Any] = {"text": args.text} if args.text else {}
+    if args.image:
+        if not Path(args.image).is_file():
+            raise DataError(f"{args.image}: no such file (now in {os.getcwd()}). Check the path.")
+        raw["image"] = Path(args.image).read_bytes()
+    if bool(raw) == bool(args.item):
+        raise DataError("like what? Give --item, or --text, --image or both")
+    items = data_args.load_items() if data_args.items or data_args.data else None
+    recommender = open_recommender(args.checkpoint, items, args.index, args.use_cpu)
+    found = recommender.similar_items(args.item or raw, args.top_k, filter=args.filter)
+    rows = [["", "item", "text", "cosine"]]
+    rows += [[f"{rank}.", item.item_id, item.text or "", f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
+    print(format_table(rows, flush_left=3))
+    return found
