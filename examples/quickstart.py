@@ -60,7 +60,7 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the demo world, of the models and of training."})
     modalities: list[str] = field(
         default_factory=lambda: ["text", "image"],
-        metadata={"help": "What items show, some one of it and some all, of text, image and audio."},
+        metadata={"help": "What items show, some one of it and some all, of text, image, audio and video."},
     )
     pretrain_epochs: float = field(default=6, metadata={"help": "Epochs on the source."})
     target_epochs: float = field(default=50, metadata={"help": "Most epochs on the target; every run may stop early."})

@@ -34,6 +34,7 @@ class EvaluationArguments:
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, for the baseline of content alone.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for the baseline of content alone.")
     audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for the same baseline.")
+    video_model: str | None = option(None, "Folder or Hub id of an encoder of images or clips, for the same baseline.")
     activation_store: str | None = option(None, "Folder that keeps the states of the towers for the next time.")
     trainable_blocks: int = option(0, "Blocks above those states; as in training, to read the store of a run.")
     bf16: bool = option(False, "Compute in bf16.")
@@ -51,8 +52,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec evaluate runs/my_target --data my_target --json > report.json
 
     Prints the model beside baselines that need no training, with 95 % intervals, whether it is above them, and the
-    model on slices of the users. With text_model, vision_model or audio_model, nearest neighbours by these untouched
-    encoders are a baseline too.
+    model on slices of the users. With text_model, vision_model, audio_model or video_model, nearest neighbours by
+    these untouched encoders are a baseline too.
     """
     kinds = (DataArguments, SplitArguments, EvaluationArguments)
     data_args, split_args, args = parse_arguments(kinds, argv, evaluate, positional="checkpoint")

@@ -86,6 +86,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, for a new model.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
     audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for a new model.")
+    video_model: str | None = option(None, "Folder or Hub id of an encoder of images or clips, for a new model.")
     id_baseline: bool = option(False, "A new model without towers, of one vector per item.")
     preset: Literal["default", "paper", "esasrec"] = option(
         "default", "Settings of a new model, esasrec of the ID baseline; others can be set by name."
@@ -96,7 +97,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     def __post_init__(self) -> None:
         origins = {
             "from_checkpoint": self.from_checkpoint,
-            "text_model, vision_model or audio_model": any(self.towers.values()),
+            "text_model, vision_model, audio_model or video_model": any(self.towers.values()),
             "id_baseline": self.id_baseline,
         }
         given = [name for name, value in origins.items() if value]
@@ -156,8 +157,8 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
                 )
         if not is_demo:
             raise DataError(
-                "no model: give --text_model, --vision_model, --audio_model, --features_size or several of them, or "
-                "--from_checkpoint, or --id_baseline"
+                "no model: give --text_model, --vision_model, --audio_model, --video_model, --features_size or some "
+                "of them, or --from_checkpoint, or --id_baseline"
             )
         with bad_input("model configuration"):
             model, processor = TransRecModel(demo_config(**settings)), demo_processor()

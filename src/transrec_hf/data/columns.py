@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
-STRING_COLUMNS = ("item_id", "user_id", "text", "image", "file_name", "audio")
+STRING_COLUMNS = ("item_id", "user_id", "text", "image", "file_name", "audio", "video")
 NEEDED = (*INTERACTION_COLUMNS, *MODALITIES, "file_name")
 """Columns that are read; what cannot be read in any other is nobody's loss."""
 OTHER_NAMES = {
     "text": ("title", "titles", "texts", "name", "description", "caption"),
     "image": ("images", "imagepath", "imagefile", "imagebytes", "imageurl", "img", "picture", "photo", "filename"),
     "audio": ("sound", "sounds", "audiopath", "audiofile", "audiobytes", "audiourl", "song", "track"),
+    "video": ("videos", "videopath", "videofile", "videobytes", "videourl", "clip", "movie", "mp4"),
     "features": ("feature", "featurevector", "embedding", "embeddings", "vector", "vectors"),
     "user_id": ("user", "userid", "uid", "customerid", "visitorid", "sessionid"),
     "item_id": ("item", "itemid", "iid", "productid", "articleid", "id"),

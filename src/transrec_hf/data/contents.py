@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import BadContent, shortened
+from .clips import Clips
 from .columns import VISIBLE, is_text, missing_words, whole_column
 from .images import Images
 from .sounds import Sounds
@@ -164,5 +165,11 @@ def _float32(numbers: pa.Array) -> np.ndarray:
         return numbers.to_numpy(zero_copy_only=False).astype(np.float32)
 
 
-READERS: dict[str, type[Content]] = {"text": Texts, "image": Images, "features": Vectors, "audio": Sounds}
+READERS: dict[str, type[Content]] = {
+    "text": Texts,
+    "image": Images,
+    "features": Vectors,
+    "audio": Sounds,
+    "video": Clips,
+}
 """The reader of every modality."""

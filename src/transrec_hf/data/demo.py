@@ -2,11 +2,11 @@
 
 An item is one drawn thing with four attributes: colour, shape, pattern and size. Some items show them in a short title
 ("crimson striped star , large"), some in a drawn image, some in both; asked for, some in a sound, whose pitch, timbre,
-rhythm and loudness are colour, shape, pattern and size. A user likes one colour, one shape and one
-pattern, and each of these likings moves on along a cycle that is the same on both platforms: who liked orange stars
-turns to gold ones. The platforms share no user, no item and no combination of attributes, word their titles in their
-own way, draw on their own paper and hiss in their own loudness. All that a model can carry from the source to the
-target is how content looks and sounds and how tastes move.
+rhythm and loudness are colour, shape, pattern and size, or in a moving picture. A user likes one colour, one shape and
+one pattern, and each of these likings moves on along a cycle that is the same on both platforms: who liked orange
+stars turns to gold ones. The platforms share no user, no item and no combination of attributes, word their titles in
+their own way, draw on their own paper and hiss in their own loudness. All that a model can carry from the source to
+the target is how content looks and sounds and how tastes move.
 
 Everything is computed from a seed with NumPy and Pillow, in about a second; nothing is downloaded or licensed.
 """
@@ -58,6 +58,7 @@ POPULARITY_SPREAD = 0.3  # standard deviation of the utility which all users sha
 SHOWN = ("text", "image")
 """The modalities that the demo world shows unless it is asked for others."""
 SHARE_OF_ALL = 0.3  # of the items; the others show one modality each
+FRAMES = 3  # of a moving picture
 RATE = 8000  # samples of a sound in a second
 PITCHES = 220 * 2 ** (np.arange(len(COLOURS)) / 5)  # Hz
 TIMBRES = np.array(  # of the overtones, by shape
@@ -150,8 +151,8 @@ def demo_world(seed: int = 0, modalities: Collection[str] = SHOWN) -> DemoWorld:
 
     Args:
         seed (`int`, *optional*, defaults to 0): The same seed gives the same world, byte for byte.
-        modalities (`Collection[str]`, *optional*, defaults to text and image): What items show, of `"text"`, `"image"`
-            and `"audio"`: one of them each or, three in ten, all.
+        modalities (`Collection[str]`, *optional*, defaults to text and image): What items show, of `"text"`,
+            `"image"`, `"audio"` and `"video"`: one of them each or, three in ten, all.
 
     Returns:
         [`DemoWorld`]: a source of 600 items and 3 000 users, and a target of 400 items and 300 users, who have chosen
@@ -179,6 +180,8 @@ def demo_processor(modalities: Collection[str] = SHOWN) -> TransRecProcessor:
         ViTImageProcessorPil(size=size) if "image" in modalities else None,
         feature_extractor=spectrogram if "audio" in modalities else None,
         max_audio_windows=1,
+        frame_image_processor=ViTImageProcessorPil(size=size) if "video" in modalities else None,
+        num_frames=FRAMES,
     )
 
 
@@ -198,6 +201,7 @@ def demo_config(modalities: Collection[str] = SHOWN, **overrides: Any) -> TransR
     towers = {
         "text": BertConfig(vocab_size=len(_vocabulary()), max_position_embeddings=16, **tower),
         "image": ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower),
+        "video": ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower),
         "audio": ASTConfig(max_length=IMAGE_SIZE, num_mel_bins=IMAGE_SIZE, **patches, **tower),
     }
     # its towers know nothing yet, so there is no content to begin with: a linear map and dot products learn it whole
@@ -223,7 +227,10 @@ def _draw_platform(
     kinds = rng.choice([*modalities, "all"], size=len(attributes), p=[*shares, SHARE_OF_ALL])
     titles = [style.title.format(**attribute_words(row)) for row in attributes]
     contents: dict[str, list[Any]] = {"text": titles}
-    contents["image"] = [{"bytes": image} for image in _encode_png(_draw_images(attributes, style.paper, rng))]
+    images = _draw_images(attributes, style.paper, rng)
+    contents["image"] = [{"bytes": image} for image in _encode_png(images)]
+    if "video" in modalities:
+        contents["video"] = [{"bytes": clip} for clip in _encode_gif(images)]
     if "audio" in modalities:
         contents["audio"] = [{"bytes": sound} for sound in _play_sounds(attributes, style.hiss, rng.spawn(1)[0])]
     columns = {
@@ -344,6 +351,18 @@ def _encode_png(images: np.ndarray) -> list[bytes]:
     for image in images:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="PNG")
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def _encode_gif(images: np.ndarray) -> list[bytes]:
+    """What is in an image goes round."""
+    encoded = []
+    for image in images:
+        steps = np.arange(FRAMES) * IMAGE_SIZE // FRAMES
+        first, *others = [Image.fromarray(np.roll(image, step, axis=1)) for step in steps]
+        buffer = io.BytesIO()
+        first.save(buffer, format="GIF", save_all=True, append_images=others, duration=100)
         encoded.append(buffer.getvalue())
     return encoded
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-FEATURES = {"image": "Image", "audio": "Audio"}
+FEATURES = {"image": "Image", "audio": "Audio", "video": "Video"}
 """By modality, the feature of `datasets` that its files are."""
 BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
 """How the bytes of an image begin in base64, and what no path looks like."""

@@ -30,6 +30,7 @@ from ..model.towers_transrec import (
     lower_states,
     placeholder,
     read_below,
+    reads_clips,
     resume_tower,
     run_tower,
     tower_blocks,
@@ -123,7 +124,7 @@ def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
         values = torch.cat([placeholder(tower, None), placeholder(tower, None) + 1])
     tower.eval()
     try:
-        if MODALITIES[name].is_windowed and has_states_in_time(tower):
+        if MODALITIES[name].is_windowed and (has_states_in_time(tower) or reads_clips(tower)):
             raise ValueError("which of its states are real is known before its blocks alone")
         if trained and read_below(tower, depth, trained):
             raise ValueError("frozen blocks read parameters that are trained")

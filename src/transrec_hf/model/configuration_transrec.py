@@ -140,6 +140,9 @@ class TransRecConfig(PreTrainedConfig):
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the audio tower: an encoder of sound that [`AutoModel`] knows, the audio tower of CLAP,
             Whisper, of which the encoder is taken, or an encoder of images of one channel. `None` means no tower.
+        video_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the video tower: an encoder of images, which reads frame by frame, or one of clips, such
+            as VideoMAE. `None` means no video tower.
         features_size (`int`, *optional*):
             Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
         num_items (`int`, *optional*):
@@ -185,7 +188,8 @@ class TransRecConfig(PreTrainedConfig):
             How token states become one vector: `"mean"` or `"cls"`, or `"attention"`, the paper's masked multi-head
             self-attention followed by additive attention.
         window_pooling (`str`, *optional*, defaults to `"mean"`):
-            How the states of the windows of a sound become one vector: `"mean"`, or `"attention"` as for texts.
+            How the states of the windows of a sound, or of the frames of a video, become one vector: `"mean"`, or
+            `"attention"` as for texts.
         text_depths (`int`, *optional*, defaults to 2):
             Of how many depths of the text tower the states are pooled, and put beside each other: 1 is the last states
             alone, 2 those and the word embeddings, more are spaced evenly between. Those below the last are averaged,
@@ -244,11 +248,13 @@ class TransRecConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="bert", optional=True),
         "vision_config": SubConfigSpec(AutoConfig, model_type="vit", optional=True),
         "audio_config": SubConfigSpec(AutoConfig, model_type="audio-spectrogram-transformer", optional=True),
+        "video_config": SubConfigSpec(AutoConfig, model_type="vit", optional=True),
     }
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
+    video_config: dict | PreTrainedConfig | None = None
     features_size: int | None = None
     num_items: int | None = None
     hidden_size: int = 384
@@ -397,6 +403,7 @@ class TransRecConfig(PreTrainedConfig):
         is_new = (
             self.features_size is not None
             or self.audio_config is not None
+            or self.video_config is not None
             or self.user_encoder != "transformer"
             or (self.item_map, self.similarity) != ("linear", "dot")
             or self.content_prior

@@ -21,13 +21,14 @@ from .towers_transrec import (
     lower_depths,
     lower_states,
     pooled_state,
+    reads_clips,
     recorded,
     resume_tower,
     run_tower,
     text_positions,
     tower_width,
 )
-from .windows_transrec import masked_mean, run_windows
+from .windows_transrec import as_clips, masked_mean, run_windows
 
 
 CONTENT_RMS = 0.1
@@ -212,7 +213,7 @@ class ItemEncoder(nn.Module):
                 width = tower_width(tower)
                 self.positions = text_positions(tower) if modality.has_tokens else self.positions
             strategy = config.text_pooling if modality.has_tokens else config.window_pooling
-            if modality.mask is not None and strategy == "attention":
+            if modality.mask is not None and strategy == "attention" and not reads_clips(tower):
                 pooling = AttentionPooling(config, width)
                 setattr(self, f"{modality.name}_pooling", pooling)
                 width = pooling.output_size
@@ -330,6 +331,10 @@ class ItemEncoder(nn.Module):
             mask (`Tensor` of shape `(n, windows)`): What share of each window is real; 0 where there is none.
         """
         tower, real = self.towers[name], mask > 0
+        if reads_clips(tower):
+            output = run_tower(tower, as_clips(values, real, tower.config.num_frames))
+            states = output.last_hidden_state  # VideoMAE, which has no token of the whole, is averaged
+            return states.mean(dim=1) if tower.config.model_type == "videomae" else self.pool(output, None)
         reads_all = torch.compiler.is_exporting()  # or shapes would depend on what is real
         windows, shares = (values.flatten(0, 1), mask.flatten()) if reads_all else (values[real], mask[real])
         if stored:

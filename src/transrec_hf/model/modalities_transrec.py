@@ -81,7 +81,18 @@ AUDIO = Modality(
     part="feature_extractor",
     is_windowed=True,
 )
-MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO)}
+VIDEO = Modality(
+    "video",
+    config="video_config",
+    projection="video_projection",
+    index="video_index",
+    values="video_values",
+    tower="video_model",
+    mask="video_mask",
+    part="frame_image_processor",
+    is_windowed=True,
+)
+MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO, VIDEO)}
 """Append only: the order is that of the columns of `present` and of the bits of a combination of modalities."""
 COLUMNS = {name: column for column, name in enumerate(MODALITIES)}
 

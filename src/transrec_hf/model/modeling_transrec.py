@@ -164,7 +164,7 @@ class TransRecModel(TransRecPreTrainedModel):
         Args:
             text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
             vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
-            kwargs: `audio_model`, a Hub id or folder too; and fields of [`TransRecConfig`], e.g. `features_size=512`.
+            kwargs: `audio_model`, `video_model`, as they; and fields of [`TransRecConfig`], e.g. `features_size=512`.
                 Without `hidden_size` whitened item vectors are as wide as what the towers say, up to 1024.
         """
         fields = {modality.tower: modality.config for modality in MODALITIES.values() if modality.tower}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 from transformers.processing_utils import ProcessorMixin
 
 from .modalities_transrec import COLUMNS, MODALITIES
@@ -79,6 +82,16 @@ def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
     return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
+def image_processor_of(settings: dict[str, Any]) -> Any:
+    """The image processor of some settings. Raises `ValueError` for a class that transformers does not know as one."""
+    name = str(settings.get("image_processor_type"))
+    for known in (f"{name.removesuffix('Fast')}Pil", name):  # of those of one name, that which needs Pillow only
+        found: Any = get_image_processor_class_from_name(known)
+        if inspect.isclass(found) and issubclass(found, ImageProcessingMixin):
+            return found.from_dict(settings)  # type: ignore[attr-defined]
+    raise ValueError(f"there is no image processor {name!r}")
+
+
 def feature_extractor_of(audio_model: str) -> Any:
     """The feature extractor of an audio tower; of one that reads images of one channel, spectrograms."""
     config = AutoConfig.from_pretrained(audio_model, trust_remote_code=False)
@@ -90,7 +103,8 @@ def feature_extractor_of(audio_model: str) -> Any:
 class TransRecProcessor(WholeFolders, ProcessorMixin):
     r"""
     Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, a feature
-    extractor for the sounds, and vectors that items come with, or any of them.
+    extractor for the sounds, an image processor for the frames of videos, and vectors that items come with, or any of
+    them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text tower; `None` if the model has none.
@@ -100,6 +114,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         feature_extractor (`FeatureExtractionMixin`, *optional*): of the audio tower; `None` if the model has none.
         audio_seconds (`float`, *optional*, defaults to 10): length of a window of sound for towers that read any.
         max_audio_windows (`int`, *optional*, defaults to 3): windows after which a sound is cut.
+        frame_image_processor (`BaseImageProcessor`, *optional*): of the video tower; `None` if the model has none.
+        num_frames (`int`, *optional*, defaults to 8): frames of a video that are read at most, evenly spaced.
         modalities (`list[str]`, *optional*): written to and read from `processor_config.json`; leave it out.
 
     Raises:
@@ -116,17 +132,20 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         feature_extractor: Any = None,
         audio_seconds: float = 10.0,
         max_audio_windows: int = 3,
+        frame_image_processor: Any = None,
+        num_frames: int = 8,
     ):
         parts = {
             "tokenizer": tokenizer,
             "image_processor": image_processor,
             "feature_extractor": feature_extractor,
+            "frame_image_processor": frame_image_processor,
         }
         parts = {name: part for name, part in parts.items() if part is not None}
         if not parts and features_size is None:
             raise ValueError(
-                "a processor needs a tokenizer, an image_processor, a feature_extractor, features_size, or several of "
-                "them"
+                "a processor needs a tokenizer, an image_processor, a feature_extractor, a frame_image_processor, "
+                "features_size, or several of them"
             )
         # the mixin asks its class for the parts; here each instance answers, since a checkpoint may lack a modality
         self.get_attributes: Any = partial(list, parts)
@@ -137,7 +156,9 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         self.features_size = features_size
         self.feature_extractor = feature_extractor
         self.audio_seconds, self.max_audio_windows = audio_seconds, max_audio_windows
+        self.frame_image_processor, self.num_frames = frame_image_processor, num_frames
         given = {"text": tokenizer, "image": image_processor, "features": features_size, "audio": feature_extractor}
+        given["video"] = frame_image_processor
         self.modalities = [name for name in MODALITIES if given[name] is not None]
 
     @classmethod
@@ -148,14 +169,18 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         max_text_length: int = 64,
         features_size: int | None = None,
         audio_model: str | None = None,
+        video_model: str | None = None,
     ) -> TransRecProcessor:
         """The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers."""
+        frames = AutoConfig.from_pretrained(video_model, trust_remote_code=False) if video_model else None
         return cls(
             AutoTokenizer.from_pretrained(text_model, trust_remote_code=False) if text_model else None,
             AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False) if vision_model else None,
             max_text_length,
             features_size,
             feature_extractor=feature_extractor_of(audio_model) if audio_model else None,
+            frame_image_processor=AutoImageProcessor.from_pretrained(video_model) if video_model else None,
+            num_frames=getattr(frames, "num_frames", 8),
         )
 
     @classmethod
@@ -173,8 +198,10 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             loader.from_pretrained(pretrained_model_name_or_path, **kwargs) if modality in modalities else None
             for modality, loader in loaders.items()
         )
+        frames = processor_dict.get("frame_image_processor")
+        frame_image_processor = None if frames is None else image_processor_of(frames)
         # in the order of `__init__`; what is given in between is read from the file
-        return [tokenizer, image_processor, 64, None, None, feature_extractor]
+        return [tokenizer, image_processor, 64, None, None, feature_extractor, 10.0, 3, frame_image_processor]
 
     def __call__(
         self,
@@ -182,6 +209,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         images: Sequence[Image.Image | None] | Image.Image | None = None,
         features: Any = None,
         audio: Any = None,
+        video: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -193,13 +221,15 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             features (`list` of `(features_size,)` vectors or `None`, *optional*): vector of each item.
             audio (`list` of `(samples,)` arrays or `None`, *optional*): sound of each item, mono, at the rate of the
                 feature extractor.
+            video (`list` of `list[Image]` or `None`, *optional*): frames of the video of each item.
 
         Returns:
             `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
             `attention_mask` `(n_text, tokens)`, `text_index` `(n_text,)`, `pixel_values`
             `(n_image, channels, height, width)`, `image_index` `(n_image,)`, the item row of each text and image,
             `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`, `audio_values`
-            `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds, windows)` and `audio_index` `(n_sounds,)`.
+            `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds, windows)` and `audio_index` `(n_sounds,)`,
+            `video_values` `(n_videos, frames, channels, height, width)`, `video_mask` and `video_index`.
 
         Raises:
             `ValueError`: if the lists differ in length, or an item has none of the modalities of this processor.
@@ -209,6 +239,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             "image": [images] if isinstance(images, Image.Image) else [] if images is None else list(images),
             "features": [] if features is None else list(features),
             "audio": [] if audio is None else list(audio),
+            "video": [] if video is None else list(video),
         }
         counts = {name: len(contents) for name, contents in given.items() if contents}
         n_items = max(counts.values(), default=0)
@@ -236,7 +267,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
         Args:
             name (`str`): The modality.
-            contents (`list`): Texts, images, vectors or sounds; at least one.
+            contents (`list`): Texts, images, vectors, sounds or videos; at least one.
             kwargs: Of the tokenizer.
 
         Returns:
@@ -249,6 +280,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             return {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
         if name == "audio":
             return self._prepare_sounds(contents)
+        if name == "video":
+            return self._prepare_videos(contents)
         vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in contents])
         if vectors.shape[1:] != (self.features_size,):
             raise ValueError(f"features have the shape {tuple(vectors.shape[1:])}, not ({self.features_size},)")
@@ -266,12 +299,16 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         return int(self.audio_seconds * extractor.sampling_rate)
 
     def windows(self, name: str, lengths: Any) -> Any:
-        """Of how many windows contents of some lengths are, e.g. seconds; arrays of both."""
+        """Of how many windows contents of some lengths are, seconds of sound, or frames; arrays of both."""
+        if name == "video":
+            return lengths.clip(1, self.num_frames)
         windows = (lengths * self.feature_extractor.sampling_rate / self.window_samples + 0.5) // 1
         return windows.clip(1, self.max_audio_windows)
 
     def form(self, name: str) -> dict[str, Any]:
         """What the reader of a modality has to know to read a content as it is prepared here."""
+        if name == "video":
+            return {"num_frames": self.num_frames}
         if name != "audio":
             return {}
         rate = self.feature_extractor.sampling_rate
@@ -306,6 +343,23 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         padded = values.new_zeros(*mask.shape, *values.shape[1:])
         padded[real] = values
         return {"audio_values": padded, "audio_mask": mask}
+
+    def _prepare_videos(self, videos: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Videos as lists of frames, of which `num_frames` at most are taken evenly."""
+        counts = torch.tensor([min(len(video), self.num_frames) for video in videos])
+        if not counts.min():
+            raise ValueError("a video has no frame: give a list of images")
+        frames = [
+            to_rgb(video[place * len(video) // count])
+            for video, count in zip(videos, counts.tolist(), strict=True)
+            for place in range(count)
+        ]
+        values = torch.as_tensor(self.frame_image_processor(frames, return_tensors="pt")["pixel_values"])
+        values = values.flatten(0, -4)  # of processors of clips, which make one of all
+        real = torch.arange(int(counts.max())) < counts[:, None]
+        padded = values.new_zeros(*real.shape, *values.shape[1:])
+        padded[real] = values
+        return {"video_values": padded, "video_mask": real.float()}
 
     def tokenize(self, texts: Sequence[str], **kwargs: Any) -> list[list[int]]:
         """
@@ -348,9 +402,11 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         if modality == "audio":
             rules = json.loads(self.feature_extractor.to_json_string())
             return json.dumps([self.audio_seconds, self.max_audio_windows, rules], sort_keys=True)
-        if modality == "image":
-            rules = json.loads(self.image_processor.to_json_string())
-            return json.dumps({name: rules[name] for name in rules if name != "auto_map"}, sort_keys=True)
+        if modality in ("image", "video"):
+            processor = self.image_processor if modality == "image" else self.frame_image_processor
+            rules = json.loads(processor.to_json_string())
+            rules = {name: rules[name] for name in rules if name != "auto_map"}
+            return json.dumps(rules if modality == "image" else [self.num_frames, rules], sort_keys=True)
         if hasattr(self.tokenizer, "backend_tokenizer"):
             rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
             rules |= {"truncation": None, "padding": None}  # those of the last call, not of the tokenizer

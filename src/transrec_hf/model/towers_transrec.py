@@ -100,7 +100,7 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
         if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
             raise ValueError("they differ for one and the same content")
     except Exception as error:
-        what = "4 tokens" if is_text else "a sound" if name == "audio" else "an image"
+        what = "4 tokens" if is_text else {"audio": "a sound", "video": "frames"}.get(name, "an image")
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         other = "another encoder, or text_depths=1" if depths else "another encoder"
         raise ValueError(
@@ -258,6 +258,11 @@ def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int
                 block._compiled_call_impl = call
 
 
+def reads_clips(tower: PreTrainedModel) -> bool:
+    """Whether a tower reads the frames of a video together, `(n, frames, channels, height, width)`."""
+    return hasattr(tower.config, "num_frames")
+
+
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
     """
     Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or one image or
@@ -279,6 +284,9 @@ def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
         return torch.zeros(1, *shape, dtype=tower.dtype, device=tower.device)
     size = getattr(config, "image_size", 64)
     sides = size if isinstance(size, list | tuple) else (size, size)
+    if reads_clips(tower):
+        sides = (config.num_frames, config.num_channels, *sides)
+        return torch.zeros(1, *sides, dtype=tower.dtype, device=tower.device)
     return torch.zeros(1, getattr(config, "num_channels", 3), *sides, dtype=tower.dtype, device=tower.device)
 
 

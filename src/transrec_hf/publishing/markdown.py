@@ -46,7 +46,7 @@ def quoted(value: Any) -> Markdown:
 
 def shares_in_words(shares: Mapping[str, float]) -> str:
     """What [`modality_shares`] found, as a card says it."""
-    names = {"image": "an image", "features": "a vector", "audio": "a sound"}
+    names = {"image": "an image", "features": "a vector", "audio": "a sound", "video": "a video"}
     kinds = {name.removesuffix("_only"): share for name, share in shares.items() if name != "both"}
     parts = [f"{share:.1%} with {names.get(name, name)} only" for name, share in kinds.items()]
     return ", ".join([*parts, f"{shares['both']:.1%} with {'both' if len(kinds) == 2 else 'several'}"])

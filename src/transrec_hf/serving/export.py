@@ -188,12 +188,18 @@ def graphs_of(model: TransRecModel, processor: TransRecProcessor | None) -> Iter
         one = processor.prepare("audio", [torch.zeros(processor.window_samples)])["audio_values"]
         return {"audio_values": numbers(count, length, *one.shape[2:]), "audio_mask": mask(count, length).float()}
 
-    contents = {"text": texts, "image": images, "features": features, "audio": sounds}
+    def videos(count: int, length: int) -> dict[str, Tensor]:
+        assert processor is not None
+        one = processor.prepare("video", [[Image.new("RGB", (64, 64))]])["video_values"]
+        return {"video_values": numbers(count, length, *one.shape[2:]), "video_mask": mask(count, length).float()}
+
+    contents = {"text": texts, "image": images, "features": features, "audio": sounds, "video": videos}
     dims_of = {
         "text": ["texts", "tokens"],
         "image": ["images"],
         "features": ["features"],
         "audio": ["sounds", "windows"],
+        "video": ["videos", "frames"],
     }
     for name in config.modalities:
         longest = (model.item_encoder.positions or 2**20) if MODALITIES[name].has_tokens else 8

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ..data.clips import decode_clip
 from ..data.images import IMAGE_FORMATS
 from ..data.sounds import decode_sound
 from ..errors import BadContent, DataError, one_line, shortened
@@ -33,7 +34,8 @@ def is_id(item: Any) -> bool:
 
 def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     """
-    What a raw item shows, by modality: a text, an RGB image, a float32 vector, the bytes or samples of a sound.
+    What a raw item shows, by modality: a text, an RGB image, a float32 vector, the bytes or samples of a sound, the
+    bytes or frames of a video.
 
     Args:
         item (`dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): By modality the contents, an image as a PIL
@@ -53,7 +55,13 @@ def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     unknown = [name for name in item if name not in MODALITIES]
     if unknown:
         raise DataError(f"a raw item has no {shortened(unknown[0])!r}: give some of {', '.join(MODALITIES)}")
-    readers: dict[str, Callable[[Any], Any]] = {"text": _text, "image": _image, "features": _vector, "audio": _sound}
+    readers: dict[str, Callable[[Any], Any]] = {
+        "text": _text,
+        "image": _image,
+        "features": _vector,
+        "audio": _sound,
+        "video": _video,
+    }
     shown = {name: readers[name](item[name]) for name in modalities if item.get(name) is not None}
     if not shown:
         given = ", ".join(name for name in item if item[name] is not None) or "nothing"
@@ -106,6 +114,14 @@ def _sound(sound: Any) -> Any:
     return samples
 
 
+def _video(video: Any) -> Any:
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return bytes(video)
+    if not isinstance(video, Sequence) or not video:
+        raise DataError("the video of a raw item is the bytes of a file, or a list of images")
+    return [_image(frame) for frame in video]
+
+
 def without_ids(model: TransRecModel) -> TransRecModel:
     """The same model with the same weights, for items that it has no ID vectors of: they count as zero."""
     if model.config.num_items is None or not model.config.modalities:
@@ -116,14 +132,15 @@ def without_ids(model: TransRecModel) -> TransRecModel:
     return other
 
 
-def _decoded(processor: TransRecProcessor, sound: Any) -> Any:
-    """The samples of a sound that may be the bytes of a file. Raises [`DataError`]."""
-    if not isinstance(sound, bytes):
-        return sound
+def _decoded(processor: TransRecProcessor, name: str, content: Any) -> Any:
+    """The samples or frames of what may be the bytes of a file. Raises [`DataError`]."""
+    if not isinstance(content, bytes):
+        return content
+    decode: Any = {"audio": decode_sound, "video": decode_clip}[name]
     try:
-        return decode_sound(pa.py_buffer(sound), **processor.form("audio"))
+        return decode(pa.py_buffer(content), **processor.form(name))
     except BadContent as error:
-        raise DataError(f"the audio of a raw item cannot be read ({error})") from error
+        raise DataError(f"the {name} of a raw item cannot be read ({error})") from error
 
 
 def raw_batch(processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]]) -> ItemBatch:
@@ -131,8 +148,8 @@ def raw_batch(processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]
     columns: dict[str, Any] = {name: [shown.get(name) for shown in contents] for name in processor.modalities}
     if "image" in columns:
         columns["images"] = columns.pop("image")
-    if "audio" in columns:
-        columns["audio"] = [_decoded(processor, sound) for sound in columns["audio"]]
+    for name in {"audio", "video"} & columns.keys():
+        columns[name] = [_decoded(processor, name, content) for content in columns[name]]
     given = {name: column for name, column in columns.items() if any(value is not None for value in column)}
     try:
         return ItemBatch.from_inputs(**processor(**given))

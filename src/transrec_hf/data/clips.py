@@ -1,0 +1,142 @@
+"""Moving pictures of items: a few frames of each, decoded by PyAV, or by Pillow where it is an animated image."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+
+from ..errors import BadContent, shortened
+from ..model.processing_transrec import UnusableImage, check_image_size, to_rgb
+from .media import Files
+from .sounds import frames_of, opened
+
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+
+
+VIDEO_FORMATS = ("MP4", "MOV", "WEBM", "MKV", "AVI", "animated GIF, WEBP and PNG")
+ANIMATED = ("GIF", "WEBP", "PNG")
+FRAME_PIXELS = 500_000
+"""Of a frame; larger ones are shrunk, lest those of a batch fill the memory."""
+MAX_DECODED = 600
+"""Frames that are decoded to reach one: further from the last key frame, a nearer one is taken."""
+MAX_KEPT = 64
+"""Frames at the beginning of a video that does not say how long it is, of which some are taken."""
+CHECKED_FRAMES = 2
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` places, in the middles of parts of one length."""
+    wanted = min(count, wanted)
+    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+
+
+def decode_clip(source: pa.Buffer | str, num_frames: int = 8) -> list[PIL.Image.Image]:
+    """
+    Frames of a moving picture, evenly spaced in time; fewer if it has fewer. No more of the file is decoded than is
+    needed to reach them.
+
+    Args:
+        source (`pa.Buffer` or `str`): The encoded file, or its path.
+        num_frames (`int`, *optional*, defaults to 8): Frames.
+
+    Raises:
+        [`BadContent`]: If it cannot be used.
+    """
+    if (frames := _animated(source, num_frames)) is not None:
+        return frames
+    with opened(source, VIDEO_FORMATS) as container:
+        stream = _stream(container)
+        length = stream.duration * stream.time_base if stream.duration else 0
+        length = float(length or (container.duration or 0) / 1_000_000)
+        if length and not 0 < stream.frames <= num_frames:
+            chosen = _at_times(container, stream, length, num_frames)
+        else:
+            found = list(islice(frames_of(container, stream), MAX_KEPT))
+            chosen = [found[place] for place in evenly(len(found), num_frames)]
+        if not chosen:
+            raise BadContent("no frame in it can be decoded")
+        return [_image(frame) for frame in chosen]
+
+
+def _at_times(container: InputContainer, stream: Any, length: float, num_frames: int) -> list[VideoFrame]:
+    """The frames that are seen in the middles of so many parts of a video, `length` seconds long; each once."""
+    first = float((stream.start_time or 0) * stream.time_base)
+    chosen: dict[int | None, VideoFrame] = {}
+    for part in range(num_frames):
+        time = first + length * (part + 0.5) / num_frames
+        container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
+        seen = None
+        for frame in islice(frames_of(container, stream), MAX_DECODED):
+            if seen is not None and frame.time is not None and frame.time > time:
+                break
+            seen = frame
+        if seen is not None:
+            chosen[seen.pts] = seen
+    return list(chosen.values())
+
+
+def _stream(container: InputContainer) -> Any:
+    """The first stream of pictures. Raises [`BadContent`] if there is none, or they are absurd."""
+    if not container.streams.video:
+        raise BadContent("no picture in it: the file has no video stream")
+    stream = container.streams.video[0]
+    try:
+        check_image_size(stream.codec_context.width, stream.codec_context.height)
+    except UnusableImage as error:
+        raise BadContent(str(error)) from error
+    return stream
+
+
+def _image(frame: VideoFrame) -> PIL.Image.Image:
+    """A frame as people see it, upright and not too large."""
+    factor = max(1.0, math.sqrt(frame.width * frame.height / FRAME_PIXELS))
+    image = frame.to_image(width=max(1, int(frame.width / factor)), height=max(1, int(frame.height / factor)))
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _animated(source: pa.Buffer | str, num_frames: int) -> list[PIL.Image.Image] | None:
+    """Frames of an image, animated or not; `None` if it is none."""
+    file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
+    try:
+        image = PIL.Image.open(file, formats=ANIMATED)
+    except Exception:  # whatever decoders raise: another one will say what is wrong
+        return None
+    frames = []
+    try:
+        with image:
+            check_image_size(*image.size)
+            for place in evenly(min(getattr(image, "n_frames", 1), MAX_DECODED), num_frames):
+                image.seek(place)
+                frame = to_rgb(image)
+                factor = math.isqrt(frame.width * frame.height // FRAME_PIXELS)
+                frames.append(frame.reduce(factor) if factor > 1 else frame)
+    except UnusableImage as error:
+        raise BadContent(str(error)) from error
+    except Exception as error:
+        raise BadContent(f"truncated or damaged image ({type(error).__name__}: {shortened(error, 200)})") from error
+    return frames
+
+
+class Clips(Files):
+    """Moving pictures, as a list of frames; see [`Files`]."""
+
+    name = "video"
+
+    def lengths(self) -> np.ndarray:
+        """As far as is known without decoding them, more frames than are read: `(N,)`."""
+        return np.full(len(self.present), 2**31)
+
+    def read(self, row: int, **form: Any) -> list[PIL.Image.Image]:
+        """Frames, RGB and upright; `form` as of [`decode_clip`]."""
+        return decode_clip(self._source(row), **form)
+
+    def _check(self, row: int, full: bool) -> None:
+        decode_clip(self._source(row), CHECKED_FRAMES if full else 1)

@@ -1,0 +1,357 @@
+"""Moving pictures, from the column of a catalogue to recommendations, cards and the Hub."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from testing_utils import (
+    TEXT_TOWERS,
+    TRANSFORMER,
+    USER_ENCODER,
+    VISION_TOWERS,
+    WORDS,
+    assert_same_weights,
+    make_image_processor,
+    make_split,
+    make_tokenizer,
+)
+from transformers import (
+    AutoProcessor,
+    PreTrainedConfig,
+    TimesformerConfig,
+    VideoMAEConfig,
+    VideoMAEImageProcessor,
+    ViTModel,
+    VivitConfig,
+)
+
+from transrec_hf import (
+    Catalogue,
+    DataError,
+    ItemSource,
+    Recommender,
+    TransRecConfig,
+    TransRecModel,
+    TransRecProcessor,
+    TransRecTrainer,
+    TransRecTrainingArguments,
+    encode_catalogue,
+    load_catalogue,
+)
+from transrec_hf.data.clips import evenly
+from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+from transrec_hf.items.store import ActivationStore
+from transrec_hf.publishing.dataset import write_items
+from transrec_hf.serving.export import graphs_of, program_of
+
+
+av = pytest.importorskip("av")
+
+FRAMES = 4
+CLIP = {**TRANSFORMER, "image_size": 32, "patch_size": 16, "num_frames": FRAMES}
+CLIP_TOWERS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "videomae": partial(VideoMAEConfig, **CLIP),
+    "vivit": partial(VivitConfig, **{**CLIP, "tubelet_size": [2, 16, 16]}),
+    "timesformer": partial(TimesformerConfig, **CLIP),
+}
+TOWERS = {**VISION_TOWERS, **CLIP_TOWERS}
+
+
+def make_processor(**kwargs: Any) -> TransRecProcessor:
+    return TransRecProcessor(frame_image_processor=make_image_processor(), **{"num_frames": FRAMES, **kwargs})
+
+
+def make_model(name: str = "vit", **fields: Any) -> TransRecModel:
+    torch.manual_seed(0)
+    return TransRecModel(TransRecConfig(**{**USER_ENCODER, "video_config": TOWERS[name](), **fields})).eval()
+
+
+def pictures(count: int = 10, size: tuple[int, int] = (32, 16)) -> list[Image.Image]:
+    """Frames that are lighter and lighter, blue at the left and red at the right."""
+    frames = np.zeros((count, size[1], size[0], 3), dtype=np.uint8)
+    frames[:] = (np.arange(count) * 20 + 30)[:, None, None, None]
+    frames[:, :, : size[0] // 2, 2] = frames[:, :, size[0] // 2 :, 0] = 255
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def mp4(
+    frames: list[Image.Image], times: list[int] | None = None, container: str = "mp4", codec: str = "mpeg4"
+) -> bytes:
+    """A video of frames, a tenth of a second each or at `times` in milliseconds."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for place, image in enumerate(frames):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = (times[place] if times else 100 * place), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def animated(frames: list[Image.Image], kind: str = "GIF") -> bytes:
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=100)
+    return file.getvalue()
+
+
+def lightness(frames: list[Image.Image]) -> list[int]:
+    """What of its series each frame is, about."""
+    return [round((np.asarray(frame)[..., 1].mean() - 30) / 20) for frame in frames]
+
+
+def catalogue_of(*clips: Any, **columns: Any) -> Catalogue:
+    contents = [{"path": clip, "bytes": None} if isinstance(clip, str) else {"bytes": clip} for clip in clips]
+    rows = {"item_id": [f"item-{row}" for row in range(len(clips))], "video": contents}
+    return Catalogue(datasets.Dataset.from_dict(rows), **columns)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "mpeg4"), ("mov", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")]
+)
+def test_frames_are_evenly_spaced(container, codec):
+    catalogue = catalogue_of(mp4(pictures(), container=container, codec=codec))
+    found = lightness(catalogue.read(0, num_frames=5)["video"])
+    assert np.abs(np.array(found) - [1, 3, 5, 7, 9]).max() <= 1 and found == sorted(set(found))
+    few = lightness(catalogue.read(0, num_frames=20)["video"])
+    assert few == list(range(10))
+
+
+def test_frames_of_a_varying_rate_are_those_that_are_seen_at_the_time():
+    times = [0, 20, 40, 60, 80, 100, 120, 140, 160, 1000]  # the last but one is seen most of the time
+    found = lightness(catalogue_of(mp4(pictures(), times)).read(0, num_frames=4)["video"])
+    assert found[0] in (6, 7, 8) and set(found[1:]) <= {8, 9}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animated_images_are_videos(kind):
+    catalogue = catalogue_of(animated(pictures(), kind), animated(pictures(1), kind))
+    assert np.abs(np.array(lightness(catalogue.read(0, num_frames=5)["video"])) - [1, 3, 5, 7, 9]).max() <= 1
+    assert len(catalogue.read(1, num_frames=5)["video"]) == 1
+
+
+def test_a_rotated_video_is_turned_upright():
+    clip = bytearray(mp4(pictures()))
+    place = clip.index(b"tkhd") + 44
+    assert struct.unpack(">9i", clip[place : place + 36])[0] == 2**16
+    clip[place : place + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
+    plain, turned = (catalogue_of(bytes(video)).read(0)["video"][0] for video in (mp4(pictures()), clip))
+    assert plain.size == (32, 16) and turned.size == (16, 32)
+    blue, red = np.asarray(turned)[2, 8], np.asarray(turned)[-3, 8]  # a quarter clockwise: what was left is on top
+    assert blue[2] > 150 > blue[0] and red[0] > 150 > red[2]
+
+
+@pytest.mark.parametrize(
+    ("clip", "reason"),
+    [
+        (b"not a video", "not a file of a known format"),
+        (b"", "not a file of a known format"),
+        (mp4(pictures())[:400], "truncated or damaged|no picture in it"),
+        (animated(pictures())[:200], "damaged"),
+        ("absent.mp4", "video file not found"),
+        ("https://example.org/a.mp4", "download the video"),
+    ],
+    ids=["text", "nothing", "cut", "cut gif", "absent", "url"],
+)
+def test_a_video_that_cannot_be_used_is_named_with_row_and_mend(clip, reason):
+    with pytest.raises(DataError, match=rf"unusable video.*row 2.*item-1.*({reason}).*Replace or delete"):
+        catalogue_of(mp4(pictures(2)), clip).check_contents()
+
+
+def test_a_video_without_pictures_is_refused():
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), dtype=np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        output.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(DataError, match="no picture in it: the file has no video stream"):
+        catalogue_of(file.getvalue())
+
+
+def test_large_frames_are_shrunk_and_larger_ones_refused():
+    started = time.perf_counter()
+    large = mp4([Image.new("RGB", (7680, 4320), "blue")], codec="mjpeg", container="avi")
+    found = catalogue_of(large).read(0)["video"]
+    assert len(found) == 1 and 200_000 < found[0].width * found[0].height < 600_000
+    assert abs(found[0].width / found[0].height - 16 / 9) < 0.02
+    absurd = mp4([Image.new("RGB", (6400, 64), "blue")], codec="mjpeg", container="avi")
+    with pytest.raises(DataError, match=r"more than 100 times|pixels"):
+        catalogue_of(absurd.replace(struct.pack("<II", 6400, 64), struct.pack("<II", 64_000, 64)))
+    assert time.perf_counter() - started < 60
+
+
+def test_places_are_even():
+    assert evenly(10, 5) == [1, 3, 5, 7, 9] and evenly(3, 8) == [0, 1, 2] and evenly(1, 1) == [0]
+    assert evenly(1000, 4) == [125, 375, 625, 875]
+
+
+# Towers
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "mobilenet_v1", *CLIP_TOWERS])
+def test_a_video_has_the_same_vector_in_any_batch(name):
+    model, processor = make_model(name), make_processor()
+    videos = [pictures(10), pictures(2), pictures(1), pictures(40)]
+    together = model.get_item_features(**processor(video=videos))
+    alone = torch.cat([model.get_item_features(**processor(video=[video])) for video in videos])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+    assert (together[0] - together[2]).abs().max() > 1e-5
+
+
+def test_frames_are_averaged_or_pooled_by_attention():
+    model, processor = make_model(), make_processor()
+    frames = pictures(FRAMES)
+    batch = processor(video=[frames])
+    one_by_one = [model.item_encoder.state("video", *values_of(processor, [frame])) for frame in frames]
+    found = model.item_encoder.state("video", *values_of(processor, frames))
+    torch.testing.assert_close(found, torch.stack(one_by_one).mean(dim=0), atol=1e-5, rtol=1e-4)
+    model = make_model(window_pooling="attention")
+    model.get_item_features(**batch).sum().backward()
+    assert model.item_encoder.video_pooling.query.weight.grad.abs().sum() > 0
+
+
+def values_of(processor: TransRecProcessor, frames: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = processor(video=[frames])
+    return batch["video_values"], batch["video_mask"]
+
+
+def test_the_processor_is_saved_and_loaded(tmp_path):
+    shape = {"shortest_edge": 32}, {"height": 32, "width": 32}
+    for part in (make_image_processor(), VideoMAEImageProcessor(size=shape[0], crop_size=shape[1])):
+        processor = TransRecProcessor(frame_image_processor=part, num_frames=3)
+        processor.save_pretrained(tmp_path)
+        for loaded in (TransRecProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+            assert loaded.modalities == ["video"] and loaded.fingerprint("video") == processor.fingerprint("video")
+            assert loaded.form("video") == {"num_frames": 3}
+            for video in (pictures(5), pictures(1)):
+                found, expected = (one(video=[video])["video_values"] for one in (loaded, processor))
+                torch.testing.assert_close(found, expected)
+                assert found.shape == (1, min(len(video), 3), 3, 32, 32)
+    with pytest.raises(ValueError, match="a video has no frame"):
+        processor(video=[[]])
+
+
+# Through the house
+
+
+@pytest.fixture(scope="module")
+def source() -> ItemSource:
+    """Items with a text, a video, and both, in turn."""
+    rng = np.random.default_rng(0)
+    clips = [animated([Image.fromarray(rng.integers(255, size=(16, 16, 3), dtype=np.uint8))] * 2) for _ in range(11)]
+    clips.append(mp4(pictures(3)))
+    columns = {
+        "item_id": [f"item-{row}" for row in range(12)],
+        "text": [WORDS[row % len(WORDS)] if row % 3 != 1 else None for row in range(12)],
+        "video": [{"bytes": clip} if row % 3 else None for row, clip in enumerate(clips)],
+    }
+    processor = TransRecProcessor(
+        make_tokenizer(), max_text_length=16, frame_image_processor=make_image_processor(), num_frames=2
+    )
+    return ItemSource(Catalogue(datasets.Dataset.from_dict(columns)), processor)
+
+
+@pytest.mark.parametrize("design", [{}, {"item_map": "whitened", "similarity": "cosine", "content_prior": True}])
+def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
+    model = make_model(text_config=TEXT_TOWERS["bert"](), **design)
+    model.freeze_towers(1)
+    arguments = TransRecTrainingArguments(
+        str(tmp_path / "run"),
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        trainable_blocks=1,
+        activation_store=str(tmp_path / "store"),
+        item_chunk_size=2,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = TransRecTrainer(
+        model, arguments, catalogue=source.catalogue, split=make_split(), processing_class=source.processor
+    )
+    trainer.train()
+    assert "video" in trainer.report()["slices"]["target_modality"]
+    trainer.save_model()
+    loaded = TransRecModel.from_pretrained(tmp_path / "run")
+    assert_same_weights(model, loaded)
+    assert loaded.config.to_dict()["format_version"] == 2
+    assert TransRecProcessor.from_pretrained(tmp_path / "run").modalities == ["text", "video"]
+    assert "video" in (tmp_path / "run" / "README.md").read_text()
+    served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
+    given = ["item-1", {"video": source.catalogue.encoded("video", 1)}]
+    given.append({"video": source.catalogue.read(1, num_frames=2)["video"]})
+    found = [served.recommend([item], k=3, exclude_seen=False) for item in given]
+    assert len({tuple(item.item_id for item in items) for items in found}) == 1
+    with pytest.raises(DataError, match="video of a raw item cannot be read"):
+        served.recommend([{"video": b"nothing"}])
+
+
+@pytest.mark.parametrize("name", ["vit", *CLIP_TOWERS])
+@pytest.mark.parametrize("trained", [0, 1])
+def test_stored_states_give_the_same_vectors(tmp_path, name, trained):
+    model = make_model(name)
+    model.freeze_towers(trained)
+    source = ItemSource(catalogue_of(*[animated(pictures(count)) for count in (1, 3, 9)]), make_processor())
+    if trained and name in CLIP_TOWERS:
+        with pytest.raises(ValueError, match="leave out activation_store"):
+            ActivationStore(tmp_path, model, source)
+        return
+    store = ActivationStore(tmp_path, model, source)
+    store.fill()
+    found, expected = encode_catalogue(model, store.source), encode_catalogue(model, source)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_towers_are_loaded_from_checkpoints_of_images(tmp_path):
+    tower = ViTModel(VISION_TOWERS["vit"](), add_pooling_layer=False)
+    tower.save_pretrained(tmp_path)
+    make_image_processor().save_pretrained(tmp_path)
+    model = TransRecModel.from_text_vision_pretrained(video_model=str(tmp_path), **USER_ENCODER)
+    assert_same_weights(model.item_encoder.video_model, tower)
+    assert TransRecProcessor.from_towers(video_model=str(tmp_path)).num_frames == 8
+
+
+def test_they_are_published_and_read_again(tmp_path, source):
+    write_items(source.catalogue, tmp_path / "items.parquet")
+    assert load_catalogue(tmp_path / "items.parquet").content_hash() == source.catalogue.content_hash()
+    (tmp_path / "a.mp4").write_bytes(mp4(pictures(2)))
+    (tmp_path / "items.csv").write_text("item_id,video\nx,a.mp4\n")
+    assert len(load_catalogue(tmp_path / "items.csv").read(0)["video"]) == 2
+
+
+def test_the_graph_of_an_export_takes_any_number_of_videos_and_frames(source):
+    model = make_model(text_config=TEXT_TOWERS["bert"]())
+    graph = next(graph for graph in graphs_of(model, source.processor) if graph.name == "video")
+    program = program_of(graph).module()
+    for inputs in (graph.inputs, graph.others):
+        torch.testing.assert_close(program(*inputs.values()), graph.module(*inputs.values()), atol=1e-5, rtol=1e-4)
+
+
+def test_the_demo_world_moves():
+    modalities = ("audio", "video")
+    catalogue, processor = demo_world(modalities=modalities).target.catalogue, demo_processor(modalities)
+    chosen = catalogue.select(np.arange(30))
+    assert (
+        catalogue.has("video").mean() > 0.5 and len(catalogue.read(int(catalogue.has("video").argmax()))["video"]) == 3
+    )
+    model = TransRecModel(demo_config(modalities))
+    assert encode_catalogue(model, ItemSource(chosen, processor)).isfinite().all()
