@@ -192,8 +192,8 @@ def test_large_frames_are_shrunk_and_larger_ones_refused():
     assert len(found) == 1 and 200_000 < found[0].width * found[0].height < 600_000
     assert abs(found[0].width / found[0].height - 16 / 9) < 0.02
     absurd = bytearray(animated(pictures()))
-    absurd[6:10] = struct.pack("<HH", 65_000, 65_000)
-    with pytest.raises(DataError, match="65000 x 65000 pixels, more than"):
+    absurd[6:10] = struct.pack("<HH", 9000, 9000)
+    with pytest.raises(DataError, match="9000 x 9000 pixels, more than"):
         catalogue_of(bytes(absurd))
     assert time.perf_counter() - started < 60
 
