@@ -1,7 +1,6 @@
 """
 Training steps of this version against those of an earlier one: the same checkpoint of format 1, data and arguments, in
-turns. A step counts with the fewest processor seconds that it took in any round, so that others on the machine matter
-as little as possible.
+turns. Processor seconds are counted, so that others on the machine matter less.
 
     git worktree add earlier ed2257c
     python benchmarks/run.py versions --earlier earlier/src
@@ -18,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import transformers
-from common import Peer, Results
+from common import Peer, Results, ratios
 
 import transrec_hf
 from transrec_hf import TransRecModel, TransRecProcessor
@@ -27,7 +26,7 @@ from transrec_hf.model.configuration_transrec import FORMAT_1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(repeats=7)
+    parser.set_defaults(repeats=15)
     parser.add_argument("--earlier", required=True, help="folder of the earlier package: src of a checkout")
     parser.add_argument("--data", default="demo", help="folder of the domain; without it the source of the demo")
     parser.add_argument("--text_model", help="folder of the text tower")
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
         request = {"start": str(start), "data": str(data), "steps": options.steps, "seed": options.seed}
         request |= {"trainable_blocks": options.trainable_blocks}
         peers: dict[str, Peer] = {}
-        seconds: dict[str, list[list[float]]] = {name: [] for name in packages}
+        rates: dict[str, list[float]] = {name: [] for name in packages}
         losses: dict[str, float] = {}
         for name, package in packages.items():
             store = str(work / f"store of {name}") if options.store else ""
@@ -68,13 +67,12 @@ def run(options: argparse.Namespace, results: Results) -> None:
         for _ in range(options.repeats):
             for name, peer in peers.items():
                 answer = peer.ask(**request)
-                seconds[name].append(answer["seconds"])
+                rates[name].append(options.steps / answer["seconds"])
                 losses[name] = answer["loss"]
-                print(f"  {name}: {sum(answer['seconds']):.2f} s", file=sys.stderr, flush=True)
+                print(f"  {name}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
     kind = "with store" if options.store else "without store"
-    rates = {name: options.steps / sum(map(min, zip(*rounds, strict=True))) for name, rounds in seconds.items()}
-    facts = {"dtype": "float32", "repeats": options.repeats}
     for name in packages:
-        results.add(f"{name}, {kind}", "training", rates[name], "steps/s", **facts)
-        results.add(f"{name}, {kind}", "mean loss", losses[name], "", **facts)
-    results.add(f"this, {kind}", "speedup", rates["this"] / rates["earlier"], "x", reference="earlier", **facts)
+        results.add(f"{name}, {kind}", "training", rates[name], "steps/s", dtype="float32")
+        results.add(f"{name}, {kind}", "mean loss", losses[name], "", dtype="float32")
+    speeds = ratios(rates["this"], rates["earlier"])
+    results.add(f"this, {kind}", "speedup", speeds, "x", dtype="float32", reference="earlier")
