@@ -165,7 +165,7 @@ def test_finetune_reads_yaml_and_the_command_line_wins(
     (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
     report = run("finetune", tmp_path / "options.yaml", "--num_train_epochs", "1", "--objective=bpr")
     assert report["protocol"]["mask_history"] == "window"
-    assert "co occurrence" in capsys.readouterr().out
+    assert "co-occurrence" in capsys.readouterr().out
     arguments = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert (arguments["num_train_epochs"], arguments["learning_rate"]) == (1, 1e-3)
     assert arguments["save_total_limit"] is None
@@ -659,7 +659,7 @@ BAD_INPUT: dict[str, Case] = {
     "missing processor": with_checkpoint("checkpoint: not a checkpoint", processor_config__json=None),
     "weights that do not fit": with_arguments(
         "finetune",
-        r"as changed by hidden_size.*of another shape: .*\(\d+ in all\)",
+        r"as changed by hidden_size.*\(\d+ in all\) is of another shape",
         *("--from_checkpoint", "{source}", "--data", "{target}", "--hidden_size", "32"),
     ),
     "missing layers": with_arguments(

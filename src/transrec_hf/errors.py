@@ -145,7 +145,10 @@ def _unreachable(error: BaseException) -> str:
 
 
 def _not_cached(error: BaseException) -> str:
-    return "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online"
+    return (
+        "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online, or "
+        "give a folder"
+    )
 
 
 _SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
@@ -156,8 +159,8 @@ _SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
     (
         RepositoryNotFoundError,
         lambda error: (
-            f"the Hub at {constants.ENDPOINT} has no such repository, or it is private: check the id, "
-            "or log in with `hf auth login`"
+            f"the Hub at {constants.ENDPOINT} has no such repository, or it is private: check "
+            "the id, of the form owner/name, or log in with `hf auth login`"
         ),
     ),
     (RevisionNotFoundError, lambda error: "the repository has no such revision: check the branch, tag or commit"),

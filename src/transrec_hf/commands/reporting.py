@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..publishing.card import verdict
+from ..publishing.card import BASELINE_NAMES, verdict
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,7 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     for row_name, row in compared.items():
         bounds = [(row["metrics"][metric], *row["intervals"][metric]) for metric in metrics]
         cells = [f"{value:.4f} [{low:.4f}, {high:.4f}]" for value, low, high in bounds]
-        rows.append([row_name.replace("_", " "), *cells])
+        rows.append([BASELINE_NAMES.get(row_name, row_name), *cells])
 
     slices = [["users where", "users", *metrics]]
     for slice_name, parts in report["slices"].items():

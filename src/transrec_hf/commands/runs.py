@@ -362,7 +362,6 @@ def run_training(
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", metric)
             if args.results_csv:
                 record_results(args.results_csv, args, data_args, split_args, report, trainer)
-        print(f"\n{trainer.cost.cost}")
         print(f"\nTest targets of {data_args.name}\n\n{format_report(report)}\n")
         if start is not None:
             print(f"Started from {start}\n")

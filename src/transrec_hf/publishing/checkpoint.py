@@ -275,9 +275,9 @@ def load_model_and_processor(
         if found[keys]
     }
     if wrong:
-        parts = "; ".join(f"{problem}: {keys[0]} ({len(keys)} in all)" for problem, keys in wrong.items())
+        parts = "; ".join(f"{keys[0]} ({len(keys)} in all) is {problem}" for problem, keys in wrong.items())
         changed = f" as changed by {', '.join(overrides)}" if overrides else ""
-        raise DataError(f"{checkpoint}: the weights do not fit config.json{changed}. {parts}. Undo what differs.")
+        raise DataError(f"{checkpoint}: the weights do not fit config.json{changed}: {parts}. Undo what differs.")
     if not config.modalities:
         return model, None
     processor = TransRecProcessor.from_pretrained(checkpoint, trust_remote_code=trusted, **place)

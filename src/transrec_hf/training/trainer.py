@@ -504,7 +504,7 @@ class TransRecTrainer(TrainerBase):
             "towers": towers_of_run(model.config),
             "finetuned_from": named_source(parent) if parent else None,
             "run": run,
-            "arguments": non_default_arguments(arguments, TransRecTrainingArguments),
+            "arguments": non_default_arguments(arguments, type(self.args)),
             "metadata": {"model_id": self.hub_model_id or Path(self.args.output_dir).resolve().name, **self.metadata},
         }
         files = {TRAINING_ARGS_NAME: arguments, STATISTICS_NAME: self.statistics, EVALUATION_NAME: evaluation}
