@@ -146,8 +146,8 @@ def _unreachable(error: BaseException) -> str:
 
 def _not_cached(error: BaseException) -> str:
     return (
-        "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online, or "
-        "give a folder"
+        "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online, "
+        "or give a folder"
     )
 
 

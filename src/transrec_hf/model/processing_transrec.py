@@ -53,7 +53,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     check_image_size(*image.size)
     is_png = image.format == "PNG"
-    image = ImageOps.exif_transpose(image)  # a copy
+    if image.format is not None or image.getexif():  # if not, it has been here before
+        image = ImageOps.exif_transpose(image)  # a copy
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         image = _with_8_bits(image, is_png or image.mode.startswith("I;"))
     if image.has_transparency_data:

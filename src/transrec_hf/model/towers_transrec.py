@@ -445,11 +445,13 @@ def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | Non
     As above inside one module. Whether all that is registered so far is frozen, `None` if there is nothing yet, goes
     in as `below` and comes out for what follows.
     """
-    parameters = list(module.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
-        if parameters or below:
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    if not any(trained):
+        if trained or below:
             module.eval()
-        return True if parameters and below is None else below
+        return True if trained and below is None else below
+    if all(trained):
+        return False
     if own := list(module.parameters(recurse=False)):
         below = below is not False and not any(parameter.requires_grad for parameter in own)
     for child in module.children():
