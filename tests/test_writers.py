@@ -658,6 +658,14 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, change: str, index_format
         Recommender.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['["item-1"]', '["item-1", ', "[[]]", "{}", "[" * 99_999])
+def test_ids_of_another_index_beside_it_are_refused(tmp_path: Path, text: str) -> None:
+    write_recommender(tmp_path, 1)
+    (tmp_path / "item_index.json").write_text(text)
+    with pytest.raises(DataError, match=r"item_index"):
+        Recommender.from_pretrained(tmp_path)
+
+
 def _json(ids: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(ids), "utf-8"), dtype=torch.uint8)
 

@@ -223,6 +223,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line; of a configuration error, what its validator said."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

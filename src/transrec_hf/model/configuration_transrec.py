@@ -38,6 +38,7 @@ WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
 AMONG_ALL = ("in_batch", "full_softmax", "masked")
 """Objectives that score the items of all processes."""
 MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 256, 2**16, 2**24
+MAX_SIDE, MAX_PATCHES = 4096, 2**18  # pixels and patches of an image that a tower reads
 RANGES: dict[str, tuple[float, float]] = {
     "num_items": (1, 2**31 - 1),
     "features_size": (1, MAX_WIDTH),
@@ -85,10 +86,15 @@ def check_sizes(config: Any, name: str) -> None:
         high = MAX_LAYERS if re.search(r"layers$|depths?$", key) else MAX_SIZE
         if re.fullmatch(r"hidden_sizes?|d_model|dim|embed_dim|.*_channels", key):
             high = MAX_WIDTH
+        if re.fullmatch(r"image_sizes?|patch_sizes?", key):
+            high = MAX_SIDE
         if re.search(r"sizes?$|layers$|depths?$|dims?$|d_model|width|channels|heads|positions|embeddings", key):
             for size in value if isinstance(value, list) else [value]:
                 if isinstance(size, int | float) and not (-1 <= size <= high):
                     raise ValueError(f"{name}.{key} must be between 0 and {high:,}, got {size:,}")
+    side, patch = ((config or {}).get(key) for key in ("image_size", "patch_size"))
+    if isinstance(side, int) and isinstance(patch, int) and patch and (side // patch) ** 2 > MAX_PATCHES:
+        raise ValueError(f"{name}: images of {side:,} pixels have more than {MAX_PATCHES:,} patches of {patch}")
 
 
 def check_bottleneck(bottleneck: dict[str, Any]) -> None:

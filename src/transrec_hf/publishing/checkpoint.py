@@ -23,7 +23,7 @@ from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
 from ..errors import DataError, bad_input
 from ..files import PARTIAL, read_whole, recover, write_json, written_whole
-from ..model.configuration_transrec import TransRecConfig
+from ..model.configuration_transrec import MAX_SIDE, TransRecConfig
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -37,7 +37,6 @@ UNKNOWN_LICENCE = "unknown: check"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 MAX_SMALL_FILE = 2**26  # bytes of a JSON file
 MAX_CARD = 2**20
-MAX_IMAGE_SIDE = 4096  # pixels
 MAX_SECONDS = 600  # of a sound
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 """What libraries raise, besides [`ValueError`], on a checkpoint that is damaged or made up."""
@@ -318,9 +317,9 @@ def check_processor(processor: TransRecProcessor) -> None:
     for name in ("size", "crop_size", "pad_size"):
         size = settings.get(name)
         for side in size.values() if isinstance(size, dict) else [size]:
-            if isinstance(side, int | float) and not (0 < side <= MAX_IMAGE_SIDE):
+            if isinstance(side, int | float) and not (0 < side <= MAX_SIDE):
                 raise DataError(
-                    f"image processor: {name} asks for images of {side:,} pixels, and {MAX_IMAGE_SIDE:,} a side are "
+                    f"image processor: {name} asks for images of {side:,} pixels, and {MAX_SIDE:,} a side are "
                     "the most. Mend preprocessor_config.json or processor_config.json."
                 )
 

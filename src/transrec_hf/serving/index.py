@@ -89,6 +89,12 @@ def read_encoder_hash(folder: str | os.PathLike) -> str | None:
     return made_from.get("encoder_hash") if made_from.get("format") == str(FORMAT) else None
 
 
+def check_beside(file: Path, ids: Any) -> None:
+    """Raises `ValueError` if the ids of an index of format 1 lie beside another index, and are others than its own."""
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != list(ids):
+        raise ValueError(f"{file} has other ids: delete it")
+
+
 @dataclass
 class ItemIndex:
     """
@@ -227,13 +233,14 @@ class ItemIndex:
             if index_format > 1 and (is_small or index_format == 2) and state != _contents_hash(tensors):
                 raise ValueError("its contents have changed since it was written")
             hashes = (made_from["catalogue_hash"], made_from["encoder_hash"])
+            beside = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""), IDS_NAME)
             if index_format > 2:
-                return cls._from_tensors(tensors, *hashes, state)
+                found = cls._from_tensors(tensors, *hashes, state)
+                check_beside(beside, found.item_ids)
+                return found
             if index_format > 1:
                 ids = json.loads(tensors["item_ids"].numpy().tobytes())
-                beside = Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""), IDS_NAME)
-                if beside.is_file() and json.loads(beside.read_text(encoding="utf-8")) != ids:
-                    raise ValueError(f"{beside} has other ids: delete it")  # of an index that was there before
+                check_beside(beside, ids)
             else:
                 ids_file = cached_file(pretrained_model_name_or_path, IDS_NAME, **kwargs)
                 if ids_file is None:
