@@ -58,6 +58,17 @@ def test_the_examples_run_one_after_the_other(one_epoch: None, tmp_path: Path, c
     assert Recommender.from_pretrained("runs/recommender").recommend(["target-item-0001"], k=1)
 
 
+@pytest.mark.parametrize("name", ["sounds", "videos"])
+def test_sounds_and_videos_are_recommended(
+    name: str, one_epoch: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("av")
+    load_example(name).main()
+    printed = capsys.readouterr().out
+    assert printed.count("target-item-") == 5 and "ndcg@10" in printed
+    assert (tmp_path / "runs" / name / "README.md").is_file()
+
+
 @pytest.mark.slow
 def test_a_search_goes_on_where_it_was(one_epoch: None, capsys: pytest.CaptureFixture) -> None:
     optuna = pytest.importorskip("optuna")
