@@ -644,8 +644,10 @@ def test_many_users_are_scored_in_blocks(folder: Path, monkeypatch: pytest.Monke
     whole = recommender.recommend(histories, 3)
     monkeypatch.setattr(search, "SCORES", 12 * 7)
     monkeypatch.setattr(module, "USERS", 10)
-    parts = recommender.recommend(histories, 3)
-    assert [[item.item_id for item in user] for user in parts] == [[item.item_id for item in user] for user in whole]
+    for parts in (recommender.recommend(histories, 3), recommender.recommend_batch(histories, 3)):
+        assert [[item.item_id for item in user] for user in parts] == [
+            [item.item_id for item in user] for user in whole
+        ]
 
 
 def test_a_terminal_that_cannot_show_a_character(folder: Path, tmp_path: Path) -> None:

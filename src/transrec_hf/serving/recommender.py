@@ -233,6 +233,10 @@ class Recommender(ServedItems, PushToHubMixin):
             return answers[0]
         return UserRecommendations((answers[user] for user in range(len(read))), versions)
 
+    def recommend_batch(self, histories: Any, k: int = 10, **kwargs: Any) -> UserRecommendations:
+        """As [`~Recommender.recommend`] for a list of histories, under the name that this had in version 0.1.0."""
+        return self.recommend([list(history) for history in histories], k, **kwargs)
+
     @torch.no_grad()
     def similar_items(
         self, item: Any, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
