@@ -138,13 +138,29 @@ def test_code_of_a_tower_is_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("place", ["model", "tower"])
-def test_an_attention_kernel_of_a_repository_is_refused(folder: Path, place: str) -> None:
+KERNELS = ["attn_implementation", "_attn_implementation", "experts_implementation", "_attn_implementation_internal"]
+
+
+@pytest.mark.parametrize("place", ["model", "tower", "inside of the tower"])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("value", ["evil/kernel", "paged|evil/kernel@main:run", {"text_config": "evil/kernel"}])
+def test_an_attention_kernel_of_a_repository_is_refused(folder: Path, place: str, name: str, value: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (config if place == "model" else config["text_config"])["attn_implementation"] = "evil/kernel"
+    parts = {"model": config, "tower": config["text_config"]}
+    parts["inside of the tower"] = config["text_config"].setdefault("part_config", {})
+    parts[place][name] = value
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="is code of a repository, which is not run"):
         load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", KERNELS[:3])
+def test_an_attention_kernel_of_a_tower_is_refused(tmp_path: Path, name: str) -> None:
+    make_model(modalities=["text"]).item_encoder.text_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: "evil/kernel"}))
+    with pytest.raises(ValueError, match="is code of a repository, which is not run"):
+        TransRecModel.from_text_vision_pretrained(text_model=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])

@@ -123,10 +123,12 @@ def check_weight_source(source: Any) -> None:
 
 
 def check_foreign(config: Any) -> None:
-    """Refuse a configuration in a file that wants code of a repository to be run, as an attention kernel."""
-    for key in ("attn_implementation", "experts_implementation") if isinstance(config, dict) else ():
-        if "/" in str(config.get(key)):
-            raise ValueError(f"{key} {config[key]!r} is code of a repository, which is not run: remove it")
+    """Refuse a configuration, one in it too, that wants code of a repository to be run, as an attention kernel."""
+    values = vars(config) if isinstance(config, PreTrainedConfig) else config if isinstance(config, dict) else {}
+    for key, value in values.items():
+        if "implementation" in str(key) and "/" in str(value):
+            raise ValueError(f"{key} {value!r} is code of a repository, which is not run: remove it")
+        check_foreign(value)
 
 
 @strict
@@ -398,8 +400,7 @@ class TransRecConfig(PreTrainedConfig):
             )
         if version == 1:
             config_dict = {**FORMAT_1, **config_dict}
-        for part in (config_dict, *(config_dict.get(name) for name in cls.sub_configs_defaults)):
-            check_foreign(part)
+        check_foreign(config_dict)
         # a later version of transformers may write more, or the author: a slip of one letter is told from it, but not
         # a setting that other models have, such as layer_norm_epsilon
         more = {name for name in config_dict if not cls._is_known(name) and cls._nearest(name, 0.9) is None}

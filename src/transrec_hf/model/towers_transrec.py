@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_transrec import check_sizes
+from .configuration_transrec import check_foreign, check_sizes
 
 
 logger = logging.get_logger(__name__)
@@ -121,8 +121,7 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     cls = AutoModel if is_part or config.model_type not in WHOLES else tower_class(config)
     tower_class(config)
     check_sizes(config, part)
-    if "/" in str(config._attn_implementation):
-        raise ValueError(f"{name_or_path} names the code of {config._attn_implementation}, which is not run")
+    check_foreign(whole)
     kwargs |= without_dormant_parts(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of the heads that a tower leaves behind
