@@ -149,9 +149,10 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
     models = list(args.models)
     if not all(source.model.config.popularity_prior for source in sources.values()):
         models = [model for model in models if not model.endswith(WITH_POPULARITY)]
-    if not all(source.model.config.objective == "in_batch" for source in sources.values()) and "hybrid" in models:
+    hybrids = [model for model in models if model.endswith("hybrid")]
+    if hybrids and not all(source.model.config.objective == "in_batch" for source in sources.values()):
         logger.warning("No hybrid: it needs sources of objective 'in_batch'")
-        models.remove("hybrid")
+        models = [model for model in models if model not in hybrids]
     loaded = {}
     for name in dict.fromkeys(args.targets):
         catalogue, sequences = DataArguments(data=name).load()

@@ -19,12 +19,12 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..evaluation.baselines import ContentNeighbours, CoOccurrence, Popularity
-from ..items.encoding import item_states
+from ..items.encoding import item_states, standardize_projections
 from ..items.meeting import set_item_vectors
 from ..items.preparing import ItemSource
 from ..items.store import ActivationStore
 from ..model.configuration_transrec import TransRecConfig
-from ..model.modalities_transrec import COLUMNS, MODALITIES
+from ..model.modalities_transrec import COLUMNS
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from .arguments import TransRecTrainingArguments
@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 WITH_POPULARITY = "_popularity"  # the end of the name of what also knows the target's popularity
 MODELS = (
     *("popularity", "co_occurrence", "content_neighbours", "id_baseline", "untrained", "zero_shot"),
-    *("untrained_popularity", "zero_shot_popularity", "from_scratch", "fine_tuned", "hybrid"),
+    *("untrained_popularity", "zero_shot_popularity", "untrained_hybrid", "from_scratch", "fine_tuned", "hybrid"),
 )
 REFERENCES = {
     "zero_shot": "untrained",
@@ -133,7 +133,7 @@ class Target:
         if cell.model == "id_baseline":
             return self._id_baseline(source, cell, split, folder)
         model = copy.deepcopy(source.model)
-        if cell.model == "hybrid":
+        if cell.model.endswith("hybrid"):
             set_item_vectors(model, torch.zeros(len(self.catalogue), model.config.hidden_size))
         trainer = self.trainer(model, source, split, folder, cell.seed)
         if cell.model in ("popularity", "co_occurrence", "content_neighbours"):
@@ -151,9 +151,11 @@ class Target:
         if cell.model.startswith("untrained") or cell.model == "from_scratch":
             start_from(model, "none", seed)
         if cell.model.startswith(("untrained", "zero_shot")):
-            if not cell.model.endswith(WITH_POPULARITY):
-                trainer.source.log_popularity = None
-            trainer.prepare_model()
+            if cell.model in WITHOUT_USERS:
+                trainer.source.log_popularity, trainer.is_prepared = None, True
+                standardize_projections(model, trainer.source, seed=seed)
+            else:
+                trainer.prepare_model()
             return self._test(trainer, split), facts
         if cell.model in ("fine_tuned", "hybrid"):
 
@@ -169,14 +171,11 @@ class Target:
     def _id_baseline(
         self, source: Source, cell: Cell, split: Split, folder: str
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        fields = source.model.config.to_dict()
-        contents = dict.fromkeys(modality.config for modality in MODALITIES.values())
+        length = source.model.config.max_position_embeddings
         best: tuple[float, torch.Tensor, dict[str, Any]] | None = None
         for settings in ID_SEARCH:
             set_seed(cell.seed or 0)
-            config = TransRecConfig.from_dict(
-                {**fields, **contents, "num_items": len(self.catalogue), "objective": "in_batch", **settings}
-            )
+            config = TransRecConfig.esasrec(len(self.catalogue), max_position_embeddings=length, **settings)
             trainer = self.trainer(TransRecModel(config), None, split, folder, cell.seed)
             trainer.train()
             value = best_value(trainer)
