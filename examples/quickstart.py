@@ -211,7 +211,7 @@ def recommend(output_dir: Path) -> None:
     recommender = Recommender.from_pretrained(output_dir / "checkpoint", catalogue)
     others = [f"  ({' and '.join(catalogue.read(row))})" for row in range(len(catalogue))]
     shown = ["" if has_text else other for has_text, other in zip(catalogue.has_text, others, strict=True)]
-    titles = [title + note for title, note in zip(catalogue.items["description"], shown, strict=True)]
+    titles = [title + note for title, note in zip(catalogue.items["attributes"], shown, strict=True)]
     for user in range(3):
         *history, target = sequences[user]["items"]
         print(f"\n{sequences.user_ids[user]} chose")

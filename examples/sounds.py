@@ -29,7 +29,7 @@ def main() -> None:
 
     recommender = Recommender.from_pretrained("runs/sounds", platform.catalogue)
     heard = platform.catalogue.encoded("audio", 0)  # the bytes of a file: a sound that no catalogue needs to have
-    titles = dict(zip(platform.catalogue.item_ids, platform.catalogue.items["description"], strict=True))
+    titles = dict(zip(platform.catalogue.item_ids, platform.catalogue.items["attributes"], strict=True))
     for item in recommender.recommend([{"audio": heard}], k=5):
         print(f"  {item.item_id}  {item.score:6.3f}  {titles[item.item_id]}")
 

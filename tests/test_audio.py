@@ -527,3 +527,10 @@ def test_the_demo_world_can_be_heard():
 def test_a_processor_that_asks_for_hours_is_refused():
     with pytest.raises(DataError, match="seconds of every sound"):
         check_processor(make_processor("wav2vec2", max_audio_windows=10**6))
+
+
+def test_a_world_of_sounds_alone_is_read_in_silence(tmp_path, caplog):
+    world = demo_world(modalities=["audio"])
+    world.target.save(tmp_path)
+    assert load_catalogue(tmp_path).content_hash() == world.target.catalogue.content_hash()
+    assert not [record for record in caplog.records if "transrec_hf" in record.name]

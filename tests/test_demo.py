@@ -76,7 +76,7 @@ def test_saved_platform_loads_the_same(world: DemoWorld, tmp_path: Path) -> None
     catalogue, sequences = load_domain(tmp_path)
     assert catalogue.content_hash() == world.target.catalogue.content_hash()
     assert (sequences.items == world.target.sequences.items).all()
-    descriptions = np.array(catalogue.items["description"])
+    descriptions = np.array(catalogue.items["attributes"])
     assert [parse_title(description) for description in descriptions] == world.target.attributes.tolist()
 
 

@@ -103,7 +103,7 @@ def _image(frame: VideoFrame) -> PIL.Image.Image:
 
 
 def _animated(source: pa.Buffer | str, num_frames: int) -> list[PIL.Image.Image] | None:
-    """Frames of an image, animated or not; `None` if it is none."""
+    """As many frames of an image, animated or not; `None` if it is none."""
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
     try:
         image = PIL.Image.open(file, formats=ANIMATED)
@@ -139,4 +139,9 @@ class Clips(Files):
         return decode_clip(self._source(row), **form)
 
     def _check(self, row: int, full: bool) -> None:
-        decode_clip(self._source(row), CHECKED_FRAMES if full else 1)
+        source = self._source(row)
+        if full:
+            decode_clip(source, CHECKED_FRAMES)
+        elif _animated(source, 0) is None:
+            with opened(source, VIDEO_FORMATS) as container:
+                _stream(container)

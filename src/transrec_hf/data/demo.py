@@ -109,7 +109,7 @@ class DemoPlatform:
 
     Args:
         catalogue ([`Catalogue`]):
-            Its items: a title, an image or both each, or what else was asked for. The column `description` is for
+            Its items: a title, an image or both each, or what else was asked for. The column `attributes` is for
             people, no model reads it.
         sequences ([`Sequences`]): Its users' interactions, in time order.
         attributes (`np.ndarray` of shape `(num_items, 4)`):
@@ -237,7 +237,7 @@ def _draw_platform(
         name: [content if kind in (name, "all") else None for content, kind in zip(contents[name], kinds, strict=True)]
         for name in modalities
     }
-    catalogue = load_catalogue(Dataset.from_dict({"item_id": item_ids, **columns, "description": titles}))
+    catalogue = load_catalogue(Dataset.from_dict({"item_id": item_ids, **columns, "attributes": titles}))
 
     users, steps, rows, tastes = _draw_interactions(style, attributes, rng)
     interactions = {
