@@ -279,7 +279,7 @@ class ItemEncoder(nn.Module):
             return values.to(next(self.projection(name).parameters()).dtype)
         tower = self.towers[name]
         is_pooled = stored > 0 and values.dim() == 2
-        if stored and (stored > frozen_depth(tower) or (is_pooled and not is_frozen(tower))):
+        if stored and (not is_frozen(tower) if is_pooled else stored > frozen_depth(tower)):
             raise RuntimeError(
                 f"the states of the {name} tower are those after {stored} frozen blocks, but some of what is before "
                 "them is trained now: make a new ActivationStore when towers are unfrozen"

@@ -172,10 +172,10 @@ class TransRecModel(TransRecPreTrainedModel):
         names |= {name: kwargs.pop(name) for name in fields if name in kwargs}
         towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
         configs = {fields[name]: tower.config for name, tower in towers.items()}
-        if towers and "hidden_size" not in kwargs:
-            kwargs["hidden_size"] = default_width(cls.config_class(**configs, **kwargs), towers)
         # without it the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
+        if towers and "hidden_size" not in kwargs:
+            kwargs["hidden_size"] = default_width(cls.config_class(**configs, **kwargs), towers)
         return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:
