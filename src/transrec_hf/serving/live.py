@@ -17,6 +17,7 @@ import torch
 
 from ..errors import DataError
 from ..files import locked, read_whole
+from .approximate import ApproximateIndex
 from .histories import find_items
 from .index import INDEX_NAME, ItemIndex
 from .journal import JOURNAL_NAME, append_record, read_journal
@@ -192,6 +193,12 @@ class LiveItems:
                     if self._has_grown():
                         self._write()
             return self.snapshot
+
+    def search_by(self, cells: ApproximateIndex) -> None:
+        """Look through the index as it is written by its cells; what came since is searched exactly."""
+        with self._lock:
+            if cells.matrix is self.snapshot.segments[0].matrix:
+                self.snapshot = replace(self.snapshot, cells=cells)
 
     def compact(self) -> None:
         """Write the index anew, with all changes in it. Raises `OSError`."""

@@ -20,6 +20,7 @@ from ..items.meeting import ItemStatistics
 from ..items.preparing import ItemSource
 from ..model.user_encoder_transrec import last_state
 from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, load_model_and_processor
+from .approximate import SAMPLE, ApproximateIndex
 from .choosing import POOL, allowed_rows, among, as_answers, best_rows, candidate_rows, reordered
 from .explaining import Contents, UserInputs, explain_users, padded
 from .histories import History, as_histories, check_k, check_on_unknown, find_items, read_histories, read_times
@@ -29,6 +30,7 @@ from .live import LiveItems
 from .raw import is_id
 from .rerank import Step
 from .results import Recommendations, UserRecommendations, Versions
+from .search import search
 from .served import ServedItems
 from .snapshot import Snapshot
 
@@ -238,6 +240,52 @@ class Recommender(ServedItems, PushToHubMixin):
         return self.recommend([list(history) for history in histories], k, **kwargs)
 
     @torch.no_grad()
+    def user_vectors(self, histories: Any, *, on_unknown: str = "raise", timestamps: Any = None) -> np.ndarray:
+        """
+        The vectors of users, for a search elsewhere: a score is the dot product with the vector of an item.
+
+        Args:
+            histories (`list` or `list[list]`): As for [`~Recommender.recommend`], none of them empty.
+
+        Returns:
+            `np.ndarray` of shape `(width,)`, of several users `(n_users, width)`.
+        """
+        snapshot = self.items
+        given, is_one = as_histories(histories)
+        times = read_times(timestamps, given, is_one)
+        read, raw = read_histories(given, snapshot, check_on_unknown(on_unknown))
+        if not all(user.rows for user in read):
+            raise DataError("a history is empty, so there is nothing to score by: see `popular`")
+        vectors, present = self._encode_raw(raw)
+        parts = []
+        for start in range(0, len(read), USERS):
+            block = slice(start, start + USERS)
+            parts.append(self._states(self._inputs(snapshot, read[block], vectors, present, times and times[block])))
+        states = torch.cat(parts).cpu().numpy()
+        return states[0] if is_one else states
+
+    def approximate(self, recall: float = 0.99, seed: int = 0) -> float:
+        """
+        Search no longer all items, but as many as a recall asks for (needs the extra `faiss`), until the index is next
+        written anew. It is measured by histories of five items that are near each other.
+
+        Returns:
+            `float`: The share of the exact ten best items that was found.
+        """
+        snapshot = self.items
+        base = snapshot.segments[0]
+        rows = np.random.default_rng(seed).permutation(len(base))[:SAMPLE]
+        near = search(base.matrix, base.matrix.exact[torch.from_numpy(rows)], 5)[1].cpu().numpy()
+        histories = [History(of_user.tolist(), list(range(5))) for of_user in near]
+        nobody = self._encode_raw([])
+        times = None if not self.model.config.time_buckets else [[0] * 5] * len(histories)
+        with torch.no_grad():
+            queries = self._states(self._inputs(snapshot, histories, *nobody, times))
+        cells = ApproximateIndex.build(base.matrix, recall, queries, seed)
+        self.live.search_by(cells)
+        return cells.recall
+
+    @torch.no_grad()
     def similar_items(
         self, item: Any, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
     ) -> Recommendations:
@@ -271,13 +319,8 @@ class Recommender(ServedItems, PushToHubMixin):
         Returns:
             `np.ndarray` of shape `(n_items,)`, of several users `(n_users, n_items)`: The scores.
         """
+        states = self.user_vectors(history, on_unknown=on_unknown, timestamps=timestamps)
         snapshot = self.items
-        given, is_one = as_histories(history)
-        times = read_times(timestamps, given, is_one)
-        read, raw = read_histories(given, snapshot, check_on_unknown(on_unknown))
-        if not all(user.rows for user in read):
-            raise DataError("a history is empty, so there is nothing to score by: see `popular`")
-        vectors, present = self._encode_raw(raw)
         if isinstance(item_ids, str) or not isinstance(item_ids, Iterable):
             raise DataError(f"items to score are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
         items = list(item_ids)
@@ -287,13 +330,7 @@ class Recommender(ServedItems, PushToHubMixin):
         others = [i for i in range(len(items)) if i not in set(wanted)]
         if others:
             embeds[others] = self._encode_raw([items[i] for i in others])[0].to(embeds)
-        parts = []
-        for start in range(0, len(read), USERS):
-            block = slice(start, start + USERS)
-            states = self._states(self._inputs(snapshot, read[block], vectors, present, times and times[block]))
-            parts.append((states.double() @ embeds.double().T).float().cpu().numpy())
-        scores = np.concatenate(parts)
-        return scores[0] if is_one else scores
+        return (states.astype(np.float64) @ embeds.cpu().double().numpy().T).astype(np.float32)
 
     def popular(
         self, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None

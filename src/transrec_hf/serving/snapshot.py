@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..model.modalities_transrec import MODALITIES
+from .approximate import ApproximateIndex
 from .filters import matching_rows
 from .index import ItemIndex
 from .search import Matrix, merged, search
@@ -89,6 +90,7 @@ class Snapshot:
         version (`str`): See [`Versions`].
         size (`int`): Numbers of an item vector without the popularity.
         changes (`int`): How many there were since the index was written.
+        cells ([`ApproximateIndex`], *optional*): Of the first segment, if not all of it is to be looked at.
     """
 
     segments: tuple[Segment, ...]
@@ -97,6 +99,7 @@ class Snapshot:
     version: str
     size: int
     changes: int = 0
+    cells: ApproximateIndex | None = None
     _filters: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -241,7 +244,10 @@ class Snapshot:
                 of_segment = (torch.from_numpy(users).to(queries.device), torch.from_numpy(places).to(queries.device))
             some = None if everything else allowed[rows]
             matrix = segment.matrix if matrices is None else matrices[number]
-            scores, found = search(matrix, queries, k, some, of_segment)
+            if number == 0 and self.cells is not None and matrices is None:
+                scores, found = self.cells.search(queries, k, some, of_segment)
+            else:
+                scores, found = search(matrix, queries, k, some, of_segment)
             parts.append((scores, found + segment.start))
         return parts[0] if len(parts) == 1 else merged(parts, k)
 
@@ -309,7 +315,7 @@ class Snapshot:
             ids = items.item_ids.tolist()
             row_of = dict(zip(ids, range(start, start + len(ids)), strict=True))  # of an item that came twice the last
             segments.append(Segment(items, Matrix.of(items.item_embeds.to(device), self.size), row_of, start))
-        return Snapshot(tuple(segments), known, offered, version, self.size, self.changes + 1)
+        return Snapshot(tuple(segments), known, offered, version, self.size, self.changes + 1, self.cells)
 
     def to_index(self) -> ItemIndex:
         """The items without gaps, as they are written."""
