@@ -32,7 +32,6 @@ from transrec_hf.serving.snapshot import Change
 
 
 K, SIZE, SCALE = 10, 256, 12.0
-REQUESTS = 100  # of one user, in each round
 START = """
 import sys, time
 import numpy, pyarrow, torch
@@ -52,6 +51,10 @@ print(seconds, time.perf_counter() - started, rss() - before, private() - privat
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_items", type=int, default=100_000)
+    parser.add_argument(
+        "--without_cells", action="store_true", help="leave out faiss IVF, which takes minutes to build"
+    )
+    parser.add_argument("--requests", type=int, default=100, help="of one user, in each round")
     parser.add_argument("--recall", type=float, default=0.99, help="that the approximate index has to reach")
 
 
@@ -93,18 +96,37 @@ def run(options: argparse.Namespace, results: Results) -> None:
     results.facts["data"] = f"{n:,} vectors of {SIZE}"
     items, users = draw(n, options.seed)
     matrix = Matrix.of(items, SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, items, matrix)
+        add_to(folder, items, results, options.repeats)
+        write(folder, items, matrix)
+        results.add(
+            "ours", "index on the disk", sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6, "MB"
+        )
+        starts = [start(folder) for _ in range(options.repeats)]
+        for column, (metric, unit, factor) in enumerate(
+            (
+                ("start", "s", 1),
+                ("start and first request", "s", 1),
+                ("memory", "MB", 1e-6),
+                ("private memory", "MB", 1e-6),
+            )
+        ):
+            results.add("ours", metric, [factor * values[column] for values in starts], unit)
+
     flat = faiss.IndexFlatIP(SIZE)
     flat.add(items.numpy())
-    started = time.perf_counter()
-    cells = ApproximateIndex.build(matrix, options.recall, users, options.seed)
-    results.add("faiss IVF,SQ8", "build", time.perf_counter() - started, "s")
-    results.add("faiss IVF,SQ8", "cells looked at", cells.nprobe, f"of {cells.num_cells}")
     kinds: dict[str, Callable[[torch.Tensor], Any]] = {
         "ours": lambda some: search(matrix, some, K)[1],
         "torch": lambda some: (some @ items.T).topk(K, dim=1).indices,
         "faiss IndexFlatIP": lambda some: torch.from_numpy(flat.search(some.numpy(), K)[1]),
-        "faiss IVF,SQ8": lambda some: cells.search(some, K)[1],
     }
+    if not options.without_cells:
+        started = time.perf_counter()
+        cells = ApproximateIndex.build(matrix, options.recall, users, options.seed)
+        results.add("faiss IVF,SQ8", "build", time.perf_counter() - started, "s")
+        results.add("faiss IVF,SQ8", "cells looked at", cells.nprobe, f"of {cells.num_cells}")
+        kinds["faiss IVF,SQ8"] = lambda some: cells.search(some, K)[1]
     exact = torch.cat([kinds["torch"](some) for some in users.split(32)])
     for name, find in kinds.items():
         results.add(name, "recall@10", share(torch.cat([find(some) for some in users.split(32)]), exact), "")
@@ -112,7 +134,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     singles: dict[str, list[list[float]]] = {name: [] for name in kinds}
     for repeat in range(-1, options.repeats):
         for name, find in kinds.items():
-            seconds = one_by_one(find, users[:REQUESTS])
+            seconds = one_by_one(find, users[: options.requests])
             if repeat >= 0:
                 singles[name].append(seconds)
     medians = {name: [float(np.median(round_)) for round_ in rounds] for name, rounds in singles.items()}
@@ -135,33 +157,16 @@ def run(options: argparse.Namespace, results: Results) -> None:
         right = torch.cat(
             [(some @ items.T).masked_fill(~allowed, -torch.inf).topk(K).indices for some in users.split(32)]
         )
-        filtered = {
-            "ours": lambda some, allowed=allowed: search(matrix, some, K, allowed)[1],
-            "faiss IVF,SQ8": lambda some, allowed=allowed: cells.search(some, K, allowed)[1],
-        }
+        filtered = {"ours": lambda some, allowed=allowed: search(matrix, some, K, allowed)[1]}
+        if not options.without_cells:
+            filtered["faiss IVF,SQ8"] = lambda some, allowed=allowed: cells.search(some, K, allowed)[1]
         for name, find in filtered.items():
             what = f"filter that leaves {part:.0%}"
             results.add(name, f"recall@10, {what}", share(find(users), right), "")
-            single = [1e3 * float(np.median(one_by_one(find, users[:REQUESTS]))) for _ in range(options.repeats)]
+            single = [
+                1e3 * float(np.median(one_by_one(find, users[: options.requests]))) for _ in range(options.repeats)
+            ]
             results.add(name, f"one user, p50, {what}", single, "ms")
-
-    with tempfile.TemporaryDirectory() as folder:
-        write(folder, items, matrix)
-        add_to(folder, items, results, options.repeats)
-        write(folder, items, matrix)
-        results.add(
-            "ours", "index on the disk", sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6, "MB"
-        )
-        starts = [start(folder) for _ in range(options.repeats)]
-        for column, (metric, unit, factor) in enumerate(
-            (
-                ("start", "s", 1),
-                ("start and first request", "s", 1),
-                ("memory", "MB", 1e-6),
-                ("private memory", "MB", 1e-6),
-            )
-        ):
-            results.add("ours", metric, [factor * values[column] for values in starts], unit)
 
 
 def index_of(vectors: torch.Tensor, first: int) -> ItemIndex:
