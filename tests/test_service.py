@@ -194,6 +194,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "no image": ({"histories": [[{"image": "aGVsbG8="}]]}, 422, "cannot be read"),
     "no base64": ({"histories": [[{"image": "abc!"}]]}, 422, "pattern"),
     "vectors to a model of contents": ({"histories": [[{"features": [1.0]}]]}, 422, "features"),
+    "a sound to a model that hears none": ({"histories": [[{"audio": "aGVsbG8="}]]}, 422, "shows audio"),
     "many raw items": ({"histories": [[{"text": "a hat"}] * 65]}, 422, "64 are the most"),
     "many to explain": ({"histories": [["item-0"]] * 17, "explain": True}, 422, "16 are the most"),
     "times of others": ({"histories": [["item-0"]], "timestamps": [[1, 2]]}, 422, "one entry for each item"),

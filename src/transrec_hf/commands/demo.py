@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..errors import DataError
 from .options import DataArguments, option
 from .parsing import parse_arguments
-from .serve import is_loopback, open_recommender, require
+from .serve import is_loopback, load_recommender, require
 
 
 logger = logging.get_logger(__name__)
@@ -49,7 +49,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     names = names if len(set(names)) == len(names) else [str(checkpoint) for checkpoint in checkpoints]
     indexes = [args.index, *[None] * (len(names) - 1)]
     recommenders = {
-        name: open_recommender(checkpoint, data_args, index)
+        name: load_recommender(checkpoint, data_args, index)
         for name, checkpoint, index in zip(names, checkpoints, indexes, strict=True)
     }
     from ..serving.app import launch

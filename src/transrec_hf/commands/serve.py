@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..serving.recommender import Recommender
+from .index import open_recommender
 from .options import DataArguments, option
 from .parsing import parse_arguments
 
@@ -42,6 +43,7 @@ class ServiceArguments:
     timeout: float = option(10.0, "Seconds until a request is given up.")
     max_waiting: int = option(256, "Requests that may wait; others are told to come later.")
     max_megabytes: int = option(16, "Size of a request.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
 
     def __post_init__(self) -> None:
         if min(self.workers, self.max_waiting, self.max_megabytes) < 1 or self.timeout <= 0:
@@ -86,12 +88,13 @@ def serve(argv: Sequence[str] | None = None) -> None:
             f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or "
             "--allow_anonymous"
         )
-    recommender = open_recommender(args.checkpoint, data_args, args.index)
+    recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu)
     logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
     if args.workers == 1:
         return run_alone(recommender, data_args, args, token)
+    device = str(recommender.model.device)
     del recommender
-    run_workers(data_args, args, token)
+    run_workers(data_args, args, token, device)
 
 
 def require(*libraries: str, extra: str) -> None:
@@ -101,17 +104,17 @@ def require(*libraries: str, extra: str) -> None:
             raise DataError(f"{library} is not installed: pip install 'transrec-hf[{extra}]'")
 
 
-def open_recommender(checkpoint: str | None, data_args: DataArguments, index: str | None) -> Recommender:
+def load_recommender(
+    checkpoint: str | None, data_args: DataArguments, index: str | None, use_cpu: bool = False
+) -> Recommender:
     """A model and its items, with their popularity if the interactions are given. Raises [`DataError`]."""
-    if not checkpoint:
-        raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
     catalogue = counts = None
-    if data_args.data or data_args.interactions:
+    if checkpoint and (data_args.data or data_args.interactions):
         catalogue, sequences = data_args.load()
         counts = dict(zip(catalogue.item_ids.tolist(), sequences.item_counts(len(catalogue)).tolist(), strict=True))
-    elif data_args.items:
+    elif checkpoint and data_args.items:
         catalogue = data_args.load_items()
-    return Recommender.from_pretrained(checkpoint, catalogue, index=index, counts=counts)
+    return open_recommender(checkpoint, catalogue, index, use_cpu, counts=counts)
 
 
 def is_loopback(host: str) -> bool:
@@ -159,12 +162,13 @@ def run_alone(recommender: Recommender, data_args: DataArguments, args: ServiceA
     uvicorn.run(create_app(recommender, Settings(token=token, **limits(data_args, args))), **how_to_listen(args))
 
 
-def run_workers(data_args: DataArguments, args: ServiceArguments, token: str | None) -> None:
+def run_workers(data_args: DataArguments, args: ServiceArguments, token: str | None, device: str) -> None:
     """Serve in several processes, which map the same file of the index into their memory."""
     import uvicorn
 
     threads = max(1, (os.cpu_count() or 1) // args.workers)
-    places = {"checkpoint": args.checkpoint, "index": args.index, "threads": min(threads, torch.get_num_threads())}
+    places: dict = {"checkpoint": args.checkpoint, "index": args.index, "device": device}
+    places["threads"] = min(threads, torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="transrec-metrics-") as counters:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters
         os.environ["TRANSREC_SERVE"] = json.dumps({"settings": limits(data_args, args), "places": places})

@@ -52,7 +52,7 @@ CSS = """
 .shelf .caption-label {position: static; max-width: none; padding: 4px 6px; background: none; border: none;
   box-shadow: none; white-space: normal; font-size: 12px; line-height: 1.25; text-align: left; overflow-wrap: anywhere}
 @media (max-width: 640px) {.shelf .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}}
-.reasons table {width: 100%; border-collapse: collapse; font-size: 13px; line-height: 1.35}
+.reasons table {width: 100%; border: none !important; border-collapse: collapse; font-size: 13px; line-height: 1.35}
 .reasons :is(th, td) {text-align: left; vertical-align: top; padding: 5px 8px !important; overflow-wrap: anywhere;
   border: none !important; border-bottom: 1px solid var(--border-color-primary) !important}
 .reasons :is(th, td):nth-child(2) {text-align: right; overflow-wrap: normal}

@@ -30,24 +30,25 @@ MAX_COLUMNS = 64
 MAX_TEXT = 2**16  # characters
 MAX_FILTER = 4000
 MAX_FEATURES = 2**14
-MAX_IMAGE = 2**23  # bytes of a file
+MAX_FILE = 2**23  # bytes of an image, a sound or a video
+FILES = ("image", "audio", "video")
 
 ItemId = Annotated[StrictStr, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Text = Annotated[StrictStr, Field(min_length=1, max_length=MAX_TEXT)]
-Image = Annotated[
+File = Annotated[
     StrictStr,
     Field(
         min_length=4,
-        max_length=MAX_IMAGE * 4 // 3 + 4,
+        max_length=MAX_FILE * 4 // 3 + 4,
         pattern=r"^[A-Za-z0-9+/]+={0,2}$",
-        description="The bytes of a PNG, JPEG, WebP, ... in base64.",
+        description="The bytes of a file in base64: a PNG, JPEG, WAV, MP4, ...",
     ),
 ]
 Features = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_FEATURES)]
 Value = StrictStr | StrictBool | StrictInt | FiniteFloat | None
 Column = Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Filter = Annotated[StrictStr, Field(min_length=1, max_length=MAX_FILTER, examples=["price < 20 and stock > 0"])]
-Modality = Literal["text", "image", "features"]
+Modality = Literal["text", "image", "features", "audio", "video"]
 Count = Annotated[StrictInt, Field(ge=1, le=MAX_K)]
 
 
@@ -58,16 +59,18 @@ class Strict(BaseModel):
 
 
 class RawItem(Strict):
-    """An item that the catalogue need not have: a text, an image, a vector, or several of them."""
+    """An item that the catalogue need not have: a text, an image, a vector, a sound, a video, or several of them."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     text: Text | None = None
-    image: Image | None = None
+    image: File | None = None
     features: Features | None = None
+    audio: File | None = None
+    video: File | None = None
 
     def contents(self) -> dict[str, Any]:
-        """What it shows, by modality; an image as it came."""
+        """What it shows, by modality; files as they came."""
         return {name: value for name, value in self if value is not None}
 
 
@@ -140,7 +143,7 @@ class Item(RawItem):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        taken = sorted({"item_id", "text", "image", "features"} & set(self.columns))
+        taken = sorted({"item_id", "text", "features", *FILES} & set(self.columns))
         if taken:
             raise ValueError(f"columns cannot be named {', '.join(taken)}")
         return self

@@ -29,8 +29,9 @@ from .guard import OPEN, Guard, Metrics
 from .lanes import Busy, Lane, one_by_one
 from .recommender import Recommender
 from .requests import (
+    FILES,
     MAX_EXPLAINED,
-    MAX_IMAGE,
+    MAX_FILE,
     MAX_RAW,
     ChangedOut,
     Health,
@@ -194,10 +195,12 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
     async def remove(request: Removal) -> Response:
         return await change(partial(recommender.remove_items, request.item_ids, readable=request.readable))
 
-    @guarded.post("/items/upload", response_model=ChangedOut, summary="Add or replace one item, its image as a file")
+    @guarded.post("/items/upload", response_model=ChangedOut, summary="Add or replace one item, with files")
     async def upload(
-        item: Annotated[str, Form(description="As one of `items` of POST /items, in JSON, without its image.")],
+        item: Annotated[str, Form(description="As one of `items` of POST /items, in JSON, without its files.")],
         image: Annotated[UploadFile | None, File(description="A PNG, JPEG, WebP, ...")] = None,
+        audio: Annotated[UploadFile | None, File(description="A WAV, FLAC, MP3, ...")] = None,
+        video: Annotated[UploadFile | None, File(description="An MP4, WebM, ...")] = None,
     ) -> Response:
         try:
             given = TypeAdapter(Item).validate_json(item)
@@ -206,11 +209,12 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
                 [{**found, "loc": ("body", "item", *found["loc"])} for found in error.errors()]
             ) from None
         (row,) = rows_of([given])
-        if image is not None:
-            content = await image.read()
-            if len(content) > MAX_IMAGE:
-                raise Refused(f"an image has at most {MAX_IMAGE:,} bytes")
-            row["image"] = {"bytes": content, "path": None}  # the name that the client gave it is not looked at
+        for name, file in zip(FILES, (image, audio, video), strict=True):
+            if file is not None:
+                content = await file.read()
+                if len(content) > MAX_FILE:
+                    raise Refused(f"a file has at most {MAX_FILE:,} bytes")
+                row[name] = {"bytes": content, "path": None}  # the name that the client gave it is not looked at
         return await change(partial(recommender.add_items, [row], exist_ok=True))
 
     app.include_router(guarded)
@@ -284,25 +288,25 @@ def item_of(item: str | RawItem) -> Any:
     """An item of a history as a recommender reads it."""
     if isinstance(item, str):
         return item
-    contents = item.contents()
-    return {**contents, "image": image_of(contents["image"])} if "image" in contents else contents
+    return {name: bytes_of(value) if name in FILES else value for name, value in item.contents().items()}
 
 
-def image_of(text: str) -> bytes:
-    """The bytes of an image in base64. Raises [`Refused`]."""
+def bytes_of(text: str) -> bytes:
+    """The bytes of a file in base64. Raises [`Refused`]."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Refused("an image is the bytes of its file in base64, and this is none") from None
+        raise Refused("a file is its bytes in base64, and this is none") from None
 
 
 def rows_of(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Items as rows of a catalogue, which all have the same columns."""
     rows = []
     for item in items:
-        contents = item.contents()
-        if "image" in contents:
-            contents["image"] = {"bytes": image_of(contents["image"]), "path": None}
+        contents = {
+            name: {"bytes": bytes_of(value), "path": None} if name in FILES else value
+            for name, value in item.contents().items()
+        }
         rows.append({"item_id": item.item_id, **contents, **item.columns})
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in names} for row in rows]
@@ -371,7 +375,7 @@ def app_of_worker() -> FastAPI:
     told = json.loads(os.environ["TRANSREC_SERVE"])
     settings, places = told["settings"], told["places"]
     torch.set_num_threads(places["threads"])
-    recommender = Recommender.from_pretrained(places["checkpoint"], index=places["index"])
+    recommender = Recommender.from_pretrained(places["checkpoint"], index=places["index"], device=places["device"])
     settings["secrets"] = tuple(settings["secrets"])
     return create_app(recommender, Settings(token=os.environ.get("TRANSREC_TOKEN") or None, **settings))
 
