@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     recommender = make_recommender(options.items)
-    count = options.requests // options.repeats
+    count = -(-options.requests // options.repeats)
     rows = rng.integers(options.items, size=(count, options.history))
     histories = [[f"item-{row}" for row in user] for user in rows.tolist()]
     bodies = [json.dumps({"histories": [history], "k": 10}).encode() for history in histories]
