@@ -147,7 +147,7 @@ def test_a_subfolder(hub: LocalHub, recommender: Recommender, tmp_path: Path) ->
 
 def test_private_needs_a_token(hub: LocalHub, recommender: Recommender) -> None:
     recommender.push_to_hub(ID, private=True)
-    with pytest.raises(HubError, match="no such repository, or it is private: check the id, of the form owner/name, or log in"):
+    with pytest.raises(HubError, match=r"no such repository, or it is private: check the id, .*, or log in"):
         Recommender.from_pretrained(ID, token=False)
     assert recommended(Recommender.from_pretrained(ID, token=READ_TOKEN)) == recommended(recommender)
 
