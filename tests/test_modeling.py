@@ -536,6 +536,12 @@ def test_sdpa_equals_eager_on_mixed_items(name, tmp_path):
     assert_same_outputs_under_eager_and_sdpa(SUBSETS[name](), tmp_path)
 
 
+def test_weights_may_be_given_instead_of_a_checkpoint():
+    model = make_model(make_config("text"))
+    given = TransRecModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert_same_weights(given, model)
+
+
 def test_a_tower_keeps_the_attention_that_it_was_loaded_with(tmp_path):
     AutoModel.from_config(TEXT_TOWERS["bert"]()).save_pretrained(tmp_path)
     model = TransRecModel.from_text_vision_pretrained(str(tmp_path))

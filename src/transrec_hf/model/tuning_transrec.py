@@ -79,7 +79,7 @@ class WholeFolders:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
-        if cls.files is None:
+        if cls.files is None or pretrained_model_name_or_path is None:
             return parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return cls.files.read_whole(
             pretrained_model_name_or_path,
