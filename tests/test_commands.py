@@ -520,7 +520,8 @@ def test_configurations_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_content_vectors_are_the_towers_own_words(workplace: Path) -> None:
     catalogue = load_catalogue(workplace / "target")
-    vectors = content_vectors(str(workplace / "bert"), str(workplace / "vit"), catalogue)
+    towers = {"text_model": str(workplace / "bert"), "vision_model": str(workplace / "vit")}
+    vectors = content_vectors(towers, catalogue)
     text, image = vectors.split(64, dim=1)
     for part, has in ((text, catalogue.has_text), (image, catalogue.has_image)):
         assert torch.allclose(part.norm(dim=1), torch.from_numpy(has).float(), atol=1e-5)
