@@ -345,3 +345,30 @@ def test_towers_are_loaded_when_they_are_needed(tmp_path: Path, options: dict[st
     assert Recommender.from_pretrained(tmp_path / "copy").recommend(["new"], 5)[0].score == pytest.approx(
         again.recommend(["new"], 5)[0].score
     )
+
+
+def test_a_large_index_keeps_its_smaller_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transrec_hf.serving import search, snapshot
+
+    monkeypatch.setattr(snapshot, "MIN_SCANNED", 10)
+    monkeypatch.setattr(search, "SMALL", 10)
+    items = make_index(make_ids(200))
+    items.item_embeds = torch.nn.functional.normalize(
+        torch.randn(200, SIZE, generator=torch.Generator().manual_seed(0))
+    )
+    live = LiveItems(items, SIZE, tmp_path)
+    if search.scan_dtype() == torch.float32:
+        pytest.skip("this processor has no bfloat16")
+    for _ in range(2):
+        live.refresh()
+        opened = LiveItems.open(tmp_path, SIZE)
+        assert opened.base.scan is not None and opened.base.bounds is not None
+        with monkeypatch.context() as patch:  # nothing of it is computed again
+            patch.setattr(torch.Tensor, "norm", None)
+            patch.setattr(torch.Tensor, "bfloat16", None)
+            again = LiveItems.open(tmp_path, SIZE)
+        assert torch.equal(again.snapshot.segments[0].matrix.bounds, opened.snapshot.segments[0].matrix.bounds)
+        query = opened.snapshot.vectors(np.array([7]))
+        assert torch.equal(again.snapshot.search(query, 9)[1], live.snapshot.search(query, 9)[1])
+        live.change(always(Change(make_index(["item-999"]), ["item-3"])))  # as many as before, and others
+        live.compact()

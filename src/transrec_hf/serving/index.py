@@ -115,6 +115,7 @@ class ItemIndex:
             not recommended.
         statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by.
         scan (`torch.Tensor` of shape `(n_items, any)`, *optional*): A smaller copy of the vectors, to look through.
+        bounds (`torch.Tensor` of shape `(3,)`, *optional*): What a search has to know of that copy.
         state (`str`, *optional*): The hash of the contents of the file that it came from.
 
     Raises:
@@ -133,6 +134,7 @@ class ItemIndex:
     hidden: torch.Tensor | None = None
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     scan: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
     state: str = ""
 
     def __post_init__(self) -> None:
@@ -184,6 +186,7 @@ class ItemIndex:
             "counts": self.counts,
             "hidden": self.hidden,
             "scan": self.scan,
+            "bounds": self.bounds,
         }
         tensors |= {name: part for name, part in parts.items() if part is not None}
         tensors |= {f"statistics.{name}": value for name, value in self.statistics.items()}
@@ -274,6 +277,7 @@ class ItemIndex:
             hidden=tensors.get("hidden"),
             statistics={name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)},
             scan=tensors.get("scan"),
+            bounds=tensors.get("bounds"),
             state=state,
         )
 

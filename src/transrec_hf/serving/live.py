@@ -59,8 +59,8 @@ class LiveItems:
         self._start(items)
         if self.folder is not None:
             if not items.state:
-                items.state = items.save(self.folder)
-                self._start(items)
+                items = self.snapshot.to_index()
+                self._start(replace(items, state=items.save(self.folder)))
             self.refresh()
 
     @classmethod

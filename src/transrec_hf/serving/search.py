@@ -53,9 +53,12 @@ class Matrix:
     error: float = 0.0
 
     @classmethod
-    def of(cls, exact: Tensor, size: int, scan: Tensor | None = None) -> Matrix:
-        """With the smaller copy where it is of use, unless it is given."""
+    def of(cls, exact: Tensor, size: int, scan: Tensor | None = None, bounds: Tensor | None = None) -> Matrix:
+        """With the smaller copy where it is of use, unless it is given with its `bounds`."""
         whole = length = error = 0.0
+        if scan is not None and bounds is not None and scan_dtype(exact.device.type) == scan.dtype:
+            whole, length, error = bounds.tolist()
+            return cls(exact, size, whole, scan, length, error)
         if len(exact) <= SMALL or scan_dtype(exact.device.type) == torch.float32:
             scan = None
         elif scan is None:
@@ -71,6 +74,11 @@ class Matrix:
 
     def __len__(self) -> int:
         return len(self.exact)
+
+    @property
+    def bounds(self) -> Tensor:
+        """What is known of the lengths, to be kept with `scan`."""
+        return torch.tensor([self.whole, self.length, self.error], dtype=torch.float64)
 
     def bound(self, queries: Tensor, is_short: bool) -> Tensor:
         """How far the estimates of [`_scan`] can be from the scores of users, `(n_users,)`."""

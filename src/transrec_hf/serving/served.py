@@ -123,7 +123,8 @@ class ServedItems:
             if live.snapshot.changes == 0 and _same_columns(index, known):
                 return live, known
         if known is not None and index.catalogue_hash == known.catalogue_hash:
-            index.scan, index.state = known.scan, known.state if folder is None else ""
+            index.scan, index.bounds = known.scan, known.bounds
+            index.state = known.state if folder is None else ""
         return None, index
 
     def _encode(self, source: ItemSource, *args: Any, **kwargs: Any) -> ItemIndex:
