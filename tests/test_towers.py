@@ -44,6 +44,7 @@ OF_STAGES: dict[str, dict[str, Any]] = {
     "donut-swin": {"patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "window_size": 2},
     "hiera": {
         "image_size": [32, 32],
+        "patch_size": [7, 7],
         "embed_dim": 8,
         "depths": [1, 1, 1],
         "num_heads": [1, 2, 2],

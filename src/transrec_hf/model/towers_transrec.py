@@ -91,6 +91,8 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
         if not is_text:
             contents = contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)
             contents = torch.cat([contents, contents])
+        if name == "image" and contents.dim() != 4:
+            raise ValueError("it reads videos")
         with recorded(tower, depths) as below:
             output = run_tower(tower, contents, mask)
         states = output.last_hidden_state if is_text else pooled_state(output)
