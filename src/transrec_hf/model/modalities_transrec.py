@@ -128,10 +128,14 @@ class ItemPart:
         return replace(self, rows=self.rows[chosen], values=values, masks=masks)
 
     def passes(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Values and mask of at most `size` tokens, windows or contents, or of one content, in order."""
+        """
+        Values and mask of at most `size` tokens, windows or contents, or of one content, in order; of what are vectors
+        already, all.
+        """
         masks: list[Any] = self.masks or [None] * len(self.values)
         for values, mask in zip(self.values, masks, strict=True):
-            few = max(1, size // (1 if mask is None else mask.shape[1]))
+            are_vectors = mask is None and values.dim() == 2
+            few = max(1, len(values) if are_vectors else size // (1 if mask is None else mask.shape[1]))
             chunks = values.split(few)
             yield from zip(chunks, [None] * len(chunks) if mask is None else mask.split(few), strict=True)
 
