@@ -194,7 +194,7 @@ def test_id_vectors_begin_as_the_content_of_neighbours():
     content = encode_catalogue(plain, source)[:, :-1]  # without the column of popularity
     split = make_split(num_users=3, lengths=(4, 6))
     chosen = [user["items"].tolist() for user in split.train]
-    neighbours = [Counter() for _ in range(ITEMS)]
+    neighbours: list[Counter[int]] = [Counter() for _ in range(ITEMS)]
     for line in chosen:
         for a, b in itertools.combinations(range(len(line)), 2):
             if b - a <= 3 and line[a] != line[b]:

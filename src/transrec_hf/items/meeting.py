@@ -181,9 +181,9 @@ def start_from_data(model: TransRecModel, source: ItemSource, train: Sequences) 
         return
     content = nn.functional.normalize(encode_catalogue(model, source)[:, : config.hidden_size], dim=1).cpu()
     decay = fitted_decay(content, train)
-    if new_decay and decay is not None:
+    if prior is not None and new_decay and decay is not None:
         prior.decay.fill_(math.log(decay / (1 - decay)))
-    if new_vectors:
+    if isinstance(vectors, nn.Embedding) and new_vectors:
         vectors.weight.copy_(neighbour_vectors(content, train) * encoder.length)
 
 
