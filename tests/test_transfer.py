@@ -54,6 +54,13 @@ def fitted(modalities: str = "text image", **fields) -> tuple[TransRecModel, Ite
 # Whitening
 
 
+def test_items_that_are_all_alike_have_finite_vectors():
+    projection = WhitenedProjection(make_config("text"), 16)
+    states = torch.full((5, 16), 3.0)
+    projection.fit(states)
+    assert projection(states).isfinite().all()
+
+
 @pytest.mark.parametrize("width", [8, 16, 40], ids=["narrower", "as wide", "wider"])
 def test_whitened_states_have_no_mean_and_like_variances(width):
     torch.manual_seed(0)

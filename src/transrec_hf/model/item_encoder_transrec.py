@@ -176,7 +176,7 @@ class WhitenedProjection(nn.Module):
         projected = centred @ self.axes.double()
         variances, directions = torch.linalg.eigh(projected.T @ projected / len(states))
         variances = variances.clamp(min=0)
-        variances = variances + epsilon * variances.sum() / min(width, size)
+        variances = (variances + epsilon * variances.sum() / min(width, size)).clamp(min=1e-20)  # items all alike
         self.whitening.copy_((directions * variances.rsqrt()) @ directions.T)
         self.num_fitted.fill_(len(states))
 
