@@ -24,7 +24,7 @@ quickstart: $(VENV)/.plot-installed $(if $(filter audio video,$(ARGS)),$(VENV)/.
 
 .PHONY: test
 test: $(VENV)/.test-installed ## set up and run the tests, without the slow ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 ##@ For contributors
 
