@@ -27,6 +27,7 @@ from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
 from ..model.towers_transrec import (
     frozen_depth,
+    in_evaluation,
     lower_states,
     placeholder,
     read_below,
@@ -114,7 +115,7 @@ def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
     Raises `ValueError` for a tower that cannot go on from stored states: one whose blocks hand on something else than
     one state for each token, or image, or whose frozen blocks read parameters that are trained.
     """
-    kind, was_training = type(tower).__name__, {module: module.training for module in tower.modules()}
+    kind = type(tower).__name__
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     mask: Any = None
     if MODALITIES[name].has_tokens:
@@ -122,29 +123,26 @@ def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
         values = torch.arange(1, 6, device=tower.device).expand(2, 5) * mask
     else:
         values = torch.cat([placeholder(tower, None), placeholder(tower, None) + 1])
-    tower.eval()
     try:
-        if MODALITIES[name].is_windowed and (has_states_in_time(tower) or reads_clips(tower)):
-            raise ValueError("which of its states are real is known before its blocks alone")
-        if trained and read_below(tower, depth, trained):
-            raise ValueError("frozen blocks read parameters that are trained")
-        with torch.autocast(tower.device.type, enabled=False):
-            expected = run_tower(tower, values, mask).last_hidden_state
-            states = lower_states(tower, depth, values, mask)
-            if mask is not None:  # the second of two texts, without its padding, twice
-                mask, states, expected = (part[[1, 1], :3] for part in (mask, states, expected))
-            found = resume_tower(tower, depth, states, mask).last_hidden_state
-        tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
-        if (found - expected).abs().max() > tolerance * expected.abs().max():  # what is not finite is seen later
-            raise ValueError("from the states of its blocks it goes on otherwise")
+        with in_evaluation(tower):
+            if MODALITIES[name].is_windowed and (has_states_in_time(tower) or reads_clips(tower)):
+                raise ValueError("which of its states are real is known before its blocks alone")
+            if trained and read_below(tower, depth, trained):
+                raise ValueError("frozen blocks read parameters that are trained")
+            with torch.autocast(tower.device.type, enabled=False):
+                expected = run_tower(tower, values, mask).last_hidden_state
+                states = lower_states(tower, depth, values, mask)
+                if mask is not None:  # the second of two texts, without its padding, twice
+                    mask, states, expected = (part[[1, 1], :3] for part in (mask, states, expected))
+                found = resume_tower(tower, depth, states, mask).last_hidden_state
+            tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
+            if (found - expected).abs().max() > tolerance * expected.abs().max():  # what is not finite is seen later
+                raise ValueError("from the states of its blocks it goes on otherwise")
     except Exception as error:
         raise ValueError(
             f"{kind} cannot go on from stored states, so its part of the activation store would be wrong "
             f"({one_line(error)}): leave out activation_store"
         ) from error
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
 
 
 class StoredStates:

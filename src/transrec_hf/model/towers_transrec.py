@@ -75,6 +75,18 @@ def build_tower(config: Any) -> PreTrainedModel:
     return AutoModel.from_config(config, **without_dormant_parts(config))
 
 
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 @torch.no_grad()
 def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[int]) -> None:
     """
@@ -84,23 +96,22 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
     if tower.device.type == "meta":
         return
     mask = torch.ones(2, 4, dtype=torch.long, device=tower.device) if is_text else None
-    modes = {module: module.training for module in tower.modules()}
-    tower.eval()
     try:
-        contents = placeholder(tower, mask)
-        if not is_text:
-            contents = contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)
-            contents = torch.cat([contents, contents])
-        if name == "image" and contents.dim() != 4:
-            raise ValueError("it reads videos")
-        with recorded(tower, depths) as below:
-            output = run_tower(tower, contents, mask)
-        states = output.last_hidden_state if is_text else pooled_state(output)
-        for found in (states, *(below[depth] for depth in depths)):
-            if found.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
-                raise ValueError(f"they have the shape {tuple(found.shape)}, and the width {tower_width(tower)}")
-        if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
-            raise ValueError("they differ for one and the same content")
+        with in_evaluation(tower):
+            contents = placeholder(tower, mask)
+            if not is_text:
+                contents = contents + torch.linspace(-1, 1, contents.shape[-1]).to(contents)
+                contents = torch.cat([contents, contents])
+            if name == "image" and contents.dim() != 4:
+                raise ValueError("it reads videos")
+            with recorded(tower, depths) as below:
+                output = run_tower(tower, contents, mask)
+            states = output.last_hidden_state if is_text else pooled_state(output)
+            for found in (states, *(below[depth] for depth in depths)):
+                if found.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
+                    raise ValueError(f"they have the shape {tuple(found.shape)}, and the width {tower_width(tower)}")
+            if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
+                raise ValueError("they differ for one and the same content")
     except Exception as error:
         what = "4 tokens" if is_text else {"audio": "a sound", "video": "frames"}.get(name, "an image")
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -109,9 +120,6 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
             f"{type(tower).__name__} cannot be the {name} tower, which makes states of {what} alone ({reason}): take "
             f"{other}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
@@ -386,7 +394,6 @@ def freeze_below(tower: PreTrainedModel, trainable_blocks: int | None) -> None:
 
 def read_below(tower: PreTrainedModel, depth: int, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Which of the parameters have a part in the states after the first `depth` blocks."""
-    modes = {module: module.training for module in tower.modules()}
     trained = {parameter: parameter.requires_grad for parameter in tower.parameters()}
     mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
 
@@ -396,14 +403,12 @@ def read_below(tower: PreTrainedModel, depth: int, parameters: list[nn.Parameter
         with torch.enable_grad():
             return lower_states(tower, depth, placeholder(tower, mask), mask).requires_grad
 
-    tower.eval()
     try:
-        return [one for one in parameters if have_part([one])] if have_part(parameters) else []
+        with in_evaluation(tower):
+            return [one for one in parameters if have_part([one])] if have_part(parameters) else []
     finally:
         for parameter, was_trained in trained.items():
             parameter.requires_grad_(was_trained)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def is_frozen(module: nn.Module) -> bool:
