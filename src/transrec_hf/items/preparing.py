@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -198,14 +199,26 @@ class ItemSource:
         """The items at catalogue rows, in that order."""
         return ItemSource(self.catalogue.select(rows), self.processor, self.max_tokens)
 
-    def batch(self, rows: np.ndarray) -> ItemBatch:
+    def showing(self, modalities: Collection[str]) -> ItemSource:
+        """The same items without their other modalities, where an item has one of these; what has none stays."""
+        shown = self.present & torch.tensor([name in modalities for name in MODALITIES])
+        other = copy.copy(self)
+        other.present = torch.where(shown.any(dim=1, keepdim=True), shown, self.present)
+        return other
+
+    def batch(self, rows: np.ndarray, hidden: torch.Tensor | None = None) -> ItemBatch:
         """
         The items at catalogue rows `(n_items,)`.
+
+        Args:
+            rows (`np.ndarray` of shape `(n_items,)`): The rows.
+            hidden (`torch.Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Boolean, what of them is not
+                shown, nor read.
 
         Raises:
             `ValueError`: If an item has none of the modalities that are read.
         """
-        present = self.present[rows]
+        present = self.present[rows] if hidden is None else self.present[rows] & ~hidden
         batch = ItemBatch(present, item_rows=torch.as_tensor(rows, dtype=torch.long))
         if not self.modalities:
             return batch

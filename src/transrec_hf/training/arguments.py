@@ -91,6 +91,8 @@ class TransRecTrainingArguments(TrainingArguments):
             for one more forward pass.
         item_cache_age (`int`, *optional*): steps for which an item's vector is read again in histories, see
             [`ItemCache`]. For the objective `"cpc"`, where items of a history are not targets as well.
+        modality_dropout (`float`, *optional*, defaults to 0.0): in training, probability with which one modality of an
+            item that has several is hidden from a batch, so that each learns to do without the others.
         max_eval_users (`int`, *optional*): users for whom validation during training ranks the catalogue, drawn once
             at random; all if not given. Reports of the test targets always rank for all users.
         early_stopping_patience (`int`, *optional*): evaluations without a better `metric_for_best_model` after which
@@ -158,6 +160,9 @@ class TransRecTrainingArguments(TrainingArguments):
     item_cache_age: int | None = field(
         default=None, metadata={"help": "Steps for which histories read an item's vector again, for cpc [never]."}
     )
+    modality_dropout: float = field(
+        default=0.0, metadata={"help": "Probability to hide, in a batch, one modality of an item that has several."}
+    )
     max_eval_users: int | None = field(
         default=None, metadata={"help": "Users drawn for validation during training, always the same [all]."}
     )
@@ -209,6 +214,8 @@ class TransRecTrainingArguments(TrainingArguments):
         if self.trainable_blocks is not None and self.trainable_blocks < 0:
             raise ValueError(f"trainable_blocks must be 0 or more, got {self.trainable_blocks}")
         self.trainable_blocks = resolve_tuning(self.tuning, self.trainable_blocks, self.adapter_size)
+        if not 0 <= self.modality_dropout <= 1:
+            raise ValueError(f"modality_dropout must be between 0 and 1, got {self.modality_dropout}")
         names = ("adapter_size", "item_chunk_size", "item_cache_age", "max_eval_users", "early_stopping_patience")
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:

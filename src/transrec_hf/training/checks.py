@@ -10,6 +10,7 @@ import torch
 
 from ..evaluation.evaluator import LIST_LENGTH
 from ..evaluation.metrics import DEFAULT_KS, ranking_metrics
+from ..items.preparing import ItemSource
 from .adapters import base_of
 from .arguments import TransRecTrainingArguments
 
@@ -52,6 +53,15 @@ def check_objects(
     options: dict[str, Any] = (others.get("optimizer_cls_and_kwargs") or (None, {}))[1]
     if wrong := options.keys() & {"lr", "weight_decay", "params"}:
         raise TypeError(f"each part of the model has its own {min(wrong)}: leave it to the arguments of the run")
+
+
+def check_dropout(modality_dropout: float, source: ItemSource) -> None:
+    """Raises `ValueError` if there is a modality dropout, and no item of which it could hide something."""
+    if modality_dropout and not (source.present.sum(dim=1) > 1).any():
+        raise ValueError(
+            f"modality_dropout={modality_dropout:g} hides a modality of items that show the model several, and none "
+            "does: leave it out"
+        )
 
 
 def check_metric(args: TransRecTrainingArguments, sets: Iterable[str] = ()) -> None:

@@ -72,6 +72,22 @@ def draw_negatives(
     return negatives
 
 
+def draw_hidden(rng: np.random.Generator, present: np.ndarray, probability: float) -> np.ndarray:
+    """
+    What modality dropout hides: with this probability, of an item that has several modalities, one of them.
+
+    Args:
+        present (`np.ndarray` of shape `(n_items, n_modalities)`): Boolean, what each item has.
+
+    Returns:
+        `np.ndarray` of the same shape, boolean.
+    """
+    counts = present.sum(axis=1)
+    hides = (rng.random(len(present)) < probability) & (counts > 1)
+    one = (present.cumsum(axis=1) > (rng.random(len(present)) * counts)[:, None]).argmax(axis=1)
+    return hides[:, None] & (np.arange(present.shape[1]) == one[:, None])
+
+
 @dataclass
 class DataCollatorForNextItem:
     """
@@ -86,6 +102,9 @@ class DataCollatorForNextItem:
         config ([`TransRecConfig`]): of the model; gives the objective and the history length `L`.
         log_popularity (`np.ndarray` of shape `(len(source),)`): log of each item's share of the training data.
         seed (`int`, *optional*, defaults to 0): of the negatives.
+        modality_dropout (`float`, *optional*, defaults to 0.0): probability with which one modality of an item that
+            has several is hidden in a batch, see [`draw_hidden`]. Drawn as the negatives are, but from a stream of its
+            own: these stay the same.
 
     Call it with a list of `{"items": catalogue rows, "timestamps": of each, "user": int, "epoch": int}`, as
     [`TrainingWindows`] yields them, each of at least two items. It returns `items`, an [`ItemBatch`], and
@@ -99,6 +118,7 @@ class DataCollatorForNextItem:
     config: TransRecConfig
     log_popularity: np.ndarray
     seed: int = 0
+    modality_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         self.source.units()  # texts are tokenised now, not in each worker
@@ -119,7 +139,11 @@ class DataCollatorForNextItem:
             used.append(np.arange(len(self.source)))
         rows = np.unique(np.concatenate(used))
         rows = rows[rows != PADDING]
-        batch: dict[str, Any] = {"items": self.source.batch(rows)}
+        hidden = None
+        if self.modality_dropout:
+            own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+            hidden = torch.from_numpy(draw_hidden(own, self.source.present[rows].numpy(), self.modality_dropout))
+        batch: dict[str, Any] = {"items": self.source.batch(rows, hidden)}
         batch["log_popularity"] = torch.from_numpy(self.log_popularity[rows])
         indices = {"history_index": history, "target_index": target}
         if negative.size:

@@ -35,7 +35,7 @@ from ..publishing.checkpoint import EVALUATION_NAME, TRAINING_ARGS_NAME, load_ev
 from ..publishing.results import describe_device, versions
 from .adapters import base_of, check_adapters, has_adapter
 from .arguments import TransRecTrainingArguments
-from .checks import COVERAGE, check_kind, check_metric, check_objects
+from .checks import COVERAGE, check_dropout, check_kind, check_metric, check_objects
 from .collator import DataCollatorForNextItem, TrainingWindows
 from .item_cache import ItemCache
 from .parameters import parameter_groups
@@ -132,6 +132,7 @@ class TransRecTrainer(TrainerBase):
             if self.items.processor is None:
                 raise ValueError("a content model needs its processor: pass it as processing_class")
         self.source = self.items if config.modalities else ItemSource(self.catalogue)
+        check_dropout(args.modality_dropout, self.source)
         self.source.log_popularity = torch.from_numpy(log_popularity(self.train_counts))
         self.store: ActivationStore | None = None
         self.is_prepared = False  # for the items at hand
@@ -234,12 +235,9 @@ class TransRecTrainer(TrainerBase):
 
     def make_collator(self) -> DataCollatorForNextItem:
         """What makes batches of training windows."""
-        return DataCollatorForNextItem(
-            self.source,
-            self.model.config,
-            log_popularity(self.train_counts),
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
+        args, popularity = self.args, log_popularity(self.train_counts)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return DataCollatorForNextItem(self.source, self.model.config, popularity, seed, args.modality_dropout)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
