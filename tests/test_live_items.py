@@ -20,6 +20,8 @@ from testing_utils import make_catalogue, make_model, make_processor
 
 from transrec_hf import DataError, ItemIndex, ItemSource, Recommender
 from transrec_hf.files import locked
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.serving import building
 from transrec_hf.serving import live as module
 from transrec_hf.serving.journal import JOURNAL_NAME, append_record, read_journal
 from transrec_hf.serving.live import INDEX_LOCK, LiveItems
@@ -294,8 +296,6 @@ def test_a_recommender_keeps_its_changes(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transrec_hf.serving import building
-
     monkeypatch.setattr(building, "BLOCK", 3)
     monkeypatch.setattr(building, "RESUMED", 6)
     encoded: list[int] = []
@@ -345,6 +345,38 @@ def test_towers_are_loaded_when_they_are_needed(tmp_path: Path, options: dict[st
     assert Recommender.from_pretrained(tmp_path / "copy").recommend(["new"], 5)[0].score == pytest.approx(
         again.recommend(["new"], 5)[0].score
     )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_index_of_a_whitened_model_is_encoded_once(
+    trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that no catalogue was whitened for yet: it takes the axes that the index has."""
+    model = make_model(item_map="whitened")
+    if trained:
+        standardize_projections(model, ItemSource(make_catalogue(9), make_processor()))
+    model.save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    folder = tmp_path / "index"
+    first = Recommender.from_pretrained(tmp_path / "model", make_catalogue(), index=folder)
+    first.save_pretrained(tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "encode_catalogue", None)
+        again = [
+            Recommender.from_pretrained(tmp_path / "model", make_catalogue(), index=folder),
+            Recommender.from_pretrained(tmp_path / "model", index=folder),
+            Recommender.from_pretrained(tmp_path / "copy"),
+            Recommender(model, index=first.index, processor=make_processor()),
+        ]
+    for served in again:
+        assert torch.equal(served.item_embeds, first.item_embeds) and served.versions.model == first.versions.model
+        raw, expected = (of.recommend([{"text": "red hat"}], 5) for of in (served, first))
+        assert [item.item_id for item in raw] == [item.item_id for item in expected]
+    other = make_model(item_map="whitened")
+    standardize_projections(other, ItemSource(make_catalogue(5), make_processor()))
+    other.item_encoder.text_projection.get_buffer("axes").add_(1)
+    with pytest.raises(DataError, match="no item index that belongs to this model"):
+        Recommender(other, index=first.index, processor=make_processor())
 
 
 def test_a_large_index_keeps_its_smaller_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -499,9 +499,11 @@ def test_a_fuzzer_finds_nothing(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_share_the_items_and_stop_gracefully(checkpoint: Path, tmp_path: Path) -> None:
+def test_workers_share_the_items_and_stop_gracefully(tmp_path: Path) -> None:
     """What one worker is told, the other knows; requests that were accepted are answered before the end."""
-    items = tmp_path / "items.parquet"
+    checkpoint, items = tmp_path / "model", tmp_path / "items.parquet"
+    make_model(make_config(item_map="whitened")).save_pretrained(checkpoint)
+    make_processor().save_pretrained(checkpoint)
     make_catalogue().items.to_parquet(items)
     with Served(checkpoint, "--items", items, "--index", tmp_path / "index", "--workers", 2) as served:
         new = {"items": [{"item_id": "new", "text": "red hat"}]}

@@ -40,7 +40,8 @@ def encoder_hash(
 ) -> str:
     """
     SHA-256 over all that item vectors depend on besides the items: weights and their dtype, settings of the towers,
-    pooling and projections, the adapters in use, and the preprocessing.
+    pooling and projections, the adapters in use, and the preprocessing. It is followed by a hash of the axes of each
+    whitened item map that has met a catalogue, so that one which has not yet may take those of an index.
 
     Args:
         model ([`TransRecModel`]): The model.
@@ -59,14 +60,11 @@ def encoder_hash(
         settings += [config.item_map, config.similarity, config.content_prior]
     settings += [processor.fingerprint(modality) for modality in processor.modalities] if processor else []
     digest = hashlib.sha256(json.dumps(settings).encode())
-    of_catalogue = {  # made from the items, of which the hash knows nothing
-        f"{name}.{statistic}"
-        for name, module in encoder.named_modules()
-        if isinstance(module, WhitenedProjection)
-        for statistic in module.statistics
-    }
+    whitened = {name: of for name, of in encoder.named_modules() if isinstance(of, WhitenedProjection)}
+    of_catalogue = {f"{name}.{statistic}" for name, of in whitened.items() for statistic in of.statistics}
+    axes = {f"{name}.axes" for name in whitened} if index_format > 2 else set()
     state = encoder.state_dict() if weights is None else weights
-    values = [value for name, value in state.items() if name not in of_catalogue]
+    values = [value for name, value in state.items() if name not in of_catalogue | axes]
     if index_format < 3:
         for value in values:
             hash_weight(digest, value)
@@ -76,7 +74,17 @@ def encoder_hash(
         hash_weight(of_value := hashlib.sha256(), value)
         digests.append(of_value.digest())
     digest.update(b"".join(sorted(digests)))
-    return digest.hexdigest()
+    parts = [digest.hexdigest()]
+    for name in sorted(whitened):
+        if state[f"{name}.num_fitted"]:
+            hash_weight(of_axes := hashlib.sha256(name.encode()), state[f"{name}.axes"])
+            parts.append(of_axes.hexdigest())
+    return "-".join(parts)
+
+
+def is_made_by(made_by: str, own: str) -> bool:
+    """Whether an index with one [`encoder_hash`] is of the model with another: it has all that the model has."""
+    return set(own.split("-")) <= set(made_by.split("-"))
 
 
 def read_encoder_hash(folder: str | os.PathLike) -> str | None:
@@ -113,7 +121,8 @@ class ItemIndex:
         counts (`torch.Tensor` of shape `(n_items,)`, *optional*): How often each occurs in the training data.
         hidden (`torch.Tensor` of shape `(n_items,)`, *optional*): Boolean, items that may stand in histories but are
             not recommended.
-        statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by.
+        statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by,
+            and the axes.
         scan (`torch.Tensor` of shape `(n_items, any)`, *optional*): A smaller copy of the vectors, to look through.
         bounds (`torch.Tensor` of shape `(3,)`, *optional*): What a search has to know of that copy.
         state (`str`, *optional*): The hash of the contents of the file that it came from.
@@ -294,7 +303,7 @@ class ItemIndex:
         """Whether the vectors are those that the model makes."""
         width = model.config.hidden_size + model.config.popularity_prior  # with what scores add for popularity
         own = encoder_hash(model, processor, self.format)
-        return self.item_embeds.shape[1] == width and self.encoder_hash == own
+        return self.item_embeds.shape[1] == width and is_made_by(self.encoder_hash, own)
 
 
 def hash_of_items(item_ids: np.ndarray, item_hashes: np.ndarray) -> str:
@@ -305,12 +314,12 @@ def hash_of_items(item_ids: np.ndarray, item_hashes: np.ndarray) -> str:
 
 
 def statistics_of(model: TransRecModel) -> dict[str, torch.Tensor]:
-    """What a whitened item map has of the catalogue at hand, by modality and name; empty for other models."""
+    """What a whitened item map has of catalogues, by modality and name; empty for other models."""
     return {
         f"{name}.{statistic}": getattr(projection, statistic).detach().clone()
         for name in model.config.modalities
         if isinstance(projection := model.item_encoder.projection(name), WhitenedProjection)
-        for statistic in projection.statistics
+        for statistic in (*projection.statistics, "axes")
     }
 
 

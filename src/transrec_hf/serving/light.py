@@ -18,7 +18,7 @@ from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import build_tower
 from ..publishing.checkpoint import ADAPTER_NAME, check_processor, check_room, check_weights
-from .index import encoder_hash
+from .index import encoder_hash, is_made_by
 
 
 def load_without_towers(
@@ -74,4 +74,4 @@ def load_without_towers(
         processor.max_text_length = min(processor.max_text_length, model.item_encoder.positions)
     start = "item_encoder."
     encoder = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
-    return (model, processor) if encoder_hash(model, processor, weights=encoder) == made_by else None
+    return (model, processor) if is_made_by(made_by, encoder_hash(model, processor, weights=encoder)) else None
