@@ -407,7 +407,7 @@ def test_prepare_says_what_it_did(exports: tuple[Any, ...], capsys: pytest.Captu
         ("unknown_items", r"orders.csv: 1 .*the items lack: row 3 \(item '099'\)"),
         ("double_items", r"products.csv: 1 items that repeat an item_id: row 4 \('009'\)"),
         ("nameless_items", r"products.csv: 1 rows without an item_id: row 5"),
-        ("empty_items", r"products.csv: 1 items with neither text nor image: row 2 \('008'\)"),
+        ("empty_items", r"products.csv: 1 items with no content: row 2 \('008'\)"),
         ("missing_images", r"products.csv: 1 images whose file is not there: row 6 \(.*gone.png\)"),
     ],
 )

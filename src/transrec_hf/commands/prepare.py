@@ -1,4 +1,4 @@
-"""`transrec prepare`: the exports of a shop, as they are, to a checked domain."""
+"""`transrec prepare`: the exports of a shop, or a published data set, as they are, to a checked domain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ..data.interactions import load_domain
+from ..data.layouts import LAYOUTS, open_published
+from ..data.published import media_of
+from ..data.writing import KINDS, write_published
 from ..errors import DataError, describe, raise_defects
 from ..files import written_whole
 from .options import option
@@ -22,7 +25,8 @@ from .parsing import parse_arguments
 from .tables import as_ids, as_times, read_table
 
 
-ROW_GROUP = 1000  # items written at a time, with their images
+ROW_GROUP = 1000  # items written at a time, with their files
+CONTENTS = {"text": "text", "image": "an image", "audio": "a sound", "video": "a video"}
 DROPS = {
     "guests": "interactions without a user",
     "undated": "interactions without a timestamp",
@@ -30,8 +34,8 @@ DROPS = {
     "double_interactions": "interactions that repeat user, item and timestamp",
     "double_items": "items that repeat an item_id",
     "nameless_items": "rows without an item_id",
-    "empty_items": "items with neither text nor image",
-    "missing_images": "images whose file is not there",
+    "empty_items": "items with no content",
+    **{f"missing_{kind}": f"{kind} whose file is not there" for kind in KINDS.values()},
 }
 
 
@@ -47,7 +51,13 @@ class PreparationArguments:
     text: list[str] | None = field(default=None, metadata={"help": "Columns that are joined to the text [text]."})
     text_separator: str = option(". ", "What is put between them.")
     image: str | None = option(None, "Column of paths of images, or of their bytes [image or file_name].")
-    image_folder: str | None = option(None, "Folder that the paths are relative to [that of items].")
+    image_folder: str | None = option(
+        None, "Folder that the paths are relative to [that of items]; without a column, of files named by item_id."
+    )
+    audio: str | None = option(None, "Column of paths of sounds, or of their bytes [audio].")
+    audio_folder: str | None = option(None, "As image_folder, of sounds.")
+    video: str | None = option(None, "Column of paths of moving pictures, or of their bytes [video].")
+    video_folder: str | None = option(None, "As image_folder, of moving pictures.")
     keep: list[str] | None = field(default=None, metadata={"help": "Further columns of items to keep [none]."})
     user_id: str = option("user_id", "Column of interactions with the users.")
     interaction_item_id: str | None = option(None, "Column of interactions with the items [as in items, or item_id].")
@@ -58,6 +68,18 @@ class PreparationArguments:
     drop: list[str] | None = field(
         default=None, metadata={"help": "What to leave out, where else it is an error.", "choices": tuple(DROPS)}
     )
+    layout: str | None = option(
+        None, "Instead of items and interactions, read a published data set.", choices=tuple(LAYOUTS)
+    )
+    folder: str | None = option(None, "Where its files are, as they were downloaded.")
+    domain: str | None = option(None, "Which of several data sets in that folder, e.g. TN of NineRec.")
+    language: Literal["en", "zh"] = option("en", "Of its titles, where it has them in both.")
+    modalities: list[str] | None = field(
+        default=None,
+        metadata={"help": "Which of its contents are taken in [all].", "choices": ("text", *KINDS)},
+    )
+    min_value: float | None = option(None, "Its interactions of a lower rating, or share watched, are left out.")
+    k_core: int = option(1, "Its users and items with fewer interactions are left out, until all have as many.")
     json: bool = option(False, "Print what was done as JSON.")
 
 
@@ -108,12 +130,21 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
         guests undated unknown_items double_interactions double_items nameless_items empty_items missing_images
 
     Double interactions are kept and counted, unless dropped: repeats are real. The folder is written as a whole, after
-    it was read once and all images were decoded.
+    it was read once and all images, sounds and moving pictures were decoded.
+
+    Published data sets are read in their own layout, whatever they lack is left out, counted and listed in a file:
+
+        transrec prepare --layout ninerec --folder NineRec --domain TN --language en --output_dir tn
+
+    docs/datasets.md has the layouts.
     """
     (args,) = parse_arguments((PreparationArguments,), argv, prepare)
-    missing = [name for name in ("items", "interactions", "output_dir") if getattr(args, name) is None]
+    needed = ("folder", "output_dir") if args.layout else ("items", "interactions", "output_dir")
+    missing = [name for name in needed if getattr(args, name) is None]
     if missing:
         raise DataError(f"give {' and '.join(f'--{name}' for name in missing)}")
+    if args.layout and (args.items or args.interactions):
+        raise DataError("--layout reads the items and interactions of --folder: leave out --items and --interactions")
     folder = Path(args.output_dir)
     there = (
         [name for name in os.listdir(folder) if name.startswith(("items.", "interactions."))]
@@ -124,19 +155,24 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise DataError(f"{folder}: holds {there[0]} already. Choose another --output_dir, or delete it.")
 
     done: dict[str, Any] = {"output_dir": args.output_dir, "dropped": {}, "float_ids": []}
-    items = _items(args, done)
-    interactions = _interactions(args, items["item_id"], done)
-    with written_whole(folder) as partial:
-        images = items.pop("image", None)
-        _write_items(partial / "items.parquet", items, images)
-        pa.parquet.write_table(interactions, partial / "interactions.parquet")
-        catalogue, sequences = load_domain(partial)
-        catalogue.check_contents()
+    if args.layout:
+        published = open_published(args.layout, args.folder, args.domain, args.language)
+        options = {name: getattr(args, name) for name in ("text", "modalities", "min_value", "k_core")}
+        with written_whole(folder) as partial:
+            done |= write_published(published, partial, separator=args.text_separator, **options)
+            catalogue, sequences = load_domain(partial)
+    else:
+        items = _items(args, done)
+        interactions = _interactions(args, items["item_id"], done)
+        with written_whole(folder) as partial:
+            _write_items(partial / "items.parquet", items)
+            pa.parquet.write_table(interactions, partial / "interactions.parquet")
+            catalogue, sequences = load_domain(partial)
+            catalogue.check_contents()
     done |= {
         "items": len(catalogue),
-        "items_with_text": int(catalogue.has_text.sum()),
-        "items_with_image": int(catalogue.has_image.sum()),
-        "interactions": len(interactions),
+        **{f"items_with_{name}": int(catalogue.has(name).sum()) for name in ("text", *KINDS)},
+        "interactions": len(sequences.items),
         "users": len(sequences),
         "users_with_three_or_more": int((sequences.lengths >= 3).sum()),
     }
@@ -176,27 +212,40 @@ def _items(args: PreparationArguments, done: dict[str, Any]) -> dict[str, Any]:
     rows = zip(*parts, strict=True) if parts else [()] * len(table)
     texts = [args.text_separator.join(part.strip() for part in row if part and part.strip()) or None for row in rows]
 
-    name = args.image or next((name for name in ("image", "file_name") if name in table.column_names), None)
-    images = [None] * len(table) if name is None else _column(table, name, "image", source).to_pylist()
-    images = [image.get("bytes") or image.get("path") if isinstance(image, dict) else image for image in images]
-    place = Path(args.image_folder or Path(source).parent)
-    images = [place / image if isinstance(image, str) and image else image or None for image in images]
-    absent = np.array([isinstance(image, Path) and not image.is_file() for image in images], dtype=bool)
-    if "missing_images" in sieve.drop:
-        done["dropped"]["missing_images"] = int(absent.sum())
-        images = [None if gone else image for image, gone in zip(images, absent, strict=True)]
-    else:
-        sieve.sift("missing_images", absent, lambda row: str(images[row]))
-    empty = [text is None and image is None for text, image in zip(texts, images, strict=True)]
+    contents: dict[str, list[Any]] = {"text": texts}
+    for name, kind in KINDS.items():
+        files = _files(args, table, name, ids)
+        absent = np.array([isinstance(file, Path) and not file.is_file() for file in files], dtype=bool)
+        if f"missing_{kind}" in sieve.drop:
+            done["dropped"][f"missing_{kind}"] = int(absent.sum())
+            files = [None if gone else file for file, gone in zip(files, absent, strict=True)]
+        else:
+            sieve.sift(f"missing_{kind}", absent, lambda row, files=files: str(files[row]))
+        contents[name] = files
+    empty = [all(content is None for content in row) for row in zip(*contents.values(), strict=True)]
     sieve.sift("empty_items", np.array(empty, dtype=bool), lambda row: repr(ids[row]))
     sieve.check()
     done["dropped"] |= sieve.dropped
 
-    result: dict[str, Any] = {"item_id": ids, "text": texts, "image": images}
+    result: dict[str, Any] = {"item_id": ids, **contents}
     result |= {name: _column(table, name, "keep", source).to_pylist() for name in args.keep or ()}
     kept = np.flatnonzero(sieve.keep).tolist()
     result = {name: [values[row] for row in kept] for name, values in result.items()}
     return {name: values for name, values in result.items() if any(value is not None for value in values)}
+
+
+def _files(args: PreparationArguments, table: pa.Table, name: str, ids: np.ndarray) -> list[Path | bytes | None]:
+    """The files of a modality, of a column or, without one, of a folder where they are named by item."""
+    source, folder = str(args.items), getattr(args, f"{name}_folder")
+    usual = (name, "file_name") if name == "image" else (name,)
+    column = getattr(args, name) or next((other for other in usual if other in table.column_names), None)
+    if column is None:
+        named = media_of(Path(folder)) if folder else {}
+        return [Path(named[item]) if item in named else None for item in ids]
+    files = _column(table, column, name, source).to_pylist()
+    files = [file.get("bytes") or file.get("path") if isinstance(file, dict) else file for file in files]
+    place = Path(folder or Path(source).parent)
+    return [place / file if isinstance(file, str) and file else file or None for file in files]
 
 
 def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dict[str, Any]) -> pa.Table:
@@ -230,30 +279,32 @@ def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dic
     return pa.table(columns).filter(pa.array(sieve.keep))
 
 
-def _write_items(path: Path, items: dict[str, Any], images: list[Path | bytes | None] | None) -> None:
-    """Items in row groups, images read when their turn comes."""
+def _write_items(path: Path, items: dict[str, Any]) -> None:
+    """Items in row groups, files read when their turn comes."""
+    media = {name: items.pop(name) for name in KINDS if name in items}
     table = pa.table({name: pa.array(values) for name, values in items.items()})
-    schema = table.schema if images is None else table.schema.append(pa.field("image", pa.binary()))
+    schema = pa.schema([*table.schema, *(pa.field(name, pa.binary()) for name in media)])
     with pa.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(table), ROW_GROUP):
             part = table.slice(start, ROW_GROUP)
-            if images is not None:
-                contents = (
-                    image.read_bytes() if isinstance(image, Path) else image
-                    for image in images[start : start + ROW_GROUP]
-                )
-                part = part.append_column("image", pa.array(contents, pa.binary()))
+            for name, files in media.items():
+                contents = [
+                    file.read_bytes() if isinstance(file, Path) else file for file in files[start : start + ROW_GROUP]
+                ]
+                part = part.append_column(name, pa.array(contents, pa.binary()))
             writer.write_table(part)
 
 
 def _describe(done: dict[str, Any]) -> str:
     """What was done, a line for each."""
-    with_text, with_image = done["items_with_text"], done["items_with_image"]
+    with_content = {name: done[f"items_with_{name}"] for name in CONTENTS}
+    shown = ", ".join(f"{with_content[name]:,} with {word}" for name, word in CONTENTS.items() if with_content[name])
     lines = [
-        f"{done['output_dir']}: {done['items']:,} items ({with_text:,} with text, {with_image:,} with an image), "
-        f"{done['interactions']:,} interactions of {done['users']:,} users"
+        f"{done['output_dir']}: {done['items']:,} items ({shown}), {done['interactions']:,} interactions of "
+        f"{done['users']:,} users"
     ]
-    lines += [f"  dropped {count:,} {DROPS[name]}" for name, count in done["dropped"].items() if count]
+    lines += [f"  {note}" for note in done.get("notes", ())]
+    lines += [f"  dropped {count:,} {DROPS.get(name, name)}" for name, count in done["dropped"].items() if count]
     lines += [f"  ids of {source} were written as 8881.0 and are read as 8881" for source in done["float_ids"]]
     if done.get("double_interactions"):
         lines.append(f"  kept {done['double_interactions']:,} {DROPS['double_interactions']}")

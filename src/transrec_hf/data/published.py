@@ -1,0 +1,348 @@
+"""Published data sets as they are downloaded: their parts are found and read row by row, whatever their size."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import functools
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DataError, one_line, printable, shortened
+
+
+OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open}
+DEEPEST = 3
+"""Folders in folders in which parts are looked for."""
+MEDIA_FOLDER = re.compile("cover|image|poster|video|audio|preview|frame", re.IGNORECASE)
+"""Names of folders that hold a file an item; no part is looked for in these."""
+SAMPLE = 10_000
+"""Rows of a file without a header by which its columns are told apart."""
+MOST_LISTED = 100_000
+SECONDS = range(946_684_800, 4_102_444_800)  # of the years 2000 to 2099
+
+
+class LeftOut:
+    """What a domain is made without, and why; each once, and counted."""
+
+    def __init__(self) -> None:
+        self.listed: dict[tuple[str, str], str] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, name: str, reason: str) -> None:
+        """`kind` in the plural, as `images`; `name` is the id or the row."""
+        if (kind, name) not in self.listed:
+            self.counts[kind] += 1
+            if len(self.listed) < MOST_LISTED:
+                self.listed[kind, name] = reason
+
+
+@dataclass
+class Published:
+    """
+    A published data set, not read yet. What it yields can be read again and again, from its beginning.
+
+    Args:
+        items (`Callable`): To iterate over items: dictionaries of `item_id`, fields of text, and paths of media.
+        interactions (`Callable`): To iterate over users, items, times (`None` where unknown), and ratings (or `None`).
+        text (`tuple[str, ...]`): The fields that are the text of an item unless others are asked for.
+        media (`tuple[str, ...]`): Of which modalities there are files.
+        notes (`list[str]`): What was found out about the files.
+        left_out ([`LeftOut`]): Rows that cannot be read.
+    """
+
+    items: Callable[[], Iterator[dict[str, Any]]]
+    interactions: Callable[[], Iterator[tuple[str, str, int | None, float | None]]]
+    text: tuple[str, ...] = ()
+    media: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+class Parts:
+    """
+    The parts of a published data set in a folder, by the patterns of their names.
+
+    Args:
+        folder (`str`): The folder; its parts may lie in folders of their own.
+        layout (`str`): Its name, for messages.
+
+    Raises:
+        [`DataError`]: If there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, layout: str):
+        self.root, self.layout = Path(folder), layout
+        if not self.root.is_dir():
+            raise DataError(f"{printable(folder)}: no such folder (now in {os.getcwd()}). Check the path.")
+        self.notes: list[str] = []
+        self.left_out = LeftOut()
+        self._missing: list[str] = []
+        self._files: list[Path] = []
+        self._folders: list[Path] = []
+        self._walk(self.root, 0)
+
+    def _walk(self, folder: Path, depth: int) -> None:
+        for entry in sorted(folder.iterdir()):
+            if entry.is_file():
+                self._files.append(entry)
+            elif entry.is_dir() and depth < DEEPEST:
+                self._folders.append(entry)
+                if not MEDIA_FOLDER.search(entry.name):
+                    self._walk(entry, depth + 1)
+
+    def files(self, *patterns: str) -> list[Path]:
+        """Files whose names match, compressed or not, those of the first pattern first."""
+        return [
+            file
+            for pattern in patterns
+            for file in self._files
+            if fnmatch(re.sub(r"\.(gz|bz2)$", "", file.name).lower(), pattern.lower())
+        ]
+
+    def folder(self, *patterns: str) -> Path | None:
+        """The first folder whose name matches."""
+        found = [place for pattern in patterns for place in self._folders if fnmatch(place.name.lower(), pattern)]
+        return found[0] if found else None
+
+    def need(self, what: str, *patterns: str) -> Path:
+        """The first file that matches; that there is none is noted for [`Parts.check`]."""
+        found = self.files(*patterns)
+        if not found:
+            self.miss(f"{what} ({' or '.join(patterns)})")
+        return found[0] if found else self.root
+
+    def miss(self, what: str) -> None:
+        """Note a missing part."""
+        self._missing.append(what)
+
+    def check(self) -> None:
+        """Raise one [`DataError`] for all missing parts."""
+        if self._missing:
+            there = [printable(path.relative_to(self.root)) for path in (*self._folders, *self._files)[:8]]
+            raise DataError(
+                f"{printable(self.root)}: not all of {self.layout} is there. Missing: {'; '.join(self._missing)}. "
+                f"Found {there}. Download what is missing to this folder, or name another one."
+            )
+
+    def choose(self, names: Iterable[str], chosen: str | None) -> str:
+        """One of several data sets in the folder. Raises [`DataError`] if it is not said which."""
+        found = sorted(set(names))
+        if chosen is None and len(found) == 1:
+            return found[0]
+        if chosen in found:
+            return str(chosen)
+        if not found:
+            self.check()
+            raise DataError(f"{printable(self.root)}: nothing of {self.layout} is there. Name another folder.")
+        raise DataError(f"{printable(self.root)}: holds {', '.join(found)}. Name one with --domain, not {chosen}.")
+
+    def published(self, items: Callable, interactions: Callable, text: Sequence[str], **media: Any) -> Published:
+        """The data set; `media` are what [`media_of`] found of each modality."""
+        found = tuple(name for name, files in media.items() if files)
+
+        def with_media() -> Iterator[dict[str, Any]]:
+            for item in items():
+                yield {**item, **{name: media[name].get(item["item_id"]) for name in found}}
+
+        return Published(with_media, interactions, tuple(text), found, self.notes, self.left_out)
+
+
+def media_of(folder: Path | None) -> dict[str, str]:
+    """The path of each file in a folder, and in the folders there, by its name without suffix: the id of an item."""
+    found: dict[str, str] = {}
+    for entry in os.scandir(folder) if folder else ():
+        inside = os.scandir(entry.path) if entry.is_dir() else (entry,)
+        found |= {Path(file.name).stem: file.path for file in inside if not file.name.startswith(".")}
+    return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{printable(path)}: not UTF-8 ({error.reason}). Convert it, with iconv for example."
+        ) from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise DataError(f"{printable(path)}: cannot be read ({one_line(error)}). Download it again.") from error
+
+
+def lines_of(path: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
+    """The lines of a file of text, compressed or not."""
+    with _readable(path), OPENERS.get(path.suffix, open)(path, "rt", encoding=encoding, newline="") as file:
+        yield from file
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-8, or Latin-1 if a file is none."""
+    try:
+        for _ in lines_of(path):
+            pass
+    except DataError:
+        return "latin-1"
+    return "utf-8-sig"
+
+
+def cells_of(path: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Iterator[list[str]]:
+    """The cells of each row that is not blank; only those of comma-separated files may be quoted."""
+    lines = lines_of(path, encoding)
+    if delimiter == ",":
+        with _readable(path):
+            yield from (row for row in csv.reader(lines) if row)
+    else:
+        for line in lines:
+            if line := line.rstrip("\r\n"):
+                yield line.split(delimiter)
+
+
+@dataclass
+class Table:
+    """A file of rows whose columns are known."""
+
+    path: Path
+    delimiter: str
+    columns: dict[str, int]
+    has_header: bool
+    left_out: LeftOut
+    encoding: str = "utf-8-sig"
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        """The cells of each row by the names of the columns; rows that lack one are left out."""
+        width, columns = max(self.columns.values()) + 1, self.columns.items()
+        rows = cells_of(self.path, self.delimiter, self.encoding)
+        for number, row in enumerate(islice(rows, int(self.has_header), None), start=1):
+            if len(row) < width:
+                reason = f"{len(row)} cells where {width} are needed"
+                self.left_out.add("rows", f"{self.path.name}, row {number}", reason)
+                continue
+            yield {name: row[place] for name, place in columns}
+
+
+def open_table(
+    parts: Parts,
+    path: Path,
+    names: Mapping[str, Sequence[str]],
+    order: Sequence[str] = (),
+    delimiter: str | None = None,
+    known: Container[str] = (),
+    encoding: str = "utf-8-sig",
+) -> Table:
+    """
+    A file with a header or without.
+
+    Args:
+        parts ([`Parts`]): Where it is; notes go there.
+        path (`Path`): The file.
+        names (`dict[str, list[str]]`): What each column may be called in a header.
+        order (`list[str]`, *optional*): The columns of a file without a header as they are published.
+        delimiter (`str`, *optional*): Between cells; by default a tab if the first line has one, else a comma.
+        known (`Container[str]`, *optional*): Ids of items, by which the columns of a file without a header are told.
+
+    Raises:
+        [`DataError`]: If there is no header, and the order of the columns is not known.
+    """
+    if delimiter is None:
+        delimiter = "\t" if "\t" in next(lines_of(path, encoding), "") else ","
+    first = [cell.strip().lower() for cell in next(cells_of(path, delimiter, encoding), [])]
+    columns = {
+        name: first.index(alias) for name, aliases in names.items() for alias in aliases[::-1] if alias in first
+    }
+    table = functools.partial(Table, path, delimiter, left_out=parts.left_out, encoding=encoding)
+    if columns.keys() >= set(order or names):
+        return table(columns=columns, has_header=True)
+    if not order:
+        missing = [f"{name} ({' or '.join(aliases)})" for name, aliases in names.items() if name not in columns]
+        raise DataError(
+            f"{printable(path)}: no column {', '.join(missing)}; found {shortened(first, 300)}. Download it again."
+        )
+    sample = [row for row in islice(cells_of(path, delimiter, encoding), SAMPLE) if len(row) >= len(order)]
+    found = _told_apart(sample, order, known) if known else dict(zip(order, range(len(order)), strict=True))
+    in_order = ", ".join(sorted(found, key=found.__getitem__))
+    how = "as their cells tell" if known else "as they are published"
+    parts.notes.append(f"{path.name}: no header; its columns are {in_order}, {how}")
+    return table(columns=found, has_header=False)
+
+
+def _told_apart(sample: Sequence[Sequence[str]], order: Sequence[str], known: Container[str]) -> dict[str, int]:
+    """Which column is what: items are known, times are of this century, ratings are small; the rest are users."""
+    left = list(range(len(order)))
+    share = [sum(row[column] in known for row in sample) / max(1, len(sample)) for column in left]
+    found = {}
+    for name, fits in (("timestamp", _is_time), ("value", _is_rating)):
+        if name in order:
+            fitting = [column for column in left if sample and all(fits(row[column]) for row in sample)]
+            published = order.index(name)
+            found[name] = published if published in fitting or not fitting else min(fitting, key=share.__getitem__)
+            left.remove(found[name])
+    published = order.index("item") if order.index("item") in left else left[0]
+    found["item"] = max(left, key=lambda column: (round(share[column], 2), column == published))
+    left.remove(found["item"])
+    return {**found, "user": left[0]}
+
+
+def _is_time(cell: str) -> bool:
+    return cell.isdecimal() and (int(cell) in SECONDS or int(cell) // 1000 in SECONDS)
+
+
+def _is_rating(cell: str) -> bool:
+    return re.fullmatch(r"\d(\.\d+)?", cell) is not None
+
+
+def json_lines(path: Path, left_out: LeftOut) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line. Raises [`DataError`] if it has none."""
+    found = False
+    for number, line in enumerate(lines_of(path), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as error:
+            if not found and number > 100:
+                break
+            left_out.add("rows", f"{path.name}, line {number}", f"no JSON ({one_line(error)})")
+            continue
+        found = True
+        yield row
+    if not found:
+        raise DataError(
+            f"{printable(path)}: holds no JSON object a line. Download the file of another year or format."
+        )
+
+
+@functools.lru_cache(maxsize=2**16)
+def seconds_of(text: str, form: str | None = None) -> int | None:
+    """Seconds since 1970 of a time, in UTC unless it says its zone; `None` if it is none."""
+    try:
+        time = datetime.strptime(text, form) if form else datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return int((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp())
+
+
+def number_of(text: Any) -> float | None:
+    """A number, or `None` if it is none."""
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        return None
+    return number if abs(number) < 2**53 else None
+
+
+def time_of(text: str) -> int | None:
+    """A time that is written as a number, or else as a date."""
+    number = number_of(text)
+    return seconds_of(text) if number is None else int(number)
