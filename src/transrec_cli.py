@@ -6,14 +6,15 @@ answers at once. Each verb imports what it needs; those of `VERBS` are functions
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -70,6 +71,21 @@ CheckpointFolder = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)]
 Token = Annotated[str | None, typer.Option(help="Hub token, instead of the one of `hf auth login`.")]
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Inside, rooms of the package are imported by themselves: the package, which registers its model, comes later."""
+    if "transrec_hf" in sys.modules:
+        yield
+        return
+    spec = importlib.util.find_spec("transrec_hf")
+    assert spec is not None
+    sys.modules["transrec_hf"] = importlib.util.module_from_spec(spec)
+    try:
+        yield
+    finally:
+        del sys.modules["transrec_hf"]
 
 
 def print_version(asked: bool) -> None:
@@ -130,8 +146,9 @@ def push(
     from huggingface_hub import HfApi
 
     from transrec_hf.errors import hub_errors
-    from transrec_hf.publishing.card import CARD_NAME, model_card, update_model_card
+    from transrec_hf.publishing.card import model_card, update_model_card
     from transrec_hf.publishing.checkpoint import read_config
+    from transrec_hf.publishing.facts import CARD_NAME
     from transrec_hf.publishing.hub import upload_checkpoint
 
     read_config(path)
@@ -197,28 +214,32 @@ def info(
 
     Modalities, towers, sizes, parameters, data and metrics. Weights are not downloaded.
     """
-    from transrec_hf.publishing.card import describe_checkpoint
+    is_local = Path(path_or_id).is_dir()
+    folder = Path(path_or_id) if is_local else download(path_or_id, revision, token)
+    with without_torch():
+        from transrec_hf.publishing.facts import look
 
-    facts = describe_checkpoint(find_folder(path_or_id, revision, token), local=Path(path_or_id).is_dir())
+    facts = look(folder)
+    if facts is None:
+        from transrec_hf.publishing.card import describe_checkpoint
+
+        facts = describe_checkpoint(folder, local=is_local)
     if as_json:
         typer.echo(json.dumps({"checkpoint": path_or_id, **facts}, indent=2))
     else:
         typer.echo(format_facts(path_or_id, facts))
 
 
-def find_folder(path_or_id: str, revision: str | None, token: str | None) -> Path:
-    """The folder itself, or one with the small files of a repository on the Hub."""
+def download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """A folder with the small files of a repository on the Hub."""
     from huggingface_hub import snapshot_download
 
-    from transrec_hf.errors import hub_errors
-    from transrec_hf.publishing.checkpoint import check_place
+    with without_torch():
+        from transrec_hf.errors import hub_errors
 
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    check_place(path_or_id)
     small = ["config.json", "adapter_config.json", "data_statistics.json", "evaluation.json"]
-    with hub_errors(path_or_id):
-        return Path(snapshot_download(path_or_id, revision=revision, token=token, allow_patterns=small))
+    with hub_errors(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=small))
 
 
 def format_facts(name: str, facts: dict[str, Any]) -> str:
@@ -260,7 +281,8 @@ def main() -> None:
     except Exception as error:
         from safetensors import SafetensorError
 
-        from transrec_hf.errors import DataError, HubError, one_line
+        with without_torch():
+            from transrec_hf.errors import DataError, HubError, one_line
 
         if isinstance(error, UnicodeEncodeError):
             fail("a name on the command line is not UTF-8: set LC_ALL=C.UTF-8, or take another name", 2)

@@ -19,7 +19,7 @@ import transrec_hf
 from transrec_hf import TransRecModel
 from transrec_hf.data.statistics import data_statistics, save_statistics
 from transrec_hf.publishing.card import write_model_card
-from transrec_hf.publishing.checkpoint import save_evaluation
+from transrec_hf.publishing.facts import save_evaluation
 from transrec_hf.publishing.results import append_results
 
 
@@ -90,6 +90,16 @@ def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], code
     command = [sys.executable, "-c", "\n".join(lines), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(transrec_cli.__file__).parent)
     assert done.returncode == code and done.stdout.endswith("False False\n"), done
+
+
+def test_a_look_at_a_folder_does_not_import_torch(checkpoint: Path) -> None:
+    code = (
+        "import atexit, sys, transrec_cli; atexit.register(lambda: print('torch' in sys.modules)); transrec_cli.main()"
+    )
+    command = [sys.executable, "-c", code, "info", str(checkpoint), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(transrec_cli.__file__).parent)
+    assert done.returncode == 0 and done.stdout.endswith("False\n"), done
+    assert json.loads(done.stdout.removesuffix("False\n"))["sizes"]["hidden_size"] == 16
 
 
 def test_version(transrec: Run) -> None:

@@ -12,12 +12,21 @@ import numpy as np
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
 from local_hub import LocalHub
-from testing_utils import make_catalogue, make_config, make_model, make_processor, make_sequences, make_split
+from testing_utils import (
+    make_catalogue,
+    make_config,
+    make_model,
+    make_paper_config,
+    make_processor,
+    make_sequences,
+    make_split,
+)
 from transformers import TrainingArguments
 
 from transrec_hf import (
     DataError,
     HubError,
+    TransRecConfig,
     TransRecModel,
     TransRecTrainer,
     TransRecTrainingArguments,
@@ -34,11 +43,12 @@ from transrec_hf.publishing.card import (
     update_model_card,
     verdict,
 )
-from transrec_hf.publishing.checkpoint import (
+from transrec_hf.publishing.checkpoint import parameter_counts
+from transrec_hf.publishing.facts import (
     UNKNOWN_LICENCE,
     load_evaluation,
+    look,
     named_source,
-    parameter_counts,
     read_licence,
     save_evaluation,
 )
@@ -271,6 +281,34 @@ def test_parameters_and_durations() -> None:
     assert sum(parameter_counts(model.config).values()) == model.num_parameters()
     assert parameter_counts(make_config((), num_items=12))["item embeddings"] == 12 * 16
     assert [duration(seconds) for seconds in (47, 720, 12600)] == ["47 s", "12 min", "3.5 h"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_config(),
+        make_paper_config(),  # its image tower has batch norms
+        make_config((), num_items=12, user_encoder="mean"),
+        make_config(("text",), features_size=4, user_encoder="gru"),
+    ],
+)
+def test_a_look_without_the_model_finds_the_same(config: TransRecConfig, tmp_path: Path) -> None:
+    make_model(config).save_pretrained(tmp_path)
+    facts = look(tmp_path)
+    assert facts == json.loads(json.dumps(describe_checkpoint(tmp_path))) and facts is not None
+    assert facts["parameters"]["total"] == make_model(config).num_parameters()
+
+
+def test_a_look_leaves_what_is_not_whole_to_others(tmp_path: Path) -> None:
+    make_config().save_pretrained(tmp_path)
+    assert look(tmp_path) is None  # no weights
+    make_model().save_pretrained(tmp_path)
+    assert look(tmp_path) is not None
+    config = json.loads((tmp_path / "config.json").read_text())
+    odd: dict[str, Any] = {"objective": "\x1b[31m", "hidden_size": "9" * 99, "text_config": [], "weights_from": [{}]}
+    for name, value in {**odd, "model_type": "bert"}.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        assert look(tmp_path) is None, name
 
 
 def test_damaged_or_missing_files_are_named(tmp_path: Path) -> None:

@@ -27,14 +27,8 @@ from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.items.preparing import ItemSource
 from transrec_hf.items.store import prefix_key
 from transrec_hf.publishing.card import describe_checkpoint, model_card
-from transrec_hf.publishing.checkpoint import (
-    UNKNOWN_LICENCE,
-    load_checkpoint,
-    read_licence,
-    save_checkpoint,
-    save_evaluation,
-    towers_of_run,
-)
+from transrec_hf.publishing.checkpoint import load_checkpoint, save_checkpoint
+from transrec_hf.publishing.facts import UNKNOWN_LICENCE, read_licence, save_evaluation, towers_of_run
 from transrec_hf.publishing.hub import upload_checkpoint
 from transrec_hf.publishing.markdown import code, plain, quoted
 from transrec_hf.publishing.results import append_results, read_results, without_secrets

@@ -31,14 +31,8 @@ from transrec_hf.data.statistics import load_statistics, save_statistics
 from transrec_hf.files import locked, read_whole, recover, whole_file, written_whole
 from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.publishing.card import model_card, update_model_card
-from transrec_hf.publishing.checkpoint import (
-    checkpoints_of,
-    load_checkpoint,
-    load_evaluation,
-    remove_old_checkpoints,
-    save_checkpoint,
-    save_evaluation,
-)
+from transrec_hf.publishing.checkpoint import checkpoints_of, load_checkpoint, remove_old_checkpoints, save_checkpoint
+from transrec_hf.publishing.facts import load_evaluation, save_evaluation
 from transrec_hf.publishing.hub import upload_checkpoint
 from transrec_hf.publishing.results import append_results, read_results
 from transrec_hf.training.resuming import last_complete_checkpoint

@@ -41,6 +41,7 @@ PARTIAL = ".partial-"
 JOURNAL = ".commit"
 LOCK, TRAINING_LOCK = ".lock", ".training.lock"
 HEADS = ("config.json", "adapter_config.json")
+STATISTICS_NAME = "data_statistics.json"
 PATIENCE = 30.0  # seconds for which a reader or a writer waits for another writer
 
 _locks: set[int] = set()  # descriptors of this process

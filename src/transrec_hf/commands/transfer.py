@@ -20,14 +20,14 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import of_modality
-from ..data.statistics import STATISTICS_NAME
 from ..errors import DataError, bad_input, one_line
 from ..evaluation.metrics import metric_values, paired_bootstrap
 from ..evaluation.protocol import PROTOCOLS
-from ..files import whole_file, write_json, write_text
+from ..files import STATISTICS_NAME, whole_file, write_json, write_text
 from ..items.meeting import ItemStatistics
 from ..model.modalities_transrec import MODALITIES
-from ..publishing.checkpoint import check_fits, load_checkpoint, read_json
+from ..publishing.checkpoint import check_fits, load_checkpoint
+from ..publishing.facts import read_json
 from ..training.arguments import TransRecTrainingArguments
 from ..training.transfer_cells import MODELS, REFERENCES, WITH_POPULARITY, Cell, Source, Target, cells_of
 from .options import DataArguments, option

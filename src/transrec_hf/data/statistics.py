@@ -12,14 +12,11 @@ import numpy as np
 from transformers.utils import cached_file
 
 from ..errors import DataError, hub_errors, pinned
-from ..files import write_json
+from ..files import STATISTICS_NAME, write_json
 from ..model.modalities_transrec import MODALITIES
 from .catalogue import Catalogue
 from .interactions import Sequences, Split, flat_column
 from .reading import BLOCK
-
-
-STATISTICS_NAME = "data_statistics.json"
 
 
 def log_popularity(counts: np.ndarray) -> np.ndarray:

@@ -1,13 +1,18 @@
-"""What a modality is, and a batch of items that have some of them."""
+"""
+What a modality is, and a batch of items that have some of them. Torch is imported where it is used: commands that only
+look at a folder read the table, and do without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,8 @@ class ItemBatch:
         Raises:
             `ValueError`: If a name is none of the table, or nothing says how many items there are.
         """
+        import torch
+
         parts = {}
         for modality in MODALITIES.values():
             values, rows = inputs.pop(modality.values, None), inputs.pop(modality.index, None)
@@ -223,12 +230,14 @@ class ItemBatch:
 
     def pin_memory(self) -> ItemBatch:
         """The same in pinned memory, as a `DataLoader` asks for it."""
-        return self.map(Tensor.pin_memory)
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 def with_all_columns(present: Tensor) -> Tensor:
     """Which modalities each item has, `(n_items, any)`, with the columns of those that came to the table later."""
-    return torch.nn.functional.pad(present.bool(), (0, len(MODALITIES) - present.shape[1]))
+    from torch.nn.functional import pad
+
+    return pad(present.bool(), (0, len(MODALITIES) - present.shape[1]))
 
 
 def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
@@ -240,6 +249,8 @@ def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
         present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
         modalities (`tuple[str]`): Of the model.
     """
+    import torch
+
     columns = present[..., [COLUMNS[name] for name in modalities]].long()
     bits = 2 ** torch.arange(len(modalities), device=present.device)
     return ((columns * bits).sum(dim=-1) - 1).clamp(min=0)

@@ -24,23 +24,25 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from ..data.statistics import STATISTICS_NAME
 from ..errors import bad_input
 from ..evaluation.metrics import metric_names
 from ..evaluation.protocol import PROTOCOLS, EvaluationProtocol
-from ..files import read_whole, write_json, write_text, written_whole
+from ..files import STATISTICS_NAME, read_whole, write_json, write_text, written_whole
 from ..model.configuration_transrec import TransRecConfig
-from .checkpoint import (
+from .checkpoint import parameter_counts, read_config
+from .facts import (
+    ADAPTER_NAME,
     CARD_NAME,
     EVALUATION_NAME,
     TRAINING_ARGS_NAME,
     UNREADABLE,
+    data_name,
     describe_towers,
+    facts_of,
+    headline_report,
     load_evaluation,
     named_source,
     other_weights,
-    parameter_counts,
-    read_config,
     read_json,
 )
 from .markdown import Markdown, code, plain, render, shares_in_words
@@ -94,22 +96,6 @@ def _arguments(evaluation: Mapping[str, Any], args: Mapping[str, Any]) -> Mappin
     return non_default_arguments(args) if "output_dir" in args else args
 
 
-def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the training data are called, and whether that is the id of a Hub data set."""
-    given = evaluation.get("metadata", {}).get("datasets")
-    if given:
-        return given[0], True
-    if evaluation.get("data"):
-        return evaluation["data"], False
-    source = statistics.get("source", "catalogue")
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+) \(items\)", source)
-    if hub:
-        return hub[1], True
-    path = Path(source)
-    name = path.parent.name if path.stem in ("items", "metadata") and path.suffix else path.stem
-    return ("unnamed data" if name in ("", "items", "catalogue") else name), False
-
-
 def model_card(
     folder: str | os.PathLike,
     config: TransRecConfig | None = None,
@@ -133,7 +119,7 @@ def model_card(
     place = Path(folder)
 
     def read() -> ModelCard:
-        small = ("adapter_config.json", STATISTICS_NAME, TRAINING_ARGS_NAME)
+        small = (ADAPTER_NAME, STATISTICS_NAME, TRAINING_ARGS_NAME)
         files = {EVALUATION_NAME: load_evaluation(place), **{name: read_json(place / name) for name in small}}
         return _render(place, read_config(place) if config is None else config, {**files, **(changes or {})})
 
@@ -143,8 +129,8 @@ def model_card(
 
 
 def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[str, Any]]) -> ModelCard:
-    adapter, statistics, evaluation = files["adapter_config.json"], files[STATISTICS_NAME], files[EVALUATION_NAME]
-    towers = evaluation.get("towers") or describe_towers(config)
+    adapter, statistics, evaluation = files[ADAPTER_NAME], files[STATISTICS_NAME], files[EVALUATION_NAME]
+    towers = evaluation.get("towers") or describe_towers(config.to_dict())
     metadata = evaluation.get("metadata", {})
     model_id = str(metadata.get("model_id") or folder.resolve().name)
     name, on_hub = data_name(evaluation, statistics)
@@ -246,7 +232,7 @@ def update_model_card(
         results = read_results(table["file"], table["run"], table["model"], table["split"])
     if results is not None:
         results = {**results, "reports": _with_slices(results["reports"], evaluation.get("reports", {}))}
-    evaluation = {"towers": describe_towers(config), **evaluation, **(results or {})}
+    evaluation = {"towers": describe_towers(config.to_dict()), **evaluation, **(results or {})}
     evaluation["metadata"] = {**evaluation.get("metadata", {}), **metadata}
     if output is None:
         return write_model_card(folder, config, {EVALUATION_NAME: evaluation})
@@ -283,9 +269,7 @@ def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[str, Any]:
     """
-    What a checkpoint is and what it is worth, from its small files: `modalities`, `towers`, what of its weights is
-    `elsewhere`, `sizes`, `parameters`, `data`, `metrics` with `intervals`, and the `split` and `protocol` they were
-    measured on. Fit for JSON.
+    What a checkpoint is and what it is worth, see [`facts_of`].
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
@@ -295,45 +279,13 @@ def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[s
         [`DataError`]: If it is none, or one of its files is damaged.
     """
     place = Path(folder)
+
+    def read() -> dict[str, Any]:
+        config = read_config(place, local)
+        return facts_of(place, config.to_dict(), parameter_counts(config))
+
     with bad_input(f"{folder}: not what a run writes", *UNREADABLE):
-        return read_whole(place, lambda: _facts(place, local))
-
-
-def _facts(folder: Path, local: bool) -> dict[str, Any]:
-    config, evaluation = read_config(folder, local), load_evaluation(folder)
-    statistics = read_json(folder / STATISTICS_NAME)
-    split, report = headline_report(evaluation)
-    parameters = parameter_counts(config)
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
-    counts = ("num_items", "num_users", "num_interactions", "items_with")
-    return {
-        "adapter": read_json(folder / "adapter_config.json").get("peft_type"),
-        "modalities": list(config.modalities),
-        "towers": evaluation.get("towers") or describe_towers(config),
-        "elsewhere": other_weights(folder),
-        "user_encoder": config.user_encoder,
-        "objective": config.objective,
-        "sizes": {name: getattr(config, name) for name in sizes if getattr(config, name) is not None},
-        "parameters": {**parameters, "total": sum(parameters.values())},
-        "data": {
-            "name": data_name(evaluation, statistics)[0],
-            **{name: statistics[name] for name in counts if name in statistics},
-        },
-        "split": split or None,
-        "protocol": report.get("protocol", {}),
-        "metrics": report.get("metrics", {}),
-        "intervals": report.get("intervals", {}),
-        "baselines": {name: scores["metrics"] for name, scores in report.get("baselines", {}).items()},
-    }
-
-
-def headline_report(evaluation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The split whose report a card shows, test before validation before any other, and the report."""
-    reports = evaluation.get("reports", {})
-    for split in ("test", "validation", *reports):
-        if split in reports:
-            return split, reports[split]
-    return "", {}
+        return read_whole(place, read)
 
 
 def eval_results(report: Mapping[str, Any], data: str, split: str, on_hub: bool = False) -> list[EvalResult]:

@@ -1,174 +1,43 @@
-"""Checkpoint folders: reading and writing them, and the small JSON files in them."""
+"""Checkpoint folders: reading and writing them."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
 from ..errors import DataError, bad_input
-from ..files import PARTIAL, read_whole, recover, write_json, written_whole
+from ..files import PARTIAL, read_whole, recover, written_whole
 from ..model.configuration_transrec import MAX_SIDE, TransRecConfig
-from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
+from .facts import (
+    ADAPTER_NAME,
+    UNREADABLE,
+    count_parameters,
+    read_json,
+)
 
 
-CARD_NAME = "README.md"
-EVALUATION_NAME = "evaluation.json"
-TRAINING_ARGS_NAME = "training_args.json"
-ADAPTER_NAME = "adapter_config.json"
-UNKNOWN_LICENCE = "unknown: check"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-MAX_SMALL_FILE = 2**26  # bytes of a JSON file
-MAX_CARD = 2**20
 MAX_SECONDS = 600  # of a sound
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
-"""What libraries raise, besides [`ValueError`], on a checkpoint that is damaged or made up."""
-
-
-def load_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `evaluation.json` of a checkpoint folder holds; empty if there is none."""
-    file = Path(folder) / EVALUATION_NAME
-    evaluation = read_json(file)
-    towers, parent = evaluation.get("towers") or [], evaluation.get("finetuned_from") or {"name": "", "on_hub": False}
-    groups = [evaluation.get(name) or {} for name in ("reports", "run", "arguments", "metadata", "results")]
-    valid = all(isinstance(group, dict) for group in groups) and isinstance(towers, list)
-    valid = valid and all(isinstance(report, dict) for report in groups[0].values())
-    for tower in [*towers, parent] if valid else ():
-        valid = valid and isinstance(tower, dict) and {"name", "on_hub"} <= tower.keys()
-        valid = valid and isinstance(tower["name"], str | None)
-    if not valid:
-        raise DataError(f"{file}: not what a run writes. Remove it, or have it written again.")
-    return evaluation
-
-
-def save_evaluation(evaluation: Mapping[str, Any], folder: str | os.PathLike) -> Path:
-    """Writes `evaluation.json`."""
-    return write_json(Path(folder) / EVALUATION_NAME, evaluation)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What a small JSON file holds; empty if there is none. Raises [`DataError`]."""
-    try:
-        if file.stat().st_size > MAX_SMALL_FILE:
-            raise ValueError(f"larger than {MAX_SMALL_FILE >> 20} MB")
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no names and values")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not readable as JSON ({error}). Write it again.") from error
-    return values
-
-
-def named_source(name_or_path: str) -> dict[str, Any]:
-    """How a card names where something came from: a Hub id as it is, a folder without the way to it."""
-    name_or_path = str(name_or_path)
-    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) is not None and not os.path.exists(name_or_path)
-    return {"name": name_or_path if on_hub else Path(name_or_path).name, "on_hub": on_hub}
-
-
-def describe_towers(
-    config: TransRecConfig, licence_of: Callable[[str], str] = lambda name: UNKNOWN_LICENCE
-) -> list[dict[str, Any]]:
-    """
-    Modality, architecture, name and licence of each tower; a tower without a name had no pre-trained weights.
-
-    Args:
-        config ([`TransRecConfig`]): Of the model.
-        licence_of (`Callable`, *optional*): [`read_licence`], if the names in `config` are those that the user gave,
-            and not a stranger's. Nobody is asked without it.
-    """
-    towers: list[dict[str, Any]] = []
-    for modality in (MODALITIES[name] for name in config.modalities):
-        if modality.tower is not None:
-            tower = getattr(config, modality.config)
-            name = tower._name_or_path
-            source = named_source(name) if name else {"name": None, "on_hub": False}
-            licence = licence_of(name) if name else None
-            towers.append({"modality": modality.name, "architecture": tower.model_type, **source, "licence": licence})
-    return towers
-
-
-def other_weights(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Names and commits of the checkpoints that a thin one in a folder takes weights from; empty if it is whole."""
-    sources = read_json(Path(folder) / "config.json").get("weights_from") or []
-    return [{**named_source(source["name"]), "revision": source["revision"]} for source in sources]
-
-
-def towers_of_run(config: TransRecConfig) -> list[dict[str, Any]]:
-    """As [`describe_towers`], for a model in training: of a fine-tuned one, what the parent's own files say."""
-    parent = config._name_or_path
-    if not parent:
-        return describe_towers(config, read_licence)
-    if not os.path.isdir(parent):
-        parent = _folder_of_cached(parent)
-    return (load_evaluation(parent).get("towers") if parent else None) or describe_towers(config)
-
-
-def _folder_of_cached(repo_id: str) -> str | None:
-    try:
-        return os.path.dirname(hf_hub_download(repo_id, EVALUATION_NAME))
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
-
-
-class _NoAliases(yaml.SafeLoader):
-    """Reads no YAML that refers to itself: a few lines of that can be gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
-@functools.cache
-def read_licence(name_or_path: str) -> str:
-    """The licence that a model's own card states, from a folder, the cache or the Hub; else `"unknown: check"`."""
-    try:
-        card = Path(name_or_path) / CARD_NAME
-        if not os.path.isdir(name_or_path):
-            card = Path(hf_hub_download(name_or_path, CARD_NAME))
-        with open(card, encoding="utf-8") as file:
-            found = re.match(r"---\s*\n(.*?)\n---", file.read(MAX_CARD), flags=re.DOTALL)
-        data = yaml.load(found[1], _NoAliases) if found else {}
-        licence = data.get("license_name") or data.get("license") or UNKNOWN_LICENCE
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError, HfHubHTTPError):
-        return UNKNOWN_LICENCE
-    return ", ".join(map(str, licence))[:100] if isinstance(licence, list) else str(licence)[:100]
 
 
 def parameter_counts(config: TransRecConfig) -> dict[str, int]:
     """Parameters of each part of the model, counted without making weights."""
-    parts = {
-        **{f"item_encoder.{modality.tower}.": f"{name} tower" for name, modality in MODALITIES.items()},
-        "item_encoder.item_embedding.": "item embeddings",
-        "item_encoder.": "fusion",
-        "": "user encoder",
-    }
     with torch.device("meta"):
         model = TransRecModel(config)
-    counts = dict.fromkeys(parts.values(), 0)
-    for name, parameter in model.named_parameters():
-        counts[next(part for prefix, part in parts.items() if name.startswith(prefix))] += parameter.numel()
-    return {part: count for part, count in counts.items() if count}
+    return count_parameters((name, parameter.numel()) for name, parameter in model.named_parameters())
 
 
 def read_config(folder: str | os.PathLike, local: bool = True) -> TransRecConfig:

@@ -20,7 +20,7 @@ from ..data.media import FEATURES, file_feature
 from ..data.statistics import length_statistics, modality_shares, popularity_statistics
 from ..errors import DataError, hub_errors
 from ..model.modalities_transrec import MODALITIES
-from .checkpoint import CARD_NAME
+from .facts import CARD_NAME
 from .markdown import render, shares_in_words
 
 

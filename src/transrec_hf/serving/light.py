@@ -17,7 +17,8 @@ from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import build_tower
-from ..publishing.checkpoint import ADAPTER_NAME, check_processor, check_room, check_weights
+from ..publishing.checkpoint import check_processor, check_room, check_weights
+from ..publishing.facts import ADAPTER_NAME
 from .index import encoder_hash, is_made_by
 
 

@@ -19,7 +19,8 @@ from ..files import read_whole, recover, written_whole
 from ..items.meeting import ItemStatistics
 from ..items.preparing import ItemSource
 from ..model.user_encoder_transrec import last_state
-from ..publishing.checkpoint import HUB_ARGUMENTS, UNREADABLE, load_model_and_processor
+from ..publishing.checkpoint import HUB_ARGUMENTS, load_model_and_processor
+from ..publishing.facts import UNREADABLE
 from .approximate import SAMPLE, ApproximateIndex
 from .choosing import POOL, allowed_rows, among, as_answers, best_rows, candidate_rows, reordered
 from .explaining import Contents, UserInputs, explain_users, padded

@@ -12,7 +12,8 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_N
 
 from ..errors import DataError
 from ..files import recover
-from ..publishing.checkpoint import TRAINING_ARGS_NAME, checkpoints_of, read_json
+from ..publishing.checkpoint import checkpoints_of
+from ..publishing.facts import TRAINING_ARGS_NAME, read_json
 from .arguments import TransRecTrainingArguments
 
 

@@ -19,10 +19,11 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
-from ..data.statistics import STATISTICS_NAME, data_statistics, log_popularity
+from ..data.statistics import data_statistics, log_popularity
 from ..errors import DataError
 from ..evaluation.evaluator import Ranking, RankingEvaluator
 from ..evaluation.protocol import EvaluationProtocol
+from ..files import STATISTICS_NAME
 from ..items.encoding import fit_texts, standardize_projections
 from ..items.meeting import ItemStatistics, needs_item_statistics, standardize_for, start_from_data
 from ..items.preparing import ItemSource, token_budget
@@ -31,7 +32,7 @@ from ..model.configuration_transrec import TransRecConfig
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.card import non_default_arguments, write_model_card
-from ..publishing.checkpoint import EVALUATION_NAME, TRAINING_ARGS_NAME, load_evaluation, named_source, towers_of_run
+from ..publishing.facts import EVALUATION_NAME, TRAINING_ARGS_NAME, load_evaluation, named_source, towers_of_run
 from ..publishing.results import describe_device, versions
 from .adapters import base_of, check_adapters, has_adapter
 from .arguments import TransRecTrainingArguments
@@ -489,8 +490,7 @@ class TransRecTrainer(TrainerBase):
         model = self.accelerator.unwrap_model(self.model)
         parent = self.metadata.get("finetuned_from") or model.config._name_or_path
         arguments = json.loads(self.args.to_json_string())  # which hides the tokens
-        run = {
-            **describe_device(self.args.device),
+        run = describe_device(self.args.device) | {
             "num_processes": self.args.world_size,
             "seconds": round(self._seconds(), 1),
             "steps": self.state.global_step,

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..errors import DataError, NotFinite, one_line
 from ..files import written_whole
-from ..publishing.checkpoint import load_evaluation
+from ..publishing.facts import load_evaluation
 from .adapters import check_base, has_adapter, lift_adapter, load_adapter_weights
 from .resuming import NEW_RUN
 from .saving import WholeCheckpoints
