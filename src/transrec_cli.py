@@ -28,6 +28,7 @@ VERBS = {
     "pretrain": ("runs", "Train a new model on one platform."),
     "finetune": ("runs", "Go on training a model on another platform."),
     "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
+    "benchmark": ("benchmark", "Run a published benchmark, beside the published numbers."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
     "encode": ("index", "Encode the items of a platform, and keep their vectors."),
     "index": ("index", "Add, update and remove items of an index, or look at it."),

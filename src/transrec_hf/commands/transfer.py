@@ -143,6 +143,14 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
     The folder output_dir holds a file per cell with the ranks of all users. What is there is not computed again.
     """
     (args,) = parse_arguments((TransferArguments,), argv, transfer_report)
+    report = report_on(args)
+    print(f"\n{format_rows(report['rows'])}\n")
+    logger.info("The report is in %s", args.output_dir)
+    return report
+
+
+def report_on(args: TransferArguments) -> dict[str, Any]:
+    """Compute the cells that are not there yet, and write the report; see [`transfer_report`]."""
     folder = Path(args.output_dir)
     check_settings(folder, args)
     sources = {name: Source(name, *load_checkpoint(name)) for name in dict.fromkeys(args.sources)}
@@ -184,8 +192,6 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
     write_json(folder / "report.json", report)
     write_text(folder / "report.csv", as_csv(rows))
     plot_curves(rows, folder)
-    print(f"\n{format_rows(rows)}\n")
-    logger.info("The report is in %s", folder)
     return report
 
 

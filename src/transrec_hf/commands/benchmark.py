@@ -1,0 +1,149 @@
+"""`transrec benchmark ninerec`: ID, from scratch and pre-trained on every target, beside what was published."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.utils import logging
+
+from ..data.layouts import open_published
+from ..data.published import Parts
+from ..data.writing import write_published
+from ..errors import DataError
+from ..files import whole_file, written_whole
+from .options import option
+from .parsing import parse_arguments
+from .reporting import format_table
+from .transfer import TransferArguments, check_settings, report_on
+
+
+logger = logging.get_logger(__name__)
+
+MODELS = {"id_baseline": "ID", "from_scratch": "scratch", "fine_tuned": "pre-trained"}
+PUBLISHED = {
+    "text": {
+        "Food": (18.09, 18.03, 19.59),
+        "Dance": (23.46, 23.49, 25.41),
+        "Movie": (11.40, 11.64, 12.63),
+        "Cartoon": (11.63, 11.94, 13.75),
+        "Music": (19.16, 19.42, 20.65),
+        "KU": (28.36, 30.77, 31.36),
+        "QB": (33.92, 34.27, 34.60),
+        "TN": (15.74, 15.11, 16.85),
+        "DY": (15.92, 14.35, 14.49),
+    },
+    "image": {
+        "Food": (18.09, 17.20, 18.72),
+        "Dance": (23.46, 21.63, 22.16),
+        "Movie": (11.40, 10.30, 11.50),
+        "Cartoon": (11.63, 11.09, 11.78),
+        "Music": (19.16, 17.17, 17.56),
+        "KU": (28.36, 33.08, 33.03),
+        "QB": (33.92, 32.39, 33.57),
+        "TN": (15.74, 14.12, 14.44),
+        "DY": (15.92, 14.08, 14.68),
+    },
+}
+"""HR@10 in % of SASRec with IDs, with a tower that was not pre-trained on a source, and with one that was."""
+TOWERS = {"text": "BERT base", "image": "Swin base"}
+FOOTNOTES = """\
+hit_rate@10 in %. Of each user with 5 items or more the last one is ranked among all items that are among the last
+L + 3 of anyone, less those of the user. Published: SASRec, one seed, L = 20, towers trained end to end, titles in
+Chinese. Here: the ID baseline is eSASRec, with the best of three settings on validation; from scratch has the towers
+of the source and nothing else of it; pre-trained starts from what of the source validation prefers; the verdict
+compares these two over users and seeds."""
+
+
+@dataclass
+class BenchmarkArguments(TransferArguments):
+    """Where the data sets and the source models are, and how they are trained."""
+
+    _argument_group_name = "benchmark"
+    folder: str | None = option(None, "Folder with the targets in NineRec's layout.")
+    language: Literal["en", "zh"] = option("en", "Of the titles.")
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
+    fractions: list[str] = field(
+        default_factory=lambda: ["1"], metadata={"help": "Shares of the target's training users; the table has all."}
+    )
+    seeds: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "Seeds, separated by commas or spaces."})
+    output_dir: str = option("runs/ninerec", "Folder of the targets, the cells, the table and the JSON.")
+    protocol: str = option("ninerec", "Evaluation protocol.", choices=("ninerec",))
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            raise ValueError("no folder: give --folder with the data sets in NineRec's layout")
+        found = [file.name.split("_item.csv")[0] for file in Parts(self.folder, "ninerec").files("*_item.csv")]
+        self.targets = self.targets or [name for name in found if not name.startswith("Bili_")]
+        if not self.targets:
+            raise ValueError(
+                f"{self.folder}: no target of NineRec's layout (D_item.csv, for D as TN). Name its folder"
+            )
+        if unknown := set(self.targets) - set(found):
+            raise ValueError(f"{self.folder}: no target {sorted(unknown)[0]}. Name some of {', '.join(found)}")
+        super().__post_init__()
+
+
+def benchmark(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Run a published benchmark: ID baseline, from scratch and pre-trained, on every target.
+
+        transrec benchmark ninerec --folder NineRec --sources runs/bili --output_dir runs/ninerec
+        transrec benchmark ninerec --folder NineRec --sources runs/bili --targets TN QB --seeds 0,1,2
+
+    Every D of which the folder has D_item.csv, D_pair.csv and D_cover/ is a target, unless --targets names some. A
+    source is a model that was trained before: prepare --layout ninerec --domain Bili_500K, then pretrain, with
+    --max_position_embeddings 20 for the histories of the protocol.
+
+    What is in output_dir is not computed again: targets, and cells of one model, target and seed. table.csv has the
+    numbers beside the published ones.
+    """
+    words = list(argv or ())
+    if not words or words.pop(0) != "ninerec":
+        raise DataError("which benchmark? There is one: transrec benchmark ninerec --folder FOLDER --sources MODEL")
+    (args,) = parse_arguments((BenchmarkArguments,), words, benchmark)
+    output = Path(args.output_dir)
+    check_settings(output, args)
+    names = list(args.targets)
+    published = {name: open_published("ninerec", args.folder, name, args.language) for name in names}
+    for name in names:
+        if not (output / "data" / name / "interactions.parquet").exists():
+            with written_whole(output / "data" / name) as partial:
+                done = write_published(published[name], partial)
+            logger.info(
+                "%s: %s", name, "; ".join((*done["notes"], *(f"{n:,} {k}" for k, n in done["dropped"].items())))
+            )
+    args.targets = [str(output / "data" / name) for name in names]
+    report = report_on(args)
+    rows = [row for name in names for row in rows_of(name, report["rows"])]
+    with whole_file(output / "table.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = format_table([list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)], flush_left=2)
+    print(f"\n{shown}\n\n{FOOTNOTES}")
+    return {**report, "table": rows}
+
+
+def rows_of(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a target in the table, one of each source: here, and as they were published, in %."""
+    mine = [row for row in rows if Path(row["target"]).name == name and row["fraction"] == 1]
+    table = []
+    sources = dict.fromkeys(row["source"] for row in mine if row["source"])
+    for source in sources or (None,):
+        values = {row["model"]: 100 * row["hit_rate@10"] for row in mine if row["source"] in (None, source)}
+        row: dict[str, Any] = {"target": name, "source": source}
+        row |= {short: round(values[model], 2) for model, short in MODELS.items() if model in values}
+        row["verdict"] = next((row.get("verdict") for row in mine if row["model"] == "fine_tuned"), None)
+        for modality, numbers in PUBLISHED.items():
+            shown = numbers.get(name, (None, None, None))
+            row |= {f"{TOWERS[modality]}: {short}": value for short, value in zip(MODELS.values(), shown, strict=True)}
+        table.append(row)
+    return table
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.2f}"
