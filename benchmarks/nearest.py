@@ -179,7 +179,7 @@ def index_of(vectors: torch.Tensor, first: int) -> ItemIndex:
 
 def write(folder: str, items: torch.Tensor, matrix: Matrix) -> None:
     index = index_of(items, 0)
-    index.scan, index.bounds = matrix.scan, matrix.bounds
+    index.scan = matrix.scan
     index.save(folder)
 
 

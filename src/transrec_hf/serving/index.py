@@ -23,6 +23,7 @@ from ..items.fingerprints import adapter_settings, hash_weight, tower_settings
 from ..model.item_encoder_transrec import WhitenedProjection
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
+from .search import Scan
 
 
 INDEX_NAME = "item_index.safetensors"
@@ -123,8 +124,7 @@ class ItemIndex:
             not recommended.
         statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by,
             and the axes.
-        scan (`torch.Tensor` of shape `(n_items, any)`, *optional*): A smaller copy of the vectors, to look through.
-        bounds (`torch.Tensor` of shape `(3,)`, *optional*): What a search has to know of that copy.
+        scan ([`Scan`], *optional*): A smaller copy of the vectors, to look through.
         state (`str`, *optional*): The hash of the contents of the file that it came from.
 
     Raises:
@@ -142,8 +142,7 @@ class ItemIndex:
     counts: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    scan: torch.Tensor | None = None
-    bounds: torch.Tensor | None = None
+    scan: Scan | None = None
     state: str = ""
 
     def __post_init__(self) -> None:
@@ -194,9 +193,9 @@ class ItemIndex:
             "columns": None if self.columns is None else _as_bytes(self.columns),
             "counts": self.counts,
             "hidden": self.hidden,
-            "scan": self.scan,
-            "bounds": self.bounds,
         }
+        if self.scan is not None:
+            parts |= {f"scan.{name}": part for name, part in self.scan._asdict().items()}
         tensors |= {name: part for name, part in parts.items() if part is not None}
         tensors |= {f"statistics.{name}": value for name, value in self.statistics.items()}
         return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -285,8 +284,7 @@ class ItemIndex:
             counts=tensors.get("counts"),
             hidden=tensors.get("hidden"),
             statistics={name.removeprefix(start): of for name, of in tensors.items() if name.startswith(start)},
-            scan=tensors.get("scan"),
-            bounds=tensors.get("bounds"),
+            scan=Scan(*(tensors[f"scan.{name}"] for name in Scan._fields)) if "scan.values" in tensors else None,
             state=state,
         )
 

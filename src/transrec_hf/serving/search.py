@@ -1,4 +1,4 @@
-"""Exact nearest items: a scan of small vectors finds candidates, full precision decides, and a bound proves it."""
+"""Exact nearest items: a scan of small vectors finds candidates, and full precision decides among them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,61 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..evaluation.ranking import precise
 
 
-CHUNK = 2**13  # items that are scored at a time, so that their scores stay in the cache
+CHUNK = 2**13  # items that are scored at a time, at least
+CACHED = 2**21  # scores that stay in the cache
 SCORES = 2**25  # held at a time: 128 MiB
 GATHERED = 2**20  # numbers of candidates' vectors that are held at a time
 BLOCK = 64  # items of which the best one is looked at first
+FEW = 2**14  # scores of which blocks do not pay
 SMALL = 2**12  # rows that are not worth a scan
 SHARE = 16  # one row in so many, or fewer, allowed: they alone are scored
-ROUNDING = 2.0**-8  # of bfloat16
 
 
 @functools.cache
-def scan_dtype(device_type: str = "cpu") -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
-    fast = device_type == "cpu" and torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+def scans_in_int8(device_type: str = "cpu") -> bool:
+    """Whether the processor multiplies numbers of 8 bits in hardware, without rounding what comes out."""
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.cpu._is_vnni_supported())  # type: ignore[attr-defined]
+
+
+class Scan(NamedTuple):
+    """
+    A smaller copy of vectors, to look through.
+
+    Args:
+        values (`Tensor` of shape `(n, size)`): Whole numbers of 8 bits.
+        scales (`Tensor` of shape `(n,)`): By which they are multiplied.
+        bounds (`Tensor` of shape `(3,)`): The largest length of a vector with and without the popularity, and of what
+            the copy lacks of it.
+    """
+
+    values: Tensor
+    scales: Tensor
+    bounds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def _in_int8(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors in 8 bits, the scale of each, and the length of what they lack."""
+    scales = np.maximum(np.abs(vectors).max(axis=1), 1e-30) / 127
+    values = np.rint(vectors / scales[:, None])
+    return values.astype(np.int8), scales, _lengths(vectors - values * scales[:, None])
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
 
 
 @dataclass(frozen=True)
@@ -40,54 +73,35 @@ class Matrix:
             model adds it.
         size (`int`): Numbers of a vector without that.
         whole (`float`): Largest length of a row.
-        scan (`Tensor` of shape `(n, size)`, *optional*): The same in bfloat16, without the popularity.
-        length (`float`): Largest length of a row without the popularity.
-        error (`float`): Largest length of what a row of `scan` lacks.
+        scan ([`Scan`], *optional*): A smaller copy, without the popularity.
     """
 
     exact: Tensor
     size: int
     whole: float
-    scan: Tensor | None = None
-    length: float = 0.0
-    error: float = 0.0
+    scan: Scan | None = None
 
     @classmethod
-    def of(cls, exact: Tensor, size: int, scan: Tensor | None = None, bounds: Tensor | None = None) -> Matrix:
-        """With the smaller copy where it is of use, unless it is given with its `bounds`."""
-        whole = length = error = 0.0
-        if scan is not None and bounds is not None and scan_dtype(exact.device.type) == scan.dtype:
-            whole, length, error = bounds.tolist()
-            return cls(exact, size, whole, scan, length, error)
-        if len(exact) <= SMALL or scan_dtype(exact.device.type) == torch.float32:
-            scan = None
-        elif scan is None:
-            scan = exact[:, :size].bfloat16()
+    def of(cls, exact: Tensor, size: int, scan: Scan | None = None) -> Matrix:
+        """With the smaller copy where it is of use, which is made unless it is given."""
+        is_scanned = len(exact) > SMALL and scans_in_int8(exact.device.type)
+        if is_scanned and scan is not None:
+            return cls(exact, size, float(scan.bounds[0]), scan)
+        if not is_scanned:
+            lengths = [chunk.norm(dim=1).max() for chunk in exact.split(CHUNK)]
+            return cls(exact, size, float(torch.stack(lengths).max()))
+        values, scales = np.empty((len(exact), size), dtype=np.int8), np.empty(len(exact), dtype=np.float32)
+        bounds = np.zeros(3)
         for start in range(0, len(exact), CHUNK):
-            rows = exact[start : start + CHUNK]
-            whole = max(whole, float(rows.norm(dim=1).max()))
-            if scan is not None:
-                short = rows[:, :size]
-                length = max(length, float(short.norm(dim=1).max()))
-                error = max(error, float((short - scan[start : start + CHUNK]).norm(dim=1).max()))
-        return cls(exact, size, whole, scan, length, error)
+            chunk = slice(start, start + CHUNK)
+            rows = exact[chunk].numpy()
+            with np.errstate(invalid="ignore"):  # numbers that are none are told when they are met
+                values[chunk], scales[chunk], lacks = _in_int8(rows[:, :size])
+            bounds = np.maximum(bounds, [part.max() for part in (_lengths(rows), _lengths(rows[:, :size]), lacks)])
+        return cls(exact, size, bounds[0], Scan(*map(torch.from_numpy, (values, scales, bounds))))
 
     def __len__(self) -> int:
         return len(self.exact)
-
-    @property
-    def bounds(self) -> Tensor:
-        """What is known of the lengths, to be kept with `scan`."""
-        return torch.tensor([self.whole, self.length, self.error], dtype=torch.float64)
-
-    def bound(self, queries: Tensor, is_short: bool) -> Tensor:
-        """How far the estimates of [`_scan`] can be from the scores of users, `(n_users,)`."""
-        bound = queries.norm(dim=1) * self.whole * queries.shape[1] * 2.0**-23  # of sums in fp32
-        if not is_short:
-            return bound
-        short = queries[:, : self.size]
-        lengths, lacks = short.norm(dim=1), (short - short.bfloat16()).norm(dim=1)
-        return bound + lacks * self.length + lengths * self.error * (1 + ROUNDING) + ROUNDING * lengths * self.length
 
 
 def top(scores: Tensor, k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -103,7 +117,7 @@ def top(scores: Tensor, k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         `tuple[Tensor, Tensor]`: Values and columns, both `(n_users, k)`.
     """
     blocks = scores.shape[1] // block
-    if k >= blocks:
+    if k >= blocks or scores.numel() <= FEW:
         return scores.topk(min(k, scores.shape[1]), dim=1)
     view = scores.view(len(scores), blocks, block)
     best = view.amax(dim=2).topk(k, dim=1).indices
@@ -143,7 +157,11 @@ def search(
             matrix, excluded = _subset(matrix, rows, excluded)
             allowed = None
     k = min(k, len(matrix))
-    size = max(1, SCORES // max(1, len(matrix)))  # users whose scores are there at a time
+    if not k or not len(queries):
+        return queries.new_empty(len(queries), 0), torch.empty(
+            len(queries), 0, dtype=torch.long, device=queries.device
+        )
+    size = max(1, SCORES // len(matrix))  # users whose scores are there at a time
     parts = []
     for start in range(0, len(queries), size):
         of_part = excluded
@@ -152,10 +170,7 @@ def search(
             chosen = (users >= start) & (users < start + size)
             of_part = (users[chosen] - start, columns[chosen])
         parts.append(_search(matrix, queries[start : start + size], k, allowed, of_part))
-    if not parts or not k:
-        empty = torch.empty(len(queries), 0, device=queries.device)
-        return empty, empty.long()
-    scores, found = (torch.cat(part) for part in zip(*parts, strict=True))
+    scores, found = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     return scores, found if rows is None else rows[found]
 
 
@@ -182,68 +197,75 @@ def _subset(
 def _search(
     matrix: Matrix, queries: Tensor, k: int, allowed: Tensor | None, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    wanted = max(4 * k, 32)
-    vectors = matrix.exact if matrix.scan is None or 4 * wanted > len(matrix) else matrix.scan
-    estimates, candidates = _scan(matrix, queries, vectors, wanted, allowed, excluded)
-    scores, rows = _decide(matrix, queries, estimates, candidates, k)
-    if wanted >= len(matrix):
-        return scores, rows
-    # an item that is no candidate has at most the last estimate plus the bound
-    last = estimates[:, -1]
-    unsure = (scores[:, -1] <= last + matrix.bound(queries, vectors is matrix.scan)) & (last > -torch.inf)
-    if unsure.any():
-        users = unsure.nonzero().squeeze(1)
+    n, users = len(matrix), queries.cpu().numpy()
+    most = _lengths(users) * matrix.whole  # that a score can be
+    if not np.isfinite(most).all():
+        raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
+    with _room(len(queries), -(-n // BLOCK) * BLOCK, queries.device) as estimates:
+        errors = most * (users.shape[1] * 2.0**-23)  # of sums in fp32
+        errors = _estimate(matrix, queries, users, errors, estimates[:, :n], allowed)
+        estimates[:, n:] = -torch.inf
         if excluded is not None:
-            chosen = unsure[excluded[0]]
-            excluded = (unsure.cumsum(0)[excluded[0][chosen]] - 1, excluded[1][chosen])
-        scores[users], rows[users] = _compute(matrix, queries[users], k, allowed, excluded)
+            estimates[excluded] = -torch.inf
+        highest = top(estimates, k)[0][:, -1].cpu().numpy()
+        least = np.maximum(highest - 2 * errors, np.finfo(np.float32).min)  # of any that can be among the best
+        scores, rows = _decide(matrix, users, estimates, least, k)
+        return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
+
+
+def _estimate(
+    matrix: Matrix, queries: Tensor, users: np.ndarray, errors: np.ndarray, estimates: Tensor, allowed: Tensor | None
+) -> np.ndarray:
+    """
+    Fill in estimates of the scores of all rows, in a unit of each user's, and return how far they can be from the
+    scores, `(n_users,)`: `errors` and what the smaller copies lack. `users` are the same as `queries`: NumPy takes a
+    fraction of PyTorch's time for few numbers.
+    """
+    if matrix.scan is not None:
+        _, longest, lack = matrix.scan.bounds.tolist()
+        short = users[:, : matrix.size]
+        left, units, lacks = _in_int8(short)
+        errors = (errors + lacks * (longest + lack) + _lengths(short) * lack) / units
+    size = max(CHUNK, CACHED // len(users))
+    for start in range(0, len(matrix), size):
+        chunk = slice(start, min(start + size, len(matrix)))
+        of_chunk = estimates[:, chunk]
+        if matrix.scan is None:
+            of_chunk.copy_(queries @ matrix.exact[chunk].T)
+        else:
+            values, scales = matrix.scan.values[chunk], matrix.scan.scales[chunk]
+            torch.mul(torch._int_mm(torch.from_numpy(left), values.T), scales, out=of_chunk)
+            if users.shape[1] > matrix.size:
+                of_chunk.addr_(torch.from_numpy(users[:, -1] / units), matrix.exact[chunk, -1])
+        if allowed is not None:
+            of_chunk.masked_fill_(~allowed[chunk], -torch.inf)
+    return errors
+
+
+def _decide(
+    matrix: Matrix, users: np.ndarray, estimates: Tensor, least: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` best rows by their scores in full precision, of those whose estimates are `least` or more."""
+    on_cpu = estimates.device.type == "cpu"
+    vectors = matrix.exact.numpy() if on_cpu else np.empty(0)
+    size = max(1, GATHERED // users.shape[1])
+    scores = np.full((len(users), k), -np.inf, dtype=np.float32)
+    rows = np.zeros((len(users), k), dtype=np.int64)
+    for number, (user, bound) in enumerate(zip(users.astype(np.float64), least, strict=True)):
+        if on_cpu:
+            possible = np.flatnonzero(estimates[number].numpy() >= bound)
+        else:
+            possible = (estimates[number] >= bound).nonzero().squeeze(1).cpu().numpy()
+        exact = np.empty(len(possible), dtype=np.float32)
+        for start in range(0, len(possible), size):
+            some = slice(start, start + size)
+            if on_cpu:
+                exact[some] = vectors.take(possible[some], axis=0) @ user
+            else:
+                exact[some] = matrix.exact[possible[some]].cpu().numpy() @ user
+        best = np.argsort(-exact, kind="stable")[:k]
+        scores[number, : len(best)], rows[number, : len(best)] = exact[best], possible[best]
     return scores, rows
-
-
-def _compute(
-    matrix: Matrix, queries: Tensor, k: int, allowed: Tensor | None, excluded: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """The `k` best rows by all scores, in full precision: for those whom a scan leaves in doubt."""
-    scores = torch.empty(len(queries), len(matrix), device=queries.device)
-    for start in range(0, len(matrix), CHUNK):
-        scores[:, start : start + CHUNK] = precise(queries) @ precise(matrix.exact[start : start + CHUNK]).T
-    if allowed is not None:
-        scores.masked_fill_(~allowed, -torch.inf)
-    if excluded is not None:
-        scores[excluded] = -torch.inf
-    least = scores.topk(k, dim=1).values[:, -1:]
-    better, equal = scores > least, scores == least
-    left = k - better.sum(dim=1, keepdim=True)
-    rows = (better | (equal & (equal.cumsum(dim=1) <= left))).nonzero()[:, 1].view(len(queries), k)
-    found = scores.gather(1, rows)
-    order = found.sort(dim=1, descending=True, stable=True).indices
-    return found.gather(1, order), rows.gather(1, order)
-
-
-def _scan(
-    matrix: Matrix,
-    queries: Tensor,
-    vectors: Tensor,
-    k: int,
-    allowed: Tensor | None,
-    excluded: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Estimates of the scores of all rows by `vectors`, which are those of the matrix, and the `k` largest."""
-    n = len(matrix)
-    with _room(len(queries), -(-n // BLOCK) * BLOCK, queries.device) as scores:
-        scores[:, n:] = -torch.inf
-        left = queries[:, : vectors.shape[1]].to(vectors.dtype)
-        for start in range(0, n, CHUNK):
-            chunk = slice(start, min(start + CHUNK, n))
-            scores[:, chunk] = left @ vectors[chunk].T
-            if vectors.shape[1] < queries.shape[1]:
-                scores[:, chunk].addr_(queries[:, -1], matrix.exact[chunk, -1])
-            if allowed is not None:
-                scores[:, chunk].masked_fill_(~allowed[chunk], -torch.inf)
-        if excluded is not None:
-            scores[excluded] = -torch.inf
-        estimates, rows = top(scores, min(k, n))
-        return estimates, rows.clamp(max=n - 1)  # what fills up the last block has no estimate
 
 
 _kept: list[Tensor] = []  # memory for scores: the system takes as long to give it as it takes to compute them
@@ -265,20 +287,3 @@ def _room(n_users: int, n_items: int, device: torch.device) -> Iterator[Tensor]:
     yield memory[:size].view(n_users, n_items)
     if len(_kept) < 2:
         _kept.append(memory)
-
-
-def _decide(matrix: Matrix, queries: Tensor, estimates: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` best candidates by their scores in full precision; those without an estimate stay without a score."""
-    candidates, order = candidates.sort(dim=1)
-    estimates = estimates.gather(1, order)
-    scores = torch.empty_like(estimates)
-    size = max(1, GATHERED // max(1, candidates.shape[1] * queries.shape[1]))
-    for start in range(0, len(queries), size):
-        users = slice(start, start + size)
-        vectors = precise(matrix.exact[candidates[users]])
-        scores[users] = (vectors @ precise(queries[users]).unsqueeze(2)).squeeze(2).float()
-    scores = torch.where(estimates == -torch.inf, estimates, scores)
-    if scores.isnan().any() or scores.isposinf().any():
-        raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return scores.gather(1, best), candidates.gather(1, best)

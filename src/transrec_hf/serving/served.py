@@ -123,7 +123,7 @@ class ServedItems:
             if live.snapshot.changes == 0 and _same_columns(index, known):
                 return live, known
         if known is not None and index.catalogue_hash == known.catalogue_hash:
-            index.scan, index.bounds = known.scan, known.bounds
+            index.scan = known.scan
             index.state = known.state if folder is None else ""
         return None, index
 

@@ -71,8 +71,7 @@ class Segment:
         row_of = dict(zip(ids, range(start, start + len(ids)), strict=True))
         if len(row_of) != len(ids):
             raise DataError(f"item index: only {len(row_of)} of {len(ids)} ids differ. Make it again.")
-        scan = None if items.scan is None else items.scan.to(device)
-        matrix = Matrix.of(items.item_embeds.to(device), size, scan, items.bounds)
+        matrix = Matrix.of(items.item_embeds.to(device), size, items.scan)
         return cls(items, matrix, row_of, start)
 
     def __len__(self) -> int:
@@ -287,7 +286,6 @@ class Snapshot:
             counts=None if counts is None else torch.from_numpy(counts[rows]),
             hidden=None if offered.all() else ~offered,
             scan=None,
-            bounds=None,
             state="",
         )
 
@@ -332,7 +330,7 @@ class Snapshot:
         if items.scan is None and first.matrix.scan is not None and len(items) >= MIN_SCANNED:
             is_whole = items.item_embeds is first.items.item_embeds
             matrix = first.matrix if is_whole else Matrix.of(items.item_embeds, self.size)
-            items = replace(items, scan=None if matrix.scan is None else matrix.scan.cpu(), bounds=matrix.bounds)
+            items = replace(items, scan=matrix.scan)
         return items
 
 
