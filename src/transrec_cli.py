@@ -23,6 +23,7 @@ import typer
 
 VERBS = {
     "prepare": ("prepare", "Turn the exports of a shop into a checked data set."),
+    "codes": ("codes", "Give items codes, a few whole numbers for each."),
     "stats": ("stats", "Show what a data set holds."),
     "plan": ("runs", "Predict what a training run takes on this machine."),
     "pretrain": ("runs", "Train a new model on one platform."),

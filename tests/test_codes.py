@@ -10,15 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from transrec_hf.errors import DataError
-from transrec_hf.items.codes import (
-    QUANTIZER_NAME,
-    ItemQuantizer,
-    k_means,
-    load_semantic_ids,
-    nearest,
-    resolve_collisions,
-    save_semantic_ids,
-)
+from transrec_hf.items.codes import QUANTIZER_NAME, ItemQuantizer, k_means, nearest
+from transrec_hf.items.semantic_ids import load_semantic_ids, resolve_collisions, save_semantic_ids
 
 
 METHODS = ("residual", "product")

@@ -39,7 +39,7 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
 
 
 # Towers and num_items are options of their own below, and what a checkpoint does not hold is no setting.
-OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "weights_from")
+OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "weights_from", "quantizer_hash")
 CONFIG_FIELDS = tuple(
     field.name
     for field in fields(TransRecConfig)
@@ -146,19 +146,18 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
         named: dict[str, Any] = {name: tower for name, tower in self.towers.items() if tower}
-        size = settings.get("features_size")
-        if named or size is not None:
+        given = {"features_size": settings.get("features_size"), "num_codebooks": settings.get("num_codebooks")}
+        given |= {"codebook_size": settings["codebook_size"]} if "codebook_size" in settings else {}
+        if named or any(given.values()):
             for tower in named.values():
                 check_place(tower)
             with bad_input(" and ".join(f"{name} {tower}" for name, tower in named.items()) or "model configuration"):
                 model = TransRecModel.from_text_vision_pretrained(**named, **settings)
-                return model, TransRecProcessor.from_towers(
-                    **named, max_text_length=max_text_length, features_size=size
-                )
+                return model, TransRecProcessor.from_towers(**named, max_text_length=max_text_length, **given)
         if not is_demo:
             raise DataError(
-                "no model: give --text_model, --vision_model, --audio_model, --video_model, --features_size or some "
-                "of them, or --from_checkpoint, or --id_baseline"
+                "no model: give --text_model, --vision_model, --audio_model, --video_model, --features_size, "
+                "--num_codebooks or some of them, or --from_checkpoint, or --id_baseline"
             )
         with bad_input("model configuration"):
             model, processor = TransRecModel(demo_config(**settings)), demo_processor()

@@ -1,8 +1,9 @@
 """Catalogue and interactions: reading, validation, splits and statistics.
 
-A domain is two tables. `items` holds `item_id` and at least one of `text`, `image` and `features`; `interactions`
-holds `user_id`, `item_id` and a `timestamp`, an integer or a date. Both come from Parquet, CSV, JSONL, a folder of
-images with `metadata.jsonl`, a table in memory or a data set of the Hub (configurations `items` and `interactions`).
+A domain is two tables. `items` holds `item_id` and at least one of `text`, `image`, `features`, `audio`, `video` and
+`codes`; `interactions` holds `user_id`, `item_id` and a `timestamp`, an integer or a date. Both come from Parquet, CSV
+or JSONL, a folder of images with `metadata.jsonl`, a table in memory or a data set of the Hub (configurations `items`
+and `interactions`).
 
 Images stay encoded, in memory-mapped Arrow or in their files, until [`Catalogue.image`] decodes one. Interactions are
 flat NumPy columns, memory-mapped where they are long; users are views on them. Every defect is a [`DataError`] that

@@ -195,6 +195,18 @@ class Catalogue:
         bad = content.defects(full)
         return self._describe(f"unusable {name}", sorted(bad), content.mend, bad)
 
+    def check_codes(self, num_codebooks: int, codebook_size: int) -> None:
+        """Check that a model can read the codes: so many of each item, from 0 to below `codebook_size`."""
+        codes: Any = self.contents["codes"]
+        if codes.size != num_codebooks:
+            raise DataError(
+                f"{self.source}: {codes.size} codes an item, but this model reads {num_codebooks}. Make them by the "
+                "quantizer of its training: transrec codes --quantizer."
+            )
+        large = np.flatnonzero(codes.largest >= codebook_size)
+        reasons = {row: f"code {codes.largest[row]}, of 0 to {codebook_size - 1}" for row in large.tolist()}
+        raise_defects(self.source, self._describe("codes out of range", large.tolist(), codes.mend, reasons))
+
     def _describe(self, what: str, rows: Any, mend: str, reasons: Mapping[int, str] | None = None) -> list[str]:
         """Defects of catalogue rows, under the row numbers of the file they came from."""
         labels = {}
@@ -248,6 +260,15 @@ class Catalogue:
         for index, name in enumerate(MODALITIES):
             if name in other.contents:
                 other.contents[name].present = present[index] & (kept == index)
+        return other
+
+    def with_codes(self, codes: np.ndarray) -> Catalogue:
+        """The same items with these codes, `(N, num_codebooks)`, instead of any they have."""
+        column = pa.array(codes.tolist(), pa.list_(pa.int32()))
+        items = self.items.remove_columns([name for name in ("codes",) if name in self.items.column_names])
+        other = copy.copy(self)
+        other.items = items.add_column("codes", column)
+        other.contents = {**self.contents, "codes": READERS["codes"](other.items.with_format("arrow"), None)}
         return other
 
     def select(self, rows: np.ndarray) -> Catalogue:

@@ -100,7 +100,8 @@ def warn_of_near_misses(schema: pa.Schema, source: str) -> None:
 
 
 def _renamings(found: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    pairs = [(_nearest(name, found), name) for name in wanted if name not in found]
+    # codes are written by a command, and a column `code` is something else
+    pairs = [(_nearest(name, found), name) for name in wanted if name not in found and name != "codes"]
     return [f"rename {shortened(near, 40)!r} to {name!r}" for near, name in pairs if near is not None]
 
 

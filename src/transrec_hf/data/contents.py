@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+QUANTIZER_NAME = "item_quantizer.safetensors"
+"""Of the file, beside the items or a checkpoint, that codes are made by."""
+MAX_CODES = 2**16  # values that a code can have
 ROWS = 2**14  # vectors that are checked at a time
 
 
@@ -108,23 +113,20 @@ def _is_utf8(text: pa.Scalar) -> bool:
     return True
 
 
-class Vectors(_Column):
+class _Lists(_Column):
     """
-    Vectors that another model has made: lists of numbers, all of one length; empty lists count as missing.
+    Lists of numbers, all of one length; empty lists count as missing.
 
     Attributes:
-        size (`int`): Length of the vectors, that of most.
+        size (`int`): Length of the lists, that of most.
     """
 
-    mend = "Write vectors of finite numbers, all of one length, or leave the cell empty."
-
-    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
-        super().__init__(rows, "features")
-        kind = self._column.type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        number = kind.value_type if is_list else None
-        if not (is_list and (pa.types.is_floating(number) or pa.types.is_integer(number))):
-            raise BadContent(f"holds {kind}. Write a list of numbers for every item, in Parquet or JSONL.")
+    def __init__(self, rows: datasets.Dataset, name: str, is_number: Callable[[pa.DataType], bool], kind: str) -> None:
+        super().__init__(rows, name)
+        found = self._column.type
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+        if not (is_list and is_number(found.value_type)):
+            raise BadContent(f"holds {found}. Write a list of {kind} for every item, in Parquet or JSONL.")
         lengths = pc.fill_null(pc.list_value_length(self._column), 0).to_numpy()
         self.present = lengths > 0
         sizes, counts = np.unique(lengths[self.present], return_counts=True)
@@ -134,7 +136,22 @@ class Vectors(_Column):
         self._defects |= {row: f"{lengths[row]} numbers where most have {self.size}" for row in other.tolist()}
 
     def _useless(self, lengths: np.ndarray) -> dict[int, str]:
-        """Rows of vectors that say nothing, and why, from the length of every row."""
+        """Rows of lists that cannot be used, and why, from the length of every row."""
+        raise NotImplementedError
+
+    def defects(self, full: bool = False) -> dict[int, str]:
+        return self._defects
+
+
+class Vectors(_Lists):
+    """Vectors that another model has made; see [`_Lists`]."""
+
+    mend = "Write vectors of finite numbers, all of one length, or leave the cell empty."
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        super().__init__(rows, "features", lambda of: pa.types.is_floating(of) or pa.types.is_integer(of), "numbers")
+
+    def _useless(self, lengths: np.ndarray) -> dict[int, str]:
         wrong: dict[int, str] = {}
         first = 0
         for chunk in self._column.chunks:
@@ -156,13 +173,48 @@ class Vectors(_Column):
     def encoded(self, row: int) -> bytes:
         return self.read(row).astype("<f4").tobytes()
 
-    def defects(self, full: bool = False) -> dict[int, str]:
-        return self._defects
-
 
 def _float32(numbers: pa.Array) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large becomes infinite, which is a defect
         return numbers.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+class Codes(_Lists):
+    """
+    Codes of an [`ItemQuantizer`], whole numbers from 0; see [`_Lists`].
+
+    Attributes:
+        largest (`np.ndarray` of shape `(N,)`): The largest code of each item, -1 for those without any.
+        quantizer (`Path`, *optional*): The file of the quantizer, if it lies beside the items.
+    """
+
+    mend = "Write codes as whole numbers from 0, the same count for every item, or leave the cell empty."
+
+    def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        super().__init__(rows, "codes", pa.types.is_integer, "whole numbers")
+        file = None if folder is None else Path(folder) / QUANTIZER_NAME
+        self.quantizer = file if file is not None and file.is_file() else None
+
+    def _useless(self, lengths: np.ndarray) -> dict[int, str]:
+        numbers = pc.list_flatten(self._column)
+        values = pc.fill_null(numbers.cast(pa.int64()), -1).to_numpy()
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        self.largest = np.full(len(lengths), -1)
+        np.maximum.at(self.largest, rows, values)
+        wrong = np.unique(rows[(values < 0) | (values >= MAX_CODES)]).tolist()
+        return dict.fromkeys(wrong, f"a code that is missing, below 0 or above {MAX_CODES - 1}")
+
+    def read(self, row: int) -> np.ndarray:
+        """The codes, int64 of shape `(size,)`."""
+        return self._column[int(row)].values.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def encoded(self, row: int) -> bytes:
+        return self.read(row).astype("<i4").tobytes()
+
+    def select(self, rows: np.ndarray) -> Self:
+        other = super().select(rows)
+        other.largest = self.largest[rows]
+        return other
 
 
 READERS: dict[str, type[Content]] = {
@@ -171,5 +223,6 @@ READERS: dict[str, type[Content]] = {
     "features": Vectors,
     "audio": Sounds,
     "video": Clips,
+    "codes": Codes,
 }
 """The reader of every modality."""

@@ -291,6 +291,12 @@ def _check_cells(name: str, cells: list[Any], defects: Defects) -> None:
         add("no number", [not number for number in is_number], "Write an integer or a date of ISO 8601.")
         if any(type(cell) is float for cell in cells) or any(abs(cell or 0) >= 2**63 for cell in cells if cell):
             cells[:] = [None if cell is None or cell != cell else repr(cell) for cell in cells]
+    elif name == "codes":
+        wrong = [
+            cell is not None and not (_is_vector(cell, (int,)) and max(map(abs, cell), default=0) < 2**31)
+            for cell in cells
+        ]
+        add("no list of whole numbers", wrong, "Write a list of codes for every item.")
     elif name == "features":
         wrong = [cell is not None and not _is_vector(cell) for cell in cells]
         add("no list of numbers", wrong, "Write a list of numbers for every item.")
@@ -299,5 +305,5 @@ def _check_cells(name: str, cells: list[Any], defects: Defects) -> None:
     add("half of a character (a lone surrogate)", surrogates, "The text was cut inside a character: write it again.")
 
 
-def _is_vector(cell: Any) -> bool:
-    return isinstance(cell, list) and all(type(number) in (int, float) for number in cell)
+def _is_vector(cell: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(cell, list) and all(type(number) in kinds for number in cell)

@@ -1,12 +1,9 @@
-"""Item vectors as a few codes: fitted on any vectors, decoded to vectors again, written as semantic ids."""
+"""Item vectors as a few codes: fitted on any vectors, decoded to vectors again, the start of a model's code table."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +16,20 @@ from torch import Tensor
 from tqdm.auto import trange
 from transformers.utils import cached_file
 
+from ..data.catalogue import Catalogue
+from ..data.contents import MAX_CODES, QUANTIZER_NAME, Codes
 from ..errors import DataError, one_line
-from ..files import whole_file, write_json
+from ..files import whole_file
+from ..model.modeling_transrec import TransRecModel
 
 
-QUANTIZER_NAME = "item_quantizer.safetensors"
-CODES_NAME = "semantic_ids.json"
 FORMAT = 1
-METHODS = ("residual", "product")
-BLOCK = 2**24  # distances computed at a time
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+METHODS = ("residual", "product", "learned")
+BLOCK = 2**22  # distances computed at a time
+FITTED = 2**15  # vectors that codebooks are fitted on at most, drawn at random
+COMMITMENT = 0.25  # weight of the distance to the codes in the loss of "learned"
+KEPT = 0.95  # of the moving averages of "learned" at each step
+RARE = 0.05  # uses in a step, on average, below which a learned code starts again
 
 
 def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -77,6 +78,78 @@ def balanced_rotation(centred: Tensor, num_parts: int) -> Tensor:
     return axes.T[torch.tensor([axis for part in parts for axis in part])]
 
 
+def residual_codes(vectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `(n, num_codebooks)` of vectors `(n, width)`, each for what the ones before it have left, and that."""
+    codes = []
+    for book in codebooks:
+        codes.append(nearest(vectors, book))
+        vectors = vectors - book[codes[-1]]
+    return torch.stack(codes, dim=1), vectors
+
+
+def _fit_residual(centred: Tensor, num: int, size: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Codebooks `(num, size, d)`."""
+    codebooks = []
+    for _ in trange(num, desc="Fitting codebooks", leave=False):
+        codebooks.append(k_means(centred, size, iterations, generator))
+        centred = centred - codebooks[-1][nearest(centred, codebooks[-1])]
+    return torch.stack(codebooks)
+
+
+def _fit_product(
+    centred: Tensor, num: int, size: int, iterations: int, rotations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Codebooks `(num, size, d / num)` and the rotation `(d, d)`, if there is to be one."""
+    rotation = balanced_rotation(centred, num) if rotations else None
+    for turn in trange(rotations + 1, desc="Fitting codebooks", leave=False):
+        parts = (centred if rotation is None else centred @ rotation.T).chunk(num, dim=1)
+        codebooks = [k_means(part, size, iterations, generator) for part in parts]
+        if turn < rotations:  # the rotation that takes the vectors nearest to what was decoded (Procrustes)
+            pairs = zip(parts, codebooks, strict=True)
+            decoded = torch.cat([book[nearest(part, book)] for part, book in pairs], dim=1)
+            left_vectors, _, right_vectors = torch.linalg.svd(decoded.T @ centred)
+            rotation = left_vectors @ right_vectors
+    return torch.stack(codebooks), rotation
+
+
+@torch.enable_grad()
+def _learn(
+    centred: Tensor, codebooks: Tensor, passes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Residual codebooks with linear maps there and back, learned together from a start by k-means: the maps by a
+    straight-through gradient, the codes by moving averages (van den Oord et al., 2017); one that is hardly used starts
+    again at what a vector has left.
+    """
+    maps = [torch.nn.Parameter(torch.eye(centred.shape[1])) for _ in range(2)]
+    there, back = maps
+    optimizer = torch.optim.Adam(maps, 1e-3)
+    codebooks, batch = codebooks.clone(), max(1024, codebooks.shape[1])
+    uses, sums = torch.ones(codebooks.shape[:2]), codebooks.clone()
+    scale = (centred**2).mean().clamp(min=1e-12)
+    for _ in trange(passes, desc="Learning codebooks", leave=False):
+        for rows in torch.randperm(len(centred), generator=generator).split(batch):
+            mapped = centred[rows] @ there.T
+            left, found = mapped.detach(), torch.zeros(len(rows), codebooks.shape[2])
+            for i, book in enumerate(codebooks):
+                codes = nearest(left, book)
+                chosen, before = book[codes], left
+                counts = torch.bincount(codes, minlength=len(book))
+                uses[i].lerp_(counts.float(), 1 - KEPT)
+                sums[i].lerp_(torch.zeros_like(book).index_add_(0, codes, before), 1 - KEPT)
+                found, left = found + chosen, before - chosen
+                dead = (uses[i] < RARE).nonzero().squeeze(1)
+                book.copy_(sums[i] / uses[i].clamp(min=1e-6).unsqueeze(1))
+                again = before[torch.randint(len(before), (len(dead),), generator=generator)]
+                book[dead], sums[i][dead], uses[i][dead] = again, again, 1.0
+            through = mapped + (found - mapped).detach()
+            error = ((through @ back - centred[rows]) ** 2).mean() + COMMITMENT * ((mapped - found) ** 2).mean()
+            optimizer.zero_grad()
+            (error / scale).backward()
+            optimizer.step()
+    return codebooks, there.detach(), back.detach()
+
+
 @dataclass
 class ItemQuantizer:
     """
@@ -86,11 +159,15 @@ class ItemQuantizer:
         codebooks (`Tensor` of shape `(num_codebooks, codebook_size, width)`): The centroids; `width` is that of the
             vectors, or of a part of them for `"product"`.
         method (`str`): `"residual"`, each codebook for what the ones before it have left, so that codes go from coarse
-            to fine (semantic ids, arXiv 2305.05065); or `"product"`, each for a part of the rotated vector, so that
-            they have no order (OPQ, Ge et al., 2013; VQ-Rec, arXiv 2210.12316).
+            to fine (semantic ids, arXiv 2305.05065); `"product"`, each for a part of the rotated vector, so that they
+            have no order (OPQ, Ge et al., 2013; VQ-Rec, arXiv 2210.12316); or `"learned"`, residual after a linear
+            map, which is learned with the codes, as is the one back (RQ-VAE without hidden layers).
         mean (`Tensor` of shape `(d,)`): Subtracted from vectors first.
-        rotation (`Tensor` of shape `(d, d)`, *optional*): Of `"product"`, applied next.
+        rotation (`Tensor` of shape `(width, d)`, *optional*): Of `"product"` and `"learned"`, applied next.
+        back (`Tensor` of shape `(width, d)`, *optional*): Of `"learned"`, from codes to vectors; for `"product"` it is
+            the rotation itself.
         vectors_hash (`str`, *optional*): Of the vectors that it was fitted on, see [`hash_of_vectors`].
+        encoder_hash (`str`, *optional*): Of the model that has made them, see [`encoder_hash`].
 
     Example:
 
@@ -103,23 +180,26 @@ class ItemQuantizer:
     """
 
     codebooks: Tensor
-    method: Literal["residual", "product"]
+    method: Literal["residual", "product", "learned"]
     mean: Tensor
     rotation: Tensor | None = None
+    back: Tensor | None = None
     vectors_hash: str | None = None
+    encoder_hash: str | None = None
 
     def __post_init__(self) -> None:
-        parts = 1 if self.method == "residual" else len(self.codebooks)
+        parts = len(self.codebooks) if self.method == "product" else 1
+        maps = [part for part in (self.rotation, self.back) if part is not None]
         wrong = None
         if self.method not in METHODS:
             wrong = f"method must be one of {METHODS}, got {self.method!r}"
         elif self.codebooks.ndim != 3 or not self.codebooks.numel():
             wrong = "codebooks must have the shape (num_codebooks, codebook_size, width)"
-        elif self.mean.ndim != 1 or len(self.mean) != parts * self.codebooks.shape[2]:
+        elif self.mean.ndim != 1 or (not maps and len(self.mean) != parts * self.codebooks.shape[2]):
             wrong = f"codebooks of {parts * self.codebooks.shape[2]} dimensions and a mean of {self.mean.numel()}"
-        elif self.rotation is not None and self.rotation.shape != (len(self.mean), len(self.mean)):
-            wrong = "the rotation has another width than the mean"
-        elif not all(part is None or part.isfinite().all() for part in (self.codebooks, self.mean, self.rotation)):
+        elif any(part.shape != (parts * self.codebooks.shape[2], len(self.mean)) for part in maps):
+            wrong = "the rotation has another width than codebooks and mean"
+        elif not all(part.isfinite().all() for part in (self.codebooks, self.mean, *maps)):
             wrong = "there is a NaN or an infinity in it"
         if wrong:
             raise DataError(f"item quantizer: {wrong}. Fit it again.")
@@ -128,6 +208,14 @@ class ItemQuantizer:
     def size(self) -> int:
         """Width of the vectors."""
         return len(self.mean)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of codebooks and maps: codes of two quantizers mean the same if these are equal."""
+        digest = hashlib.sha256(self.method.encode())
+        for name, part in self._tensors().items():
+            digest.update(name.encode() + part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def bytes_per_item(self) -> float:
@@ -140,24 +228,26 @@ class ItemQuantizer:
         vectors: Tensor,
         num_codebooks: int = 4,
         codebook_size: int = 256,
-        method: Literal["residual", "product"] = "residual",
+        method: Literal["residual", "product", "learned"] = "residual",
         *,
         iterations: int = 20,
         rotations: int = 5,
         seed: int = 0,
+        encoder_hash: str | None = None,
     ) -> ItemQuantizer:
         """
-        Codebooks for item vectors, by k-means.
+        Codebooks for item vectors, by k-means; of many vectors on a sample.
 
         Args:
             vectors (`Tensor` of shape `(n_items, d)`): Of any origin, see [`encode_catalogue`].
             num_codebooks (`int`, *optional*, defaults to 4): Codes an item.
             codebook_size (`int`, *optional*, defaults to 256): Values a code can have.
             method (`str`, *optional*, defaults to `"residual"`): See [`ItemQuantizer`].
-            iterations (`int`, *optional*, defaults to 20): Of k-means, for each codebook.
+            iterations (`int`, *optional*, defaults to 20): Of k-means, for each codebook; passes of `"learned"`.
             rotations (`int`, *optional*, defaults to 5): How often `"product"` fits the rotation and the codebooks in
-                turn; 0 for none.
-            seed (`int`, *optional*, defaults to 0): Of the first centroids.
+                turn; 0 for no rotation.
+            seed (`int`, *optional*, defaults to 0): Of the sample and the first centroids.
+            encoder_hash (`str`, *optional*): See [`ItemQuantizer`].
 
         Raises:
             [`DataError`]: If there are fewer items than values of a code, vectors are not finite, or their width is
@@ -166,7 +256,7 @@ class ItemQuantizer:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         check_vectors(vectors)
-        if num_codebooks < 1 or not 2 <= codebook_size <= 2**16:
+        if num_codebooks < 1 or not 2 <= codebook_size <= MAX_CODES:
             raise ValueError(
                 f"num_codebooks must be 1 or more and codebook_size from 2 to 65,536, got {num_codebooks} and "
                 f"{codebook_size}"
@@ -177,25 +267,20 @@ class ItemQuantizer:
             raise DataError(f"vectors of {vectors.shape[1]} numbers do not fall into {num_codebooks} equal parts")
         generator = torch.Generator().manual_seed(seed)
         vectors = vectors.detach().float().cpu()
+        hashes: Any = {"vectors_hash": hash_of_vectors(vectors), "encoder_hash": encoder_hash}
+        if len(vectors) > max(FITTED, codebook_size):
+            drawn = torch.randperm(len(vectors), generator=generator)[: max(FITTED, codebook_size)]
+            vectors = vectors[drawn.sort().values]
         mean = vectors.mean(dim=0)
-        centred, rotation, codebooks = vectors - mean, None, []
+        centred, rotation = vectors - mean, None
+        if method == "product":
+            codebooks, rotation = _fit_product(centred, num_codebooks, codebook_size, iterations, rotations, generator)
+            return cls(codebooks, method, mean, rotation, **hashes)
+        codebooks = _fit_residual(centred, num_codebooks, codebook_size, iterations, generator)
         if method == "residual":
-            left = centred
-            for _ in trange(num_codebooks, desc="Fitting codebooks", leave=False):
-                centroids = k_means(left, codebook_size, iterations, generator)
-                codebooks.append(centroids)
-                left = left - centroids[nearest(left, centroids)]
-        else:
-            rotation = balanced_rotation(centred, num_codebooks) if rotations else torch.eye(vectors.shape[1])
-            for turn in trange(rotations + 1, desc="Fitting codebooks", leave=False):
-                parts = (centred @ rotation.T).chunk(num_codebooks, dim=1)
-                codebooks = [k_means(part, codebook_size, iterations, generator) for part in parts]
-                if turn < rotations:  # the rotation that takes the vectors nearest to what was decoded (Procrustes)
-                    pairs = zip(parts, codebooks, strict=True)
-                    decoded = torch.cat([book[nearest(part, book)] for part, book in pairs], dim=1)
-                    left_vectors, _, right_vectors = torch.linalg.svd(decoded.T @ centred)
-                    rotation = left_vectors @ right_vectors
-        return cls(torch.stack(codebooks), method, mean, rotation, hash_of_vectors(vectors))
+            return cls(codebooks, method, mean, **hashes)
+        codebooks, rotation, back = _learn(centred, codebooks, iterations, generator)
+        return cls(codebooks, method, mean, rotation, back, **hashes)
 
     def encode(self, vectors: Tensor) -> Tensor:
         """
@@ -206,15 +291,11 @@ class ItemQuantizer:
         """
         check_vectors(vectors, self.size)
         left = vectors.detach().float().cpu() - self.mean
+        left = left if self.rotation is None else left @ self.rotation.T
         if self.method == "product":
-            rotated = left if self.rotation is None else left @ self.rotation.T
-            parts = rotated.chunk(len(self.codebooks), dim=1)
+            parts = left.chunk(len(self.codebooks), dim=1)
             return torch.stack([nearest(part, book) for part, book in zip(parts, self.codebooks, strict=True)], dim=1)
-        codes = []
-        for book in self.codebooks:
-            codes.append(nearest(left, book))
-            left = left - book[codes[-1]]
-        return torch.stack(codes, dim=1)
+        return residual_codes(left, self.codebooks)[0]
 
     def decode(self, codes: Tensor) -> Tensor:
         """
@@ -235,10 +316,24 @@ class ItemQuantizer:
                 f"{self.codebooks.shape[1] - 1}"
             )
         parts = [book[code] for book, code in zip(self.codebooks, codes.T, strict=True)]
-        if self.method == "residual":
-            return torch.stack(parts).sum(dim=0) + self.mean
-        rotated = torch.cat(parts, dim=1)
-        return (rotated if self.rotation is None else rotated @ self.rotation) + self.mean
+        found = torch.cat(parts, dim=1) if self.method == "product" else torch.stack(parts).sum(dim=0)
+        back = self.rotation if self.back is None else self.back
+        return (found if back is None else found @ back) + self.mean
+
+    def code_vectors(self) -> Tensor:
+        """
+        A vector for each value of each code, `(num_codebooks * codebook_size, d)`, of which the mean over the codes of
+        an item is what these stand for.
+        """
+        num, size, width = self.codebooks.shape
+        found = self.codebooks
+        if self.method == "product":
+            found = found.new_zeros(num, size, num * width)
+            for i, book in enumerate(self.codebooks):
+                found[i, :, i * width : (i + 1) * width] = book
+        back = self.rotation if self.back is None else self.back
+        found = found if back is None else found @ back
+        return (num * found + self.mean).flatten(0, 1)
 
     def report(self, vectors: Tensor) -> dict[str, float]:
         """
@@ -262,12 +357,15 @@ class ItemQuantizer:
             "bytes_per_item": float(self.bytes_per_item),
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        parts = {"codebooks": self.codebooks, "mean": self.mean, "rotation": self.rotation, "back": self.back}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_quantizer.safetensors`."""
-        tensors = {"codebooks": self.codebooks, "mean": self.mean}
-        if self.rotation is not None:
-            tensors["rotation"] = self.rotation
-        made = {"method": self.method, "vectors_hash": self.vectors_hash or "", "format": str(FORMAT)}
+        hashes = {"vectors_hash": self.vectors_hash or "", "encoder_hash": self.encoder_hash or ""}
+        made = {"method": self.method, **hashes, "format": str(FORMAT)}
+        tensors = self._tensors()
         Path(folder).mkdir(parents=True, exist_ok=True)
         with whole_file(Path(folder) / QUANTIZER_NAME) as partial:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, made)
@@ -296,10 +394,60 @@ class ItemQuantizer:
                 method,
                 tensors["mean"],
                 tensors.get("rotation"),
+                tensors.get("back"),
                 made.get("vectors_hash") or None,
+                made.get("encoder_hash") or None,
             )
         except (LookupError, SafetensorError, ValueError) as error:
             raise DataError(f"{file}: damaged ({one_line(error)}). Fit it again.") from error
+
+
+def check_quantizer(known: str | None, file: Path | None) -> None:
+    """
+    Raises [`DataError`] if codes beside which the `file` of a quantizer lies are not of the one whose
+    [`~ItemQuantizer.hash`] is `known`; of what nothing is known, nothing is said.
+    """
+    if known is None or file is None:
+        return
+    found = ItemQuantizer.from_pretrained(file.parent).hash
+    if found != known:
+        raise DataError(
+            f"{file}: the codes are those of another quantizer ({found[:12]}) than those that the model was trained "
+            f"on ({known[:12]}), and the same number means something else. Make them by that one: transrec codes "
+            "--quantizer."
+        )
+
+
+@torch.no_grad()
+def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
+    """
+    Let the code table of a model that was never trained begin as the codebooks of the quantizer beside the items, if
+    there is one: an item's vector is then what its codes stand for. The model knows the quantizer from then on.
+
+    Args:
+        model ([`TransRecModel`]): One that reads codes; changed in place.
+        catalogue ([`Catalogue`]): The items.
+
+    Raises:
+        [`DataError`]: If the quantizer does not fit the model.
+    """
+    table, content = model.item_encoder.codes_table, catalogue.contents.get("codes")
+    if not table.is_new or not isinstance(content, Codes):
+        return
+    table.is_new.fill_(False)
+    if content.quantizer is None:
+        return
+    quantizer = ItemQuantizer.from_pretrained(content.quantizer.parent)
+    vectors = quantizer.code_vectors()
+    if vectors.shape != table.vectors.weight.shape:
+        raise DataError(
+            f"{content.quantizer}: {vectors.shape[0]} codes of vectors of {vectors.shape[1]} numbers, and the model "
+            f"has {table.vectors.weight.shape[0]} of {table.vectors.weight.shape[1]}. Make one with --hidden_size "
+            f"{vectors.shape[1]} --num_codebooks {len(quantizer.codebooks)} --codebook_size "
+            f"{quantizer.codebooks.shape[1]}."
+        )
+    table.vectors.weight.copy_(vectors)
+    model.config.quantizer_hash = quantizer.hash
 
 
 def check_vectors(vectors: Tensor, size: int | None = None) -> None:
@@ -316,62 +464,3 @@ def check_vectors(vectors: Tensor, size: int | None = None) -> None:
 def hash_of_vectors(vectors: Tensor) -> str:
     """SHA-256 of vectors in fp32, by which a quantizer knows those that it was fitted on."""
     return hashlib.sha256(vectors.detach().float().cpu().contiguous().numpy().data).hexdigest()
-
-
-def resolve_collisions(codes: Tensor) -> Tensor:
-    """
-    Codes `(n, num_codebooks)` that are all different: one more code counts the items that share the others, so that
-    the result is `(n, num_codebooks + 1)` (TIGER, arXiv 2305.05065).
-    """
-    _, inverse = np.unique(codes.numpy(), axis=0, return_inverse=True)
-    order = np.argsort(inverse.reshape(-1), kind="stable")
-    groups = inverse.reshape(-1)[order]
-    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
-    ordinal = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    last = np.empty(len(order), dtype=np.int64)
-    last[order] = ordinal
-    return torch.cat([codes, torch.from_numpy(last).unsqueeze(1)], dim=1)
-
-
-def save_semantic_ids(file: str | os.PathLike, item_ids: Sequence[str] | np.ndarray, codes: Tensor) -> None:
-    """
-    Write codes as one token a codebook for each item, the layout of LC-Rec and of what was built upon it:
-    `{"item id": ["<a_17>", "<b_3>", "<c_201>"], ...}`.
-
-    Raises:
-        [`DataError`]: If there are not as many ids as codes, or over 26 codes an item.
-    """
-    if len(item_ids) != len(codes) or codes.shape[1] > len(LETTERS):
-        raise DataError(
-            f"{len(item_ids)} ids for {len(codes)} items of {codes.shape[1]} codes: give one id for each item, and at "
-            f"most {len(LETTERS)} codes"
-        )
-    rows = ([f"<{letter}_{code}>" for letter, code in zip(LETTERS, row, strict=False)] for row in codes.tolist())
-    write_json(file, dict(zip(map(str, item_ids), rows, strict=True)))
-
-
-def load_semantic_ids(file: str | os.PathLike) -> tuple[np.ndarray, Tensor]:
-    """
-    Item ids and codes `(n, num_codebooks)` of a file as [`save_semantic_ids`] writes it.
-
-    Raises:
-        [`DataError`]: If the file is none such; it names the item.
-    """
-    try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({one_line(error)})") from error
-    if not isinstance(rows, dict) or not rows:
-        raise DataError(f'{file}: holds no {{"item id": ["<a_1>", "<b_2>"]}}')
-    codes, length = [], None
-    for item_id, tokens in rows.items():
-        tokens = tokens if isinstance(tokens, list) else []
-        found = [re.fullmatch(r"<([a-z])_(\d{1,9})>", str(token)) for token in tokens]
-        letters = "".join(match.group(1) for match in found if match)
-        if not letters or len(letters) != len(tokens) or letters != LETTERS[: len(letters)]:
-            raise DataError(f'{file}: item {item_id!r} has no codes like ["<a_1>", "<b_2>"]')
-        length = length or len(tokens)
-        if len(tokens) != length:
-            raise DataError(f"{file}: item {item_id!r} has {len(tokens)} codes, the first one {length}")
-        codes.append([int(match.group(2)) for match in found if match])
-    return np.array(list(rows)), torch.tensor(codes)

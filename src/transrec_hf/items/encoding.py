@@ -19,6 +19,7 @@ from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import tower_width
+from .codes import start_code_table
 from .preparing import ItemSource
 
 
@@ -204,6 +205,8 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
     rng, was_training = np.random.default_rng(seed), model.training
     model.eval()
     for name in model.config.modalities:
+        if name == "codes":
+            start_code_table(model, source.catalogue)
         if model.config.item_map == "whitened":
             states = item_states(model, source, name, seed=seed)
             generator = torch.Generator().manual_seed(COLUMNS[name]) if name != model.config.modalities[0] else None

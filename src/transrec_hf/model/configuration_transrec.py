@@ -38,10 +38,13 @@ WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
 AMONG_ALL = ("in_batch", "full_softmax", "masked")
 """Objectives that score the items of all processes."""
 MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 256, 2**16, 2**24
+MAX_CODEBOOKS = 1024
 MAX_SIDE, MAX_PATCHES = 4096, 2**18  # pixels and patches of an image that a tower reads
 RANGES: dict[str, tuple[float, float]] = {
     "num_items": (1, 2**31 - 1),
     "features_size": (1, MAX_WIDTH),
+    "num_codebooks": (1, MAX_CODEBOOKS),
+    "codebook_size": (2, MAX_WIDTH),
     "hidden_size": (1, MAX_WIDTH),
     "user_hidden_size": (1, MAX_WIDTH),
     "time_buckets": (0, MAX_WIDTH),
@@ -153,6 +156,13 @@ class TransRecConfig(PreTrainedConfig):
             as VideoMAE. `None` means no video tower.
         features_size (`int`, *optional*):
             Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
+        num_codebooks (`int`, *optional*):
+            Codes that items come with, whole numbers by an [`ItemQuantizer`], for each of which the model learns a
+            vector. `None` means that none are read.
+        codebook_size (`int`, *optional*, defaults to 256):
+            Values that a code can have.
+        quantizer_hash (`str`, *optional*):
+            Of the quantizer that the codes came from, see [`ItemQuantizer.hash`]; training writes it.
         num_items (`int`, *optional*):
             Size of a catalogue, of each item of which the model learns a vector by its ID: the ID baseline, if it
             reads nothing else, or a hybrid, which adds the vector to what it reads.
@@ -264,6 +274,9 @@ class TransRecConfig(PreTrainedConfig):
     audio_config: dict | PreTrainedConfig | None = None
     video_config: dict | PreTrainedConfig | None = None
     features_size: int | None = None
+    num_codebooks: int | None = None
+    codebook_size: int = 256
+    quantizer_hash: str | None = None
     num_items: int | None = None
     hidden_size: int = 384
     user_encoder: str = "transformer"
@@ -409,6 +422,7 @@ class TransRecConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         is_new = (
             self.features_size is not None
+            or self.num_codebooks is not None
             or self.audio_config is not None
             or self.video_config is not None
             or self.user_encoder != "transformer"

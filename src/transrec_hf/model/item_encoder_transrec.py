@@ -86,6 +86,28 @@ class AttentionPooling(nn.Module):
         return (weights.unsqueeze(-1) * attended).sum(dim=1)
 
 
+class CodeTable(nn.Module):
+    """
+    A vector for each value of each code, as VQ-Rec has it (arXiv 2210.12316): what codes say is the mean of theirs.
+
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+    """
+
+    is_new: Tensor  # until its vectors have had a start
+
+    def __init__(self, config: TransRecConfig):
+        super().__init__()
+        self.codebook_size = config.codebook_size
+        self.vectors = nn.Embedding(int(config.num_codebooks or 0) * config.codebook_size, config.hidden_size)
+        self.register_buffer("is_new", torch.ones((), dtype=torch.bool))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes `(n, num_codebooks)` to vectors `(n, hidden_size)`."""
+        rows = codes + torch.arange(codes.shape[1], device=codes.device) * self.codebook_size
+        return nn.functional.embedding_bag(rows, self.vectors.weight, mode="mean")
+
+
 def default_width(config: TransRecConfig, towers: dict[str, PreTrainedModel]) -> int:
     """Of item vectors: if they are whitened as wide as what the widest tower says, so that no axis is left out."""
     if config.item_map != "whitened":
@@ -192,6 +214,7 @@ class ItemEncoder(nn.Module):
     """
 
     text_pooling: AttentionPooling
+    codes_table: CodeTable
 
     def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__()
@@ -202,7 +225,9 @@ class ItemEncoder(nn.Module):
         if config.num_items is not None:
             self.item_embedding = nn.Embedding(config.num_items, config.hidden_size)
         for modality in (MODALITIES[name] for name in self.modalities):
-            if modality.tower is None:
+            if modality.name == "codes":
+                self.codes_table, width = CodeTable(config), config.hidden_size
+            elif modality.tower is None:
                 width = getattr(config, modality.config)
             else:
                 tower = towers.get(modality.tower) or build_tower(getattr(config, modality.config))
@@ -239,7 +264,8 @@ class ItemEncoder(nn.Module):
 
     def parts_of(self, name: str) -> list[nn.Module]:
         """All modules that only the contents of one modality pass."""
-        modules = [self.towers.get(name), getattr(self, f"{name}_pooling", None), self.projection(name)]
+        parts = [getattr(self, f"{name}_{part}", None) for part in ("table", "pooling")]
+        modules = [self.towers.get(name), *parts, self.projection(name)]
         return [module for module in modules if module is not None]
 
     def zero_of_unused(self, modalities: Collection[str], present: Collection[str]) -> Tensor | float:
@@ -275,6 +301,8 @@ class ItemEncoder(nn.Module):
 
     def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
         """What the projection of a modality reads: pooled states `(n, width)`; see [`~ItemEncoder.encode`]."""
+        if name == "codes":
+            return self.codes_table(values)
         if name not in self.towers:
             return values.to(next(self.projection(name).parameters()).dtype)
         tower = self.towers[name]

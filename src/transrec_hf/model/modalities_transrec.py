@@ -97,7 +97,14 @@ VIDEO = Modality(
     part="frame_image_processor",
     is_windowed=True,
 )
-MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO, VIDEO)}
+CODES = Modality(
+    "codes",
+    config="num_codebooks",
+    projection="codes_projection",
+    index="codes_index",
+    values="codes",
+)
+MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO, VIDEO, CODES)}
 """Append only: the order is that of the columns of `present` and of the bits of a combination of modalities."""
 COLUMNS = {name: column for column, name in enumerate(MODALITIES)}
 

@@ -117,6 +117,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         max_audio_windows (`int`, *optional*, defaults to 3): windows after which a sound is cut.
         frame_image_processor (`BaseImageProcessor`, *optional*): of the video tower; `None` if the model has none.
         num_frames (`int`, *optional*, defaults to 8): frames of a video that are read at most, evenly spaced.
+        num_codebooks (`int`, *optional*): codes that items come with; `None` if the model reads none.
+        codebook_size (`int`, *optional*, defaults to 256): values that a code can have.
         modalities (`list[str]`, *optional*): written to and read from `processor_config.json`; leave it out.
 
     Raises:
@@ -135,6 +137,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         max_audio_windows: int = 3,
         frame_image_processor: Any = None,
         num_frames: int = 8,
+        num_codebooks: int | None = None,
+        codebook_size: int = 256,
     ):
         parts = {
             "tokenizer": tokenizer,
@@ -143,10 +147,10 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             "frame_image_processor": frame_image_processor,
         }
         parts = {name: part for name, part in parts.items() if part is not None}
-        if not parts and features_size is None:
+        if not parts and features_size is None and num_codebooks is None:
             raise ValueError(
                 "a processor needs a tokenizer, an image_processor, a feature_extractor, a frame_image_processor, "
-                "features_size, or several of them"
+                "features_size, num_codebooks, or several of them"
             )
         # the mixin asks its class for the parts; here each instance answers, since a checkpoint may lack a modality
         self.get_attributes: Any = partial(list, parts)
@@ -158,8 +162,9 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         self.feature_extractor = feature_extractor
         self.audio_seconds, self.max_audio_windows = audio_seconds, max_audio_windows
         self.frame_image_processor, self.num_frames = frame_image_processor, num_frames
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         given = {"text": tokenizer, "image": image_processor, "features": features_size, "audio": feature_extractor}
-        given["video"] = frame_image_processor
+        given |= {"video": frame_image_processor, "codes": num_codebooks}
         self.modalities = [name for name in MODALITIES if given[name] is not None]
 
     @classmethod
@@ -171,8 +176,12 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         features_size: int | None = None,
         audio_model: str | None = None,
         video_model: str | None = None,
+        **kwargs: Any,
     ) -> TransRecProcessor:
-        """The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers."""
+        """
+        The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers; `kwargs` are
+        further arguments of the class.
+        """
         frames = AutoConfig.from_pretrained(video_model, trust_remote_code=False) if video_model else None
         return cls(
             AutoTokenizer.from_pretrained(text_model, trust_remote_code=False) if text_model else None,
@@ -182,6 +191,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             feature_extractor=feature_extractor_of(audio_model) if audio_model else None,
             frame_image_processor=AutoImageProcessor.from_pretrained(video_model) if video_model else None,
             num_frames=getattr(frames, "num_frames", 8),
+            **kwargs,
         )
 
     @classmethod
@@ -211,6 +221,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         features: Any = None,
         audio: Any = None,
         video: Any = None,
+        codes: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -223,6 +234,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             audio (`list` of `(samples,)` arrays or `None`, *optional*): sound of each item, mono, at the rate of the
                 feature extractor.
             video (`list` of `list[Image]` or `None`, *optional*): frames of the video of each item.
+            codes (`list` of `(num_codebooks,)` integers or `None`, *optional*): codes of each item.
 
         Returns:
             `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
@@ -230,7 +242,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             `(n_image, channels, height, width)`, `image_index` `(n_image,)`, the item row of each text and image,
             `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`, `audio_values`
             `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds, windows)` and `audio_index` `(n_sounds,)`,
-            `video_values` `(n_videos, frames, channels, height, width)`, `video_mask` and `video_index`.
+            `video_values` `(n_videos, frames, channels, height, width)`, `video_mask` and `video_index`,
+            `codes` `(n_codes, num_codebooks)` and `codes_index` `(n_codes,)`.
 
         Raises:
             `ValueError`: if the lists differ in length, or an item has none of the modalities of this processor.
@@ -241,6 +254,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             "features": [] if features is None else list(features),
             "audio": [] if audio is None else list(audio),
             "video": [] if video is None else list(video),
+            "codes": [] if codes is None else list(codes),
         }
         counts = {name: len(contents) for name, contents in given.items() if contents}
         n_items = max(counts.values(), default=0)
@@ -268,7 +282,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
         Args:
             name (`str`): The modality.
-            contents (`list`): Texts, images, vectors, sounds or videos; at least one.
+            contents (`list`): Texts, images, vectors, sounds, videos or codes; at least one.
             kwargs: Of the tokenizer.
 
         Returns:
@@ -283,10 +297,19 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             return self._prepare_sounds(contents)
         if name == "video":
             return self._prepare_videos(contents)
+        if name == "codes":
+            return {"codes": self._checked_codes(torch.stack([torch.as_tensor(codes) for codes in contents]))}
         vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in contents])
         if vectors.shape[1:] != (self.features_size,):
             raise ValueError(f"features have the shape {tuple(vectors.shape[1:])}, not ({self.features_size},)")
         return {"features": vectors}
+
+    def _checked_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        if codes.shape[1:] != (self.num_codebooks,) or codes.is_floating_point():
+            raise ValueError(f"codes have the shape {tuple(codes.shape[1:])}, not ({self.num_codebooks},) integers")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(f"codes go from {codes.min()} to {codes.max()}, not from 0 to {self.codebook_size - 1}")
+        return codes.long()
 
     @property
     def window_samples(self) -> int:
@@ -400,6 +423,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         """A text that changes whenever this processor would prepare a modality in another way."""
         if modality == "features":
             return json.dumps(self.features_size)
+        if modality == "codes":
+            return json.dumps([self.num_codebooks, self.codebook_size])
         if modality == "audio":
             rules = json.loads(self.feature_extractor.to_json_string())
             return json.dumps([self.audio_seconds, self.max_audio_windows, rules], sort_keys=True)

@@ -18,6 +18,7 @@ from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
 from ..errors import DataError, bad_input
 from ..files import PARTIAL, read_whole, recover, written_whole
+from ..items.codes import check_quantizer
 from ..model.configuration_transrec import MAX_SIDE, TransRecConfig
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -239,6 +240,10 @@ def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
             f"{catalogue.source}: the vectors in features have {size} numbers, but this model reads vectors of "
             f"{model.config.features_size}. Make them as for its training, or train one with features_size {size}."
         )
+    if "codes" in model.config.modalities and "codes" in catalogue.contents:
+        codes: Any = catalogue.contents["codes"]
+        catalogue.check_codes(model.config.num_codebooks or 0, model.config.codebook_size)
+        check_quantizer(model.config.quantizer_hash, codes.quantizer)
     if model.config.num_items not in (None, len(catalogue)):
         raise DataError(
             f"{catalogue.source}: {len(catalogue)} items, but this ID baseline knows {model.config.num_items} and "

@@ -193,11 +193,18 @@ def graphs_of(model: TransRecModel, processor: TransRecProcessor | None) -> Iter
         one = processor.prepare("video", [[Image.new("RGB", (64, 64))]])["video_values"]
         return {"video_values": numbers(count, length, *one.shape[2:]), "video_mask": mask(count, length).float()}
 
+    def codes(count: int, length: int) -> dict[str, Tensor]:
+        return {
+            "codes": torch.randint(config.codebook_size, (count, int(config.num_codebooks or 0)), generator=generator)
+        }
+
     contents = {"text": texts, "image": images, "features": features, "audio": sounds, "video": videos}
+    contents["codes"] = codes
     dims_of = {
         "text": ["texts", "tokens"],
         "image": ["images"],
         "features": ["features"],
+        "codes": ["codes"],
         "audio": ["sounds", "windows"],
         "video": ["videos", "frames"],
     }

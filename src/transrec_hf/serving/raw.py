@@ -61,6 +61,7 @@ def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
         "features": _vector,
         "audio": _sound,
         "video": _video,
+        "codes": _codes,
     }
     shown = {name: readers[name](item[name]) for name in modalities if item.get(name) is not None}
     if not shown:
@@ -103,6 +104,13 @@ def _vector(vector: Any) -> np.ndarray:
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all() or not numbers.any():
         raise DataError("the features of a raw item are a list of finite numbers that are not all zero")
     return numbers
+
+
+def _codes(codes: Any) -> np.ndarray:
+    numbers = _numbers(codes)
+    if numbers.ndim != 1 or not len(numbers) or not (numbers >= 0).all() or (numbers % 1).any():
+        raise DataError("the codes of a raw item are a list of whole numbers from 0")
+    return numbers.astype(np.int64)
 
 
 def _sound(sound: Any) -> Any:

@@ -45,10 +45,11 @@ File = Annotated[
     ),
 ]
 Features = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_FEATURES)]
+Codes = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**16)]], Field(min_length=1, max_length=1024)]
 Value = StrictStr | StrictBool | StrictInt | FiniteFloat | None
 Column = Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Filter = Annotated[StrictStr, Field(min_length=1, max_length=MAX_FILTER, examples=["price < 20 and stock > 0"])]
-Modality = Literal["text", "image", "features", "audio", "video"]
+Modality = Literal["text", "image", "features", "audio", "video", "codes"]
 Count = Annotated[StrictInt, Field(ge=1, le=MAX_K)]
 
 
@@ -59,7 +60,7 @@ class Strict(BaseModel):
 
 
 class RawItem(Strict):
-    """An item that the catalogue need not have: a text, an image, a vector, a sound, a video, or several of them."""
+    """An item that the catalogue need not have: text, image, vector, sound, video, codes, or several of them."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
@@ -68,6 +69,7 @@ class RawItem(Strict):
     features: Features | None = None
     audio: File | None = None
     video: File | None = None
+    codes: Codes | None = None
 
     def contents(self) -> dict[str, Any]:
         """What it shows, by modality; files as they came."""
@@ -143,7 +145,7 @@ class Item(RawItem):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        taken = sorted({"item_id", "text", "features", *FILES} & set(self.columns))
+        taken = sorted({"item_id", "text", "features", "codes", *FILES} & set(self.columns))
         if taken:
             raise ValueError(f"columns cannot be named {', '.join(taken)}")
         return self

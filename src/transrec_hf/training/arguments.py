@@ -72,8 +72,9 @@ class TransRecTrainingArguments(TrainingArguments):
         tuning (`str`, *optional*): what is trained, beside projections, priors, scales and ID vectors, which always
             are: `"full"`, everything; `"top_k_blocks"`, `trainable_blocks` of each tower; `"frozen"`, no tower;
             `"lora"`, `"dora"`, `"ia3"` or `"ln_tuning"`, an adapter of PEFT on towers and user encoder;
-            `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]. Adapters in towers
-            learn at `tower_learning_rate`, for which 1e-3 is a good start.
+            `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]; `"codes"`, the
+            vectors of codes and nothing else, as VQ-Rec fine-tunes on a target. Adapters in towers learn at
+            `tower_learning_rate`, for which 1e-3 is a good start.
         adapter_size (`int`, *optional*): rank of `"lora"` and `"dora"`, 8 if not given, or width of `"bottleneck"`,
             32.
         bottleneck_places (`str`, *optional*, defaults to `"houlsby"`): where `"bottleneck"` adapters are:

@@ -67,7 +67,9 @@ def is_kept(name: str, init: str) -> bool:
         return of_items
     if init == "user_encoder":
         return not name.startswith("item_encoder.")
-    return init in MODALITIES and name.startswith(f"item_encoder.{MODALITIES[init].projection}.")
+    if init not in MODALITIES:
+        return False
+    return name.startswith((f"item_encoder.{MODALITIES[init].projection}.", f"item_encoder.{init}_table."))
 
 
 def check_init(model: TransRecModel, init: str) -> None:
@@ -104,6 +106,8 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
             parameter.copy_(fresh[name])
         if init == "half" and not is_kept(name, "none"):
             parameter.lerp_(fresh[name].to(parameter), 0.5)
+    if "item_encoder.codes_table" in new:
+        model.item_encoder.codes_table.is_new.fill_(True)
     whitened = model.config.item_map == "whitened"
     standardized = [
         name for name in model.config.modalities if whitened or f"item_encoder.{MODALITIES[name].projection}" in new

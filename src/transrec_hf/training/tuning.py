@@ -24,7 +24,7 @@ from ..publishing.results import describe_device
 logger = logging.get_logger(__name__)
 
 PEFT_TUNINGS = ("lora", "dora", "ia3", "ln_tuning")
-TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck")
+TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck", "codes")
 SIZES = {"lora": 8, "dora": 8, "bottleneck": 32}
 """Rank, or width, of adapters where no other is given."""
 PAPER_BLOCKS = 2
@@ -170,6 +170,11 @@ def tune(model: Any, args: Any) -> None:
             torch.manual_seed(args.seed)
             size = SIZES["bottleneck"] if args.adapter_size is None else args.adapter_size
             model.add_bottlenecks(size, args.bottleneck_places, args.bottleneck_parallel)
+    elif args.tuning == "codes":
+        if "codes" not in model.config.modalities:
+            raise ValueError("tuning='codes' trains the code table, and this model reads no codes: take another one")
+        model.requires_grad_(False)
+        model.item_encoder.codes_table.requires_grad_(True)
     elif args.trainable_blocks is not None or args.tuning == "full":
         model.freeze_towers(args.trainable_blocks)
 
