@@ -28,6 +28,7 @@ VERBS = {
     "plan": ("runs", "Predict what a training run takes on this machine."),
     "pretrain": ("runs", "Train a new model on one platform."),
     "finetune": ("runs", "Go on training a model on another platform."),
+    "distill": ("distill", "Make a smaller model that says of items what a larger one says."),
     "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
     "benchmark": ("benchmark", "Run a published benchmark, beside the published numbers."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),

@@ -266,7 +266,7 @@ def test_a_bottleneck_adapter_is_pushed_alone(hub: LocalHub, tmp_path):
     assert_same_weights(TransRecModel.from_pretrained(ADAPTER), model)
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("tuning", TUNINGS[:-1])  # but for codes, which these models do not read
 def test_modes_train_what_they_say(tmp_path, tuning, caplog):
     model = design(**DROPOUT)
     tuned(model, tuning, tmp_path)
