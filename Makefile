@@ -35,6 +35,14 @@ lint: $(VENV)/.dev-installed ## check style (ruff), types (mypy) and spelling (t
 	$(BIN)/mypy
 	$(BIN)/typos
 
+.PHONY: docs
+docs: $(VENV)/.docs-installed ## build the pages as a site in build/site, strictly
+	$(BIN)/python docs/build.py
+
+.PHONY: pages
+pages: $(VENV)/.test-installed ## fill the tables and draw the plots of the pages from the tables of results
+	$(BIN)/python benchmarks/page.py
+
 .PHONY: format
 format: $(VENV)/.dev-installed ## mend the style where ruff can
 	$(BIN)/ruff check --fix .
@@ -53,6 +61,10 @@ common-tests: $(VENV)/.test-installed ## fetch transformers' own common model te
 	$(BIN)/python tests/common/fetch.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/common $(PYTEST_ARGS)
 
+.PHONY: release
+release: ## build wheel and sdist into dist/, and try the wheel in an empty environment
+	PYTHON=$(PYTHON) bash .ci/release
+
 .PHONY: cards
 cards: $(VENV)/.test-installed ## render the model cards again from the tables of results
 	$(BIN)/transrec card model_cards/*/
@@ -62,7 +74,7 @@ install: $(VENV)/.dev-installed ## set up the environment with everything for de
 
 .PHONY: clean
 clean: ## remove the environment, caches and built files
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help

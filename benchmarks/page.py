@@ -1,5 +1,5 @@
 """
-Makes the tables and plots of README.md from the table of results:
+Makes the tables and plots of the pages from the tables of results:
 
     python benchmarks/page.py
 """
@@ -7,11 +7,36 @@ Makes the tables and plots of README.md from the table of results:
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from common import FOLDER, Row, learning_curve, rows_of
+
+
+ROOT = FOLDER.parent
+PAGES = [FOLDER / "README.md", ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quickstart.md"]
+"""Pages whose tables are filled."""
+
+DOMAINS = {
+    "amazon-beauty": "Amazon Beauty",
+    "amazon-toys": "Amazon Toys",
+    "hm": "H&M, one week",
+    "movielens-2000s": "films of the 2000s",
+    "yelp": "Yelp",
+}
+MODELS = {
+    "hybrid": "**TransRec, hybrid**",
+    "untrained hybrid": "TransRec, hybrid, untrained",
+    "untrained": "TransRec, content alone, untrained",
+    "id_baseline": "ID baseline, tuned",
+    "co_occurrence": "item co-occurrence",
+    "popularity": "popularity",
+}
+METRICS = ("test hit_rate@10", "test ndcg@10")
 
 
 def short(data: str) -> str:
@@ -31,8 +56,12 @@ def format_row(row: Row) -> str:
 
 def fill_tables(page: str, path: str | Path) -> str:
     """
-    The page with its tables made anew: between `<!-- table NAME of VARIANT: METRIC, METRIC -->` and `<!-- end -->` are
-    the rows of that benchmark with these metrics, or with all, and with variants that begin so, or with all.
+    The page with its tables made anew, each between its comment and `<!-- end -->`:
+
+    * `<!-- table NAME of VARIANT: METRIC, METRIC -->`, the rows of a benchmark with these metrics, or with all, and
+      with variants that begin so, or with all;
+    * `<!-- quality -->`, the models of the benchmark of that name beside what is published;
+    * `<!-- runs FILE: RUN MODEL = NAME; RUN MODEL = NAME -->`, rows of a table of `examples/results/`.
     """
 
     def table(match: re.Match) -> str:
@@ -43,66 +72,183 @@ def fill_tables(page: str, path: str | Path) -> str:
         return f"{match['start']}\n\n{head}" + "".join(f"{format_row(row)}\n" for row in rows) + "\n<!-- end -->"
 
     start = r"(?P<start><!-- table (?P<name>\w+)( of (?P<variant>[^:>]+))?(: (?P<metrics>[^>]+?))? -->)"
-    return re.sub(f"{start}.*?<!-- end -->", table, page, flags=re.DOTALL)
+    page = re.sub(f"{start}.*?<!-- end -->", table, page, flags=re.DOTALL)
+    quality = f"<!-- quality -->\n\n{quality_table(path)}\n<!-- end -->"
+    page = re.sub("<!-- quality -->.*?<!-- end -->", lambda _: quality, page, flags=re.DOTALL)
+    runs = r"(?P<start><!-- runs (?P<file>[\w./]+): (?P<runs>[^>]+?) -->).*?<!-- end -->"
+    return re.sub(
+        runs, lambda m: f"{m['start']}\n\n{runs_table(m['file'], m['runs'])}\n<!-- end -->", page, flags=re.DOTALL
+    )
+
+
+def decimal(value: float) -> str:
+    """As the field writes it: `.1208`."""
+    return f"{value:.4f}".removeprefix("0")
+
+
+def quality_table(path: str | Path) -> str:
+    """`hit_rate@10` / `ndcg@10` of each model on each domain, the best of each domain in bold."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows_of(path, "quality"):
+        values.setdefault((row["variant"], short(row["data"])), {})[row["metric"]] = float(row["value"])
+    names = dict(MODELS)
+    with open(FOLDER / "published.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            names[row["model"]] = f"published: {row['model']} ({row['source']})"
+            values.setdefault((row["model"], short(row["data"])), {})[row["metric"]] = float(row["value"])
+    best = {
+        domain: [
+            max(found[metric] for (_, data), found in values.items() if data == domain and metric in found)
+            for metric in METRICS
+        ]
+        for domain in DOMAINS
+    }
+    lines = ["| | " + " | ".join(DOMAINS.values()) + " |", "|---|" + "---|" * len(DOMAINS)]
+    for variant, name in names.items():
+        cells = []
+        for domain in DOMAINS:
+            found = values.get((variant, domain), {})
+            pair = [decimal(found[metric]) for metric in METRICS if metric in found]
+            is_best = [
+                metric in found and found[metric] == top for metric, top in zip(METRICS, best[domain], strict=True)
+            ]
+            cells.append(" / ".join(f"**{n}**" if b else n for n, b in zip(pair, is_best, strict=False)) or "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def runs_table(file: str, runs: str) -> str:
+    """Test metrics of runs, with their 95 % intervals."""
+    with open(ROOT / "examples" / "results" / file, newline="", encoding="utf-8") as table:
+        rows = [row for row in csv.DictReader(table) if row["split"] == "test"]
+    found = {(row["run"], row["model"], row["metric"]): row for row in rows}
+    lines = ["| | hit_rate@10 | ndcg@10 |", "|---|---|---|"]
+    for entry in runs.split(";"):
+        which, _, name = entry.strip().partition(" = ")
+        run, _, model = which.partition(" ")
+        cells = [found[run, model, metric] for metric in ("hit_rate@10", "ndcg@10")]
+        numbers = (f"{float(c['value']):.3f} [{float(c['low']):.3f}, {float(c['high']):.3f}]" for c in cells)
+        lines.append(f"| {name} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# Plots: SVG, whose colours turn with those of the reader's screen; letters are large enough for a phone
+
+BLUE, ORANGE, GREEN, GREY = "#2a78b8", "#d97b23", "#3a9a6d", "#9aa3ad"
+PEERS = {
+    "throughput": "the paper's recipe",
+    "id_baseline": "RecBole's SASRec",
+    "encoding": "sentence-transformers",
+    "ranking": "sorting all scores",
+}
+LEVERS = {
+    "unique": "each item of a batch once",
+    "buckets": "texts of like length together",
+    "bf16": "bf16",
+    "store": "stored states of frozen blocks",
+    "every_position": "a target at every position",
+}
 
 
 def plot_speedups(path: str | Path, output: Path) -> None:
-    """Every ratio that the benchmarks report, on one logarithmic axis."""
-    names = ("throughput", "id_baseline", "encoding", "ranking")
-    rows = [row for name in names for row in rows_of(path, name) if row["metric"] == "speedup"]
-    data = [short(row["data"]).removeprefix("random vectors: ") for row in rows]
-    labels = [f"{row['benchmark']}, {name}, {row['dtype']}" for row, name in zip(rows, data, strict=True)]
-    figure, axes = plt.subplots(figsize=(10, 0.4 * len(rows) + 1))
-    values = [float(row["value"]) for row in rows]
-    axes.barh(labels[::-1], values[::-1], color="tab:blue")
-    for place, value in enumerate(values[::-1]):
-        axes.text(value, place, f" {value:.2g}x", va="center")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="times as fast as the reference")
-    axes.margins(x=0.25)
-    save(figure, output / "speedups.png")
+    """Every ratio that the benchmarks report, grouped by what it is against, on one logarithmic axis."""
+    groups = {name: [r for r in rows_of(path, name) if r["metric"] == "speedup"] for name in PEERS}
+    bars: list[tuple[str, float | None, str]] = []
+    for (name, rows), colour in zip(groups.items(), (BLUE, ORANGE, GREEN, GREY), strict=True):
+        bars.append((f"against {PEERS[name]}", None, colour))
+        for row in rows:
+            sizes = re.search(r"(\d+)000 items, size (\d+)", row["data"])
+            what = f"{sizes[1]}k items, {sizes[2]} wide" if sizes else f"{short(row['data'])}, {row['dtype']}"
+            bars.append((what, float(row["value"]), colour))
+    bar_plot(bars, "times as fast", [1, 2, 5, 10, 20], output / "speedups.svg")
 
 
 def plot_ablation(path: str | Path, output: Path) -> None:
-    """Users per second of each combination of levers."""
-    rows = [row for row in rows_of(path, "ablation") if row["metric"] == "users per second"]
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1))
-    axes.barh([row["variant"] for row in rows][::-1], [float(row["value"]) for row in rows][::-1], color="tab:green")
-    axes.set(xscale="log", xlabel="users per second")
-    save(figure, output / "ablation.png")
+    """What each lever is worth alone, and what is left without it, in times as fast as the official recipe."""
+    rows = {row["variant"]: float(row["value"]) for row in rows_of(path, "ablation") if row["metric"] == "speedup"}
+    if not rows:
+        return
+    bars: list[tuple[str, float | None, str]] = [("one lever alone", None, BLUE)]
+    bars += [(LEVERS[name], rows[f"{name} alone"], BLUE) for name in LEVERS if f"{name} alone" in rows]
+    bars += [("all levers", rows["all levers"], GREEN), ("all but one", None, ORANGE)]
+    bars += [
+        (f"without: {LEVERS[name]}", rows[f"all but {name}"], ORANGE) for name in LEVERS if f"all but {name}" in rows
+    ]
+    bar_plot(bars, "times as fast as the official recipe", [1, 2, 5, 10, 20], output / "ablation.svg")
+
+
+def bar_plot(bars: list[tuple[str, float | None, str]], title: str, ticks: list[float], file: Path) -> None:
+    """Bars with their values on a logarithmic axis; an entry without a value is a heading."""
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(bars) + 1.2))
+    for place, (_, value, colour) in enumerate(reversed(bars)):
+        if value is not None:
+            axes.barh(place, value, left=0, color=colour, height=0.72)
+            axes.text(value * 1.03, place, f"{value:.3g}x", va="center", fontsize=13)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)], fontsize=13)
+    for tick, (_, value, colour) in zip(axes.get_yticklabels(), reversed(bars), strict=True):
+        if value is None:
+            tick.set(color=colour, fontweight="bold")
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=13)
+    axes.minorticks_off()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(1, max(value for _, value, _ in bars if value) * 1.5)
+    axes.set_xlabel(title, fontsize=13)
+    axes.axvline(1, color="black", linewidth=1)
+    save(figure, file)
 
 
 def plot_quality(path: str | Path, output: Path) -> None:
-    """ndcg@10 of the validation targets over the time of training, one panel for each data set."""
+    """ndcg@10 of the validation targets over the time of training, a panel for each data set, one below the other."""
     rows = rows_of(path, "time_to_quality")
     panels = sorted({row["data"] for row in rows})
     if not panels:
         return
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for axes, data in zip(all_axes[0], panels, strict=True):
-        for variant, colour in (("official", "tab:red"), ("ours", "tab:blue")):
+    figure, all_axes = plt.subplots(len(panels), 1, figsize=(7, 3.2 * len(panels)), squeeze=False)
+    for axes, data in zip(all_axes[:, 0], panels, strict=True):
+        for variant, colour, name in (
+            ("official", ORANGE, "the paper's recipe, written anew"),
+            ("ours", BLUE, "this package"),
+        ):
             seconds, quality = learning_curve(row for row in rows if row["data"] == data and row["variant"] == variant)
-            axes.plot([value / 60 for value in seconds], quality, "o-", color=colour, label=variant, markersize=3)
-        axes.set(title=short(data), xlabel="minutes of training", ylabel="validation ndcg@10", xscale="symlog")
-        axes.legend()
-    save(figure, output / "time_to_quality.png")
+            axes.plot([value / 60 for value in seconds], quality, "o-", color=colour, label=name, markersize=4)
+        axes.set_title(short(data), fontsize=14)
+        axes.set_ylabel("validation ndcg@10", fontsize=13)
+        axes.set_xscale("symlog", linthresh=1)
+        ticks = [0, 1, 10, 60, 300]
+        axes.set_xticks(ticks, ["0", "1 min", "10 min", "1 h", "5 h"], fontsize=13)
+        axes.set_ylim(bottom=0)
+        axes.minorticks_off()
+    handles, names = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=13, frameon=False, loc="upper center", ncols=2)
+    save(figure, output / "time_to_quality.svg")
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+DARK = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.93) hue-rotate(180deg) } }</style>"
+
+
+def save(figure: Any, path: Path) -> None:
+    """An SVG, the same whenever it is drawn: on white, or on a dark ground where the reader's screen is dark."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95 if figure.legends else 1))
+    drawn = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "transrec", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
+    text = re.sub(r"[ \t]+$", "", drawn.getvalue(), flags=re.MULTILINE)
+    path.write_text(re.sub(r"(<svg [^>]*>)", rf"\1\n{DARK}", text, count=1), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=FOLDER / "results.csv", help="table to plot")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of README.md and the plots")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the plots")
     options = parser.parse_args()
     for plot in (plot_speedups, plot_ablation, plot_quality):
         plot(options.results, options.output)
-    page = options.output / "README.md"
-    page.write_text(fill_tables(page.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill_tables(page.read_text(encoding="utf-8"), options.results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,21 @@ def test_every_row_tells_how_it_came_about():
             assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
 
 
-def test_the_page_shows_the_table():
-    page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert importlib.import_module("page").fill_tables(page, FOLDER / "results.csv") == page, "run benchmarks/page.py"
+def test_the_pages_show_the_tables():
+    module = importlib.import_module("page")
+    for page in module.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- end -->" in text
+        assert module.fill_tables(text, FOLDER / "results.csv") == text, f"{page.name}: run make pages"
+
+
+def test_the_plots_are_drawn_for_light_and_dark(tmp_path):
+    module = importlib.import_module("page")
+    for plot, name in ((module.plot_speedups, "speedups"), (module.plot_ablation, "ablation")):
+        plot(FOLDER / "results.csv", tmp_path)
+        drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert "prefers-color-scheme: dark" in drawn and "x</text>" in drawn
+        assert "prefers-color-scheme: dark" in (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
 
 
 def test_every_benchmark_can_be_run():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,23 @@ def test_sounds_and_videos_are_recommended(
     printed = capsys.readouterr().out
     assert printed.count("target-item-") == 5 and "ndcg@10" in printed
     assert (tmp_path / "runs" / name / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(Path(__file__).parents[1] / "examples" / "first_steps.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "outputs are not kept: they grow old"
+    source = str(Path(__file__).parents[1] / "src")
+    kernel = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+    client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=kernel)
+    shown = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    text = "".join(out.get("text", "") + out.get("data", {}).get("text/plain", "") for out in shown)
+    values = dict(re.findall(r"^(from the source|from scratch|popularity) +[\d.]+ +([\d.]+)$", text, re.M))
+    assert float(values["from the source"]) > float(values["popularity"]) > 0
+    assert "target-item-" in text and not [out for out in shown if out.output_type == "error"]
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     A checkpoint cannot do harm: short runs from the whole of it, from parts of it and from nothing but its towers
     compete, and the one that is best on validation goes on. The report says which, and by how much; --init decides
-    without them. --hybrid adds a vector for each item of the target, which starts at zero.
+    without them. --hybrid adds a vector for each item of the target, which starts at its neighbours' content.
 
     Options and results are those of `transrec pretrain` otherwise.
     """

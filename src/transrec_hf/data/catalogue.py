@@ -54,7 +54,7 @@ class Catalogue:
 
     Raises:
         [`DataError`]: on an empty catalogue, an empty or duplicate id, an item without any modality, or a content that
-        cannot be used.
+            cannot be used.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Catalogue:
         return self.has("image")
 
     def read(self, row: int, names: Iterable[str] = tuple(MODALITIES), **form: Any) -> dict[str, Any]:
-        """What an item shows of the modalities, as a processor takes it, in the form that its [`form`] asks for.
+        """What an item shows of the modalities, as a processor takes it, in the form that its `form` asks for.
 
         Raises [`DataError`] with source, row and item id when a content cannot be decoded.
         """

@@ -34,6 +34,13 @@ class _RankMetric(evaluate.Metric):
 
 
 class HitRate(_RankMetric):
+    """
+    Share of users whose target is among the first `k` recommendations, as a metric of `evaluate`.
+
+    Call `compute(predictions=ranks, k=10)` with the rank of each user's target, from 1; a miss is infinite. It returns
+    `{"hit_rate@10": float}`, between 0 and 1.
+    """
+
     description = "Share of users whose target is among the first k recommendations."
 
     def _compute(self, predictions: list[float], k: int = 10) -> dict[str, float]:
@@ -41,6 +48,14 @@ class HitRate(_RankMetric):
 
 
 class NDCG(_RankMetric):
+    """
+    Normalised discounted cumulative gain of one target for each user: `1 / log2(1 + rank)` up to rank `k`, as a metric
+    of `evaluate`.
+
+    Call `compute(predictions=ranks, k=10)` with the rank of each user's target, from 1; a miss is infinite. It returns
+    `{"ndcg@10": float}`, between 0 and 1.
+    """
+
     description = "Normalised discounted cumulative gain at k of one target per user."
 
     def _compute(self, predictions: list[float], k: int = 10) -> dict[str, float]:
@@ -48,6 +63,13 @@ class NDCG(_RankMetric):
 
 
 class MRR(_RankMetric):
+    """
+    Mean of `1 / rank` of the target over users, as a metric of `evaluate`.
+
+    Call `compute(predictions=ranks)` with the rank of each user's target, from 1; a miss is infinite. It returns
+    `{"mrr": float}`, between 0 and 1.
+    """
+
     description = "Mean reciprocal rank of one target per user."
 
     def _compute(self, predictions: list[float]) -> dict[str, float]:

@@ -88,15 +88,15 @@ class TransRecOutput(ModelOutput):
 
 
 class TransRecPreTrainedModel(TunableModel):
+    """What models of this package share: configuration, fresh weights, and which parts of the towers are trained."""
+
     config_class = TransRecConfig
     base_model_prefix = "transrec"
     main_input_name = "history_index"
     input_modalities = tuple(MODALITIES)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UserEncoderLayer", "GRULayer", "HSTULayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": UserLayer, "attentions": [UserAttention, HSTUAttention]}
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ UNKNOWN_LICENCE = "unknown: check"
 MAX_SMALL_FILE = 2**26  # bytes of a JSON file
 MAX_CARD = 2**20
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
-"""What libraries raise, besides [`ValueError`], on a checkpoint that is damaged or made up."""
+"""What libraries raise, besides `ValueError`, on a checkpoint that is damaged or made up."""
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
 PARTS = {
     **{f"item_encoder.{modality.tower}.": f"{name} tower" for name, modality in MODALITIES.items()},

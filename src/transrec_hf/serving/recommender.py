@@ -130,7 +130,7 @@ class Recommender(ServedItems, PushToHubMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, columns: bool = False, **kwargs: Any) -> None:
         """
-        Write model, processor and item index to a folder; [`~Recommender.push_to_hub`] pushes the three.
+        Write model, processor and item index to a folder; `push_to_hub` pushes the three.
 
         Args:
             save_directory (`str`): The folder.
