@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from test_search import make_matrix, make_queries
 from testing_utils import make_model
 
 from transrec_hf import DataError, ItemIndex, Recommender
+from transrec_hf.serving import live
 from transrec_hf.serving.approximate import ApproximateIndex
 from transrec_hf.serving.index import encoder_hash
 from transrec_hf.serving.search import search
@@ -74,6 +78,36 @@ def test_a_recommender_that_does_not_look_at_all_items() -> None:
     assert len(same) >= 9 and not {"item-3", "item-1"} & {item.item_id for item in found}
     served.remove_items([found[0].item_id])
     assert found[0].item_id not in [item.item_id for item in served.recommend(["item-3", "item-1"], 10)]
+
+
+def test_cells_are_found_anew_when_the_index_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that writes it, and by one that reads the folder."""
+    monkeypatch.setattr(live, "MIN_COMPACTED", 50)
+    monkeypatch.setattr(live, "COMPACTED_SHARE", 0.0)
+    model, items = make_model(modalities=("text",)), make_items(2000)
+    served = Recommender(model, index=items, folder=tmp_path)
+    reader = Recommender(model, index=live.LiveItems.open(tmp_path, model.config.hidden_size))
+    before = [of.approximate(recall=1.0) and of.items.cells for of in (served, reader)]
+    gone = [f"item-{row}" for row in range(60)]
+    served.remove_items(gone)
+    for of, old in zip((served, reader), before, strict=True):
+        assert len(of) == 1940
+        wait()
+        cells = of.items.cells
+        assert cells is not None and cells is not old and len(cells.matrix) == 1940
+        found = [item.item_id for item in of.recommend(["item-70", "item-80"], 10)]
+        exact = Recommender(model, index=of.index).recommend(["item-70", "item-80"], 10)
+        assert len({item.item_id for item in exact} & set(found)) >= 9
+    served.remove_items([f"item-{row}" for row in range(60, 1500)])  # too few are left
+    wait()
+    assert served.items.cells is None and len(served.recommend(["item-1600"], 10)) == 10
+
+
+def wait() -> None:
+    """Until all cells have been found."""
+    for thread in threading.enumerate():
+        if thread.name == "transrec-cells":
+            thread.join()
 
 
 def make_items(n: int) -> ItemIndex:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers.utils import logging
 
 from ..errors import DataError
 from ..files import locked, read_whole
@@ -23,6 +24,8 @@ from .index import INDEX_NAME, ItemIndex
 from .journal import JOURNAL_NAME, append_record, read_journal
 from .snapshot import Change, Snapshot
 
+
+logger = logging.get_logger(__name__)
 
 INDEX_LOCK = ".index.lock"
 WAIT = 30.0  # seconds for another process that changes the same index
@@ -54,6 +57,7 @@ class LiveItems:
         self.size, self.device = size, device
         self.folder = None if folder is None else Path(folder)
         self._lock = threading.RLock()
+        self._find_cells: Callable[[Snapshot], ApproximateIndex] | None = None
         self._end = 0
         self._seen: tuple[int, ...] = ()
         self._start(items)
@@ -112,6 +116,8 @@ class LiveItems:
         self.base_version = version[:16]
         self.snapshot = Snapshot.of(items, self.size, self.base_version, self.device)
         self._end = 0
+        if self._find_cells is not None:
+            threading.Thread(target=self._renew_cells, name="transrec-cells", daemon=True).start()
 
     @property
     def base(self) -> ItemIndex:
@@ -194,11 +200,38 @@ class LiveItems:
                         self._write()
             return self.snapshot
 
-    def search_by(self, cells: ApproximateIndex) -> None:
-        """Look through the index as it is written by its cells; what came since is searched exactly."""
+    def search_by(self, find_cells: Callable[[Snapshot], ApproximateIndex]) -> float:
+        """
+        Look through the index as it is written by its cells; what came since is searched exactly. When it is written
+        anew, its cells are found anew in a thread, and all is searched exactly until they are there.
+
+        Args:
+            find_cells (`Callable`): From the items to the cells of the index among them.
+
+        Returns:
+            `float`: The recall that was measured.
+        """
+        cells = find_cells(self.snapshot)
+        self._find_cells = find_cells
+        if not self._set_cells(cells):
+            self._renew_cells()
+        return cells.recall
+
+    def _set_cells(self, cells: ApproximateIndex) -> bool:
+        """Search by cells, unless they are those of an index that has been written anew."""
         with self._lock:
-            if cells.matrix is self.snapshot.segments[0].matrix:
+            is_current = cells.matrix is self.snapshot.segments[0].matrix
+            if is_current:
                 self.snapshot = replace(self.snapshot, cells=cells)
+            return is_current
+
+    def _renew_cells(self) -> None:
+        assert self._find_cells is not None
+        try:
+            while not self._set_cells(self._find_cells(self.snapshot)):
+                pass
+        except DataError as error:
+            logger.warning("The items are searched exactly: %s", error)
 
     def compact(self) -> None:
         """Write the index anew, with all changes in it. Raises `OSError`."""

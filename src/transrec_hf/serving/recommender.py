@@ -267,24 +267,25 @@ class Recommender(ServedItems, PushToHubMixin):
 
     def approximate(self, recall: float = 0.99, seed: int = 0) -> float:
         """
-        Search no longer all items, but as many as a recall asks for (needs the extra `faiss`), until the index is next
-        written anew. It is measured by histories of five items that are near each other.
+        Search no longer all items, but as many as a recall asks for (needs the extra `faiss`). It is measured by
+        histories of five items that are near each other; again, in a thread, when the index is written anew.
 
         Returns:
             `float`: The share of the exact ten best items that was found.
         """
-        snapshot = self.items
-        base = snapshot.segments[0]
-        rows = np.random.default_rng(seed).permutation(len(base))[:SAMPLE]
-        near = search(base.matrix, base.matrix.exact[torch.from_numpy(rows)], 5)[1].cpu().numpy()
-        histories = [History(of_user.tolist(), list(range(5))) for of_user in near]
-        nobody = self._encode_raw([])
-        times = None if not self.model.config.time_buckets else [[0] * 5] * len(histories)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def find_cells(snapshot: Snapshot) -> ApproximateIndex:
+            matrix = snapshot.segments[0].matrix
+            rows = np.random.default_rng(seed).permutation(len(matrix))[:SAMPLE]
+            near = search(matrix, matrix.exact[torch.from_numpy(rows)], 5)[1].cpu().numpy()
+            histories = [History(of_user.tolist(), list(range(5))) for of_user in near]
+            nobody = self._encode_raw([])
+            times = None if not self.model.config.time_buckets else [[0] * 5] * len(histories)
             queries = self._states(self._inputs(snapshot, histories, *nobody, times))
-        cells = ApproximateIndex.build(base.matrix, recall, queries, seed)
-        self.live.search_by(cells)
-        return cells.recall
+            return ApproximateIndex.build(matrix, recall, queries, seed)
+
+        return self.live.search_by(find_cells)
 
     @torch.no_grad()
     def similar_items(
