@@ -158,11 +158,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def write_platforms(folder: Path) -> None:
-    """Two platforms of the demo world whose items are item-0, item-1, ..., and the target as a shop exports it."""
+    """Two platforms of the demo world, items of the target called item-0, ..., and the target as a shop exports it."""
     world = demo_world()
     for name in ("source", "target"):
         platform = getattr(world, name)
-        ids = [f"item-{row}" for row in range(len(platform.catalogue))]
+        ids = [f"{'item' if name == 'target' else 'thing'}-{row}" for row in range(len(platform.catalogue))]
         items = platform.catalogue.items
         titles = [text or words for text, words in zip(items["text"], items["attributes"], strict=True)]
         items = items.remove_columns(["item_id", "text"]).add_column("item_id", ids).add_column("text", titles)

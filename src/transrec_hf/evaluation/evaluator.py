@@ -202,7 +202,7 @@ class RankingEvaluator:
     def rank_model(
         self, model: Any, *, item_embeds: torch.Tensor | None = None, accelerator: Accelerator | None = None
     ) -> Ranking:
-        """Ranks the targets by a model; see [`evaluate`] for the arguments."""
+        """Rank the targets by a model; see [`evaluate`] for the arguments."""
         was_training = model.training
         model.eval()
         try:
@@ -225,7 +225,7 @@ class RankingEvaluator:
         self, scorer: Scorer, *, max_history: int | None = None, accelerator: Accelerator | None = None
     ) -> Ranking:
         """
-        Ranks the targets by any scorer, under this evaluator's protocol.
+        Rank the targets by any scorer, under this evaluator's protocol.
 
         Args:
             scorer (`Scorer`): Scores all items for a block of histories.
@@ -273,7 +273,7 @@ class RankingEvaluator:
 
     def report(self, ranking: Ranking) -> dict[str, Any]:
         """
-        Turns ranks into the report.
+        Turn ranks into the report.
 
         Returns:
             `dict`, fit for JSON: `protocol` (masking, ties, `max_history`, `num_items` ranked, `num_users`, and if not

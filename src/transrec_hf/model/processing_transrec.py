@@ -323,7 +323,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         return int(self.audio_seconds * extractor.sampling_rate)
 
     def windows(self, name: str, lengths: Any) -> Any:
-        """Of how many windows contents of some lengths are, seconds of sound, or frames; arrays of both."""
+        """How many windows contents of these lengths have, in seconds of sound or in frames; arrays of both."""
         if name == "video":
             return lengths.clip(1, self.num_frames)
         windows = (lengths * self.feature_extractor.sampling_rate / self.window_samples + 0.5) // 1

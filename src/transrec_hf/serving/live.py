@@ -89,7 +89,7 @@ class LiveItems:
 
     def remove(self, item_ids: Iterable[Any], readable: bool = False) -> list[str]:
         """
-        Recommend items no longer.
+        Stop recommending items.
 
         Args:
             item_ids (`Iterable[str]`): Their ids.

@@ -169,13 +169,13 @@ class ServedItems:
 
     @property
     def present(self) -> Tensor | None:
-        """Which modalities they show, `(n_items, n_modalities)`."""
+        """Which modalities the items show, `(n_items, n_modalities)`."""
         snapshot = self.items
         return snapshot.present(snapshot.known_rows)
 
     @property
     def versions(self) -> Versions:
-        """What answers are made with now."""
+        """The versions of model and index that answers come from now."""
         return Versions(self.model_version, self.items.version)
 
     def __len__(self) -> int:
@@ -206,7 +206,7 @@ class ServedItems:
 
     def remove_items(self, item_ids: Iterable[Any], *, readable: bool = False) -> list[str]:
         """
-        Recommend items no longer.
+        Stop recommending items.
 
         Args:
             item_ids (`Iterable[str]`): Their ids.

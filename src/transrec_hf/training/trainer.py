@@ -230,7 +230,7 @@ class TransRecTrainer(TrainerBase):
                 start_from_data(self.model, self.source, self.split.train)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of training windows, of items as the store has them."""
+        """The batches of training windows, of items as the store has them."""
         self.data_collator = self.make_collator()
         return super().get_train_dataloader()
 
