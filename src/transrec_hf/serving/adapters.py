@@ -44,7 +44,7 @@ def to_lancedb(index: ItemIndex, uri: str | os.PathLike, name: str = "items") ->
         name (`str`, *optional*, defaults to `"items"`): Of the table.
 
     Returns:
-        The table. Search it by `metric("dot")` with the vectors of users; call `optimize()` on a schedule.
+        The table. Search it by `distance_type("dot")` with the vectors of users; call `optimize()` on a schedule.
 
     Raises:
         [`DataError`]: If LanceDB is not there.
