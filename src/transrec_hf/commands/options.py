@@ -52,7 +52,11 @@ ConfigArguments = make_dataclass(
     [
         (
             name,
-            type(getattr(DEFAULT, name)) | None if getattr(DEFAULT, name) is not None else int | None,
+            list[int] | None
+            if name == "matryoshka_dims"
+            else type(getattr(DEFAULT, name)) | None
+            if getattr(DEFAULT, name) is not None
+            else int | None,
             option(None, f"{MEANING.get(name, '')} [{getattr(DEFAULT, name)}; paper: {getattr(PAPER, name)}]"),
         )
         for name in CONFIG_FIELDS

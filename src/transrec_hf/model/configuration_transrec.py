@@ -241,6 +241,10 @@ class TransRecConfig(PreTrainedConfig):
             Negatives drawn per user (`"cpc"`), per position (`"bce"`, `"bpr"`) or per batch (`"sampled_softmax"`).
         mask_probability (`float`, *optional*, defaults to 0.15):
             Share of the items that `"masked"` hides; the last one of a history of which none would be.
+        matryoshka_dims (`list[int]`, *optional*):
+            Lengths of prefixes of item vectors that the objective trains beside the whole ones, shorter than
+            `hidden_size`, so that an index may keep the beginning of each vector. Whitened axes are then in the order
+            of their variance.
         bottleneck (`dict`, *optional*):
             Bottleneck adapters in the Transformer blocks, see [`~TransRecModel.add_bottlenecks`]: `size`, `places` and
             `parallel`.
@@ -309,6 +313,7 @@ class TransRecConfig(PreTrainedConfig):
     num_positives: int = 5
     num_negatives: int = 5
     mask_probability: float | int = 0.15
+    matryoshka_dims: list | None = None
     bottleneck: dict | None = None
     weights_from: list | None = None
 
@@ -453,6 +458,9 @@ class TransRecConfig(PreTrainedConfig):
             )
         if self.bottleneck is not None:
             check_bottleneck(self.bottleneck)
+        for size in self.matryoshka_dims or []:
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < self.hidden_size:
+                raise ValueError(f"matryoshka_dims must be whole numbers below {self.hidden_size}, got {size!r}")
         for source in self.weights_from or []:
             check_weight_source(source)
         if self.objective in WITH_NEGATIVES and not self.num_negatives:

@@ -152,6 +152,7 @@ class WhitenedProjection(nn.Module):
         super().__init__()
         size, hidden = config.hidden_size, config.projection_hidden_size or 256
         self.scale = size**0.5
+        self.sorts_axes = bool(config.matryoshka_dims)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("axes", torch.eye(width, size))
         self.register_buffer("whitening", torch.eye(size))
@@ -190,7 +191,7 @@ class WhitenedProjection(nn.Module):
         centred = states - states.mean(dim=0)
         if not self.num_fitted:
             axes = torch.eye(width, size, dtype=torch.float64)
-            if width > size:
+            if width > size or (width == size and self.sorts_axes):
                 axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :size]
             elif generator is not None:
                 axes = torch.linalg.qr(torch.randn(size, width, generator=generator, dtype=torch.float64))[0].T

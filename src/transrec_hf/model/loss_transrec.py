@@ -212,6 +212,41 @@ def bpr(
     return mean(-F.logsigmoid(positive - negative), negatives >= 0)
 
 
+def prefix_of(vectors: Tensor, size: int, config: Any) -> Tensor:
+    """
+    The first `size` numbers of vectors `(..., width)`, and what comes after the `hidden_size` ones of a vector, as the
+    popularity of items does. Where scores are cosines, a prefix is as long as the whole vector.
+    """
+    whole, rest = vectors[..., : config.hidden_size], vectors[..., config.hidden_size :]
+    part = whole[..., :size]
+    if config.similarity == "cosine":
+        part = F.normalize(part.float(), dim=-1) * whole.float().norm(dim=-1, keepdim=True)
+    return torch.cat([part.to(rest.dtype), rest], dim=-1) if rest.shape[-1] else part
+
+
+def nested(
+    compute: Callable[..., Tensor], config: Any, given: tuple[Tensor, Tensor, Tensor], *index: Any, **kwargs: Any
+) -> Tensor:
+    """
+    The mean of an objective on whole vectors and on their prefixes of `config.matryoshka_dims` numbers (Matryoshka
+    representations, arXiv 2205.13147), so that an index may keep the beginning of each vector only.
+
+    Args:
+        compute (`Callable`): The objective, see [`~TransRecModel.compute_loss`].
+        config ([`TransRecConfig`]): Of the model.
+        given (`tuple[Tensor]`): User states, vectors of the batch's items, and those of all candidates.
+        index, kwargs: Further arguments of the objective.
+    """
+
+    def of(states: Tensor, item_embeds: Tensor, candidates: Tensor) -> Tensor:
+        return compute(states, item_embeds, *index, candidates=candidates, **kwargs)
+
+    losses = [of(*given)]
+    for size in config.matryoshka_dims or ():
+        losses.append(of(*(prefix_of(vectors, size, config) for vectors in given)))
+    return torch.stack(losses).mean()
+
+
 def masked_mean_across_ranks(values: Tensor, mask: Tensor) -> Tensor:
     """
     This rank's share of the masked mean over all ranks, times the number of ranks: averaged over ranks, as data

@@ -34,6 +34,7 @@ from .loss_transrec import (
     in_batch_softmax,
     masked_mean,
     masked_mean_across_ranks,
+    nested,
     sampled_softmax,
     share_items,
 )
@@ -457,12 +458,9 @@ class TransRecModel(TransRecPreTrainedModel):
         states = self.get_user_features(item_embeds, history_index, items.present, timestamps, hidden)
         loss = None
         if has_loss:
-            more: dict[str, Any] = {
-                "negative_index": negative_index,
-                "log_popularity": log_popularity,
-                "shared": shared,
-            }
-            loss = self.compute_loss(states, item_embeds, history_index, target_index, candidates=candidates, **more)
+            more = {"negative_index": negative_index, "log_popularity": log_popularity, "shared": shared}
+            given = (states, item_embeds, candidates)
+            loss = nested(self.compute_loss, self.config, given, history_index, target_index, **more)
             if self.training:
                 loss = loss + self.item_encoder.zero_of_unused(self.config.modalities, items.parts)
         return TransRecOutput(loss=loss, item_embeds=vectors, last_hidden_state=states)
