@@ -14,11 +14,13 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue, load_catalogue
-from ..errors import DataError
-from ..publishing.checkpoint import check_place
+from ..errors import DataError, bad_input
+from ..items.codes import ItemQuantizer
+from ..publishing.checkpoint import check_place, read_config
 from ..serving.index import INDEX_NAME, ItemIndex
 from ..serving.journal import JOURNAL_NAME
 from ..serving.live import LiveItems
+from ..serving.packing import FORMS, pack_index, unpack_index
 from ..serving.recommender import Recommender, has_index
 from ..serving.results import Recommendations
 from .options import DataArguments, option
@@ -94,29 +96,35 @@ class IndexArguments:
     verify: bool = option(False, "For info: read all of the index, and compare it with its hash.")
     as_json: bool = option(False, "For info: print JSON.")
     use_cpu: bool = option(False, "Leave the accelerator alone.")
+    output_dir: str | None = option(None, "For pack and unpack: folder of the result.")
+    form: str = option("codes", "For pack: how vectors are kept.", choices=FORMS)
+    size: int | None = option(None, "For pack: codes of a vector [a 16th of its bytes], or numbers of a prefix.")
 
 
 def index(argv: Sequence[str] | None = None) -> int:
     """
-    Add, update and remove items of an index, or look at it.
+    Add, update and remove items of an index, look at it, or keep it in fewer bytes.
 
         transrec index add runs/index --checkpoint runs/my_target --items new.csv
         transrec index remove runs/index --ids item-17 item-4
         transrec index remove runs/index --items discontinued.csv --readable
         transrec index info runs/index --verify
+        transrec index pack runs/index --checkpoint runs/my_target --output_dir runs/small
+        transrec index unpack runs/small --output_dir runs/index
 
     Whoever serves from the folder sees a change at once. What is added is encoded alone; contents that are there
-    already are not encoded again.
+    already are not encoded again. Packed vectors take a 16th of the bytes (codes), a quarter (int8), half (fp16) or as
+    many numbers as you say (prefix); unpacked they are an index of nearly the same vectors.
     """
     rest = list(sys.argv[1:] if argv is None else argv)
-    actions = {"add": _add, "remove": _remove, "info": _info}
+    actions = {"add": _add, "remove": _remove, "info": _info, "pack": _pack, "unpack": _unpack}
     if rest and rest[0] not in actions and not rest[0].startswith("-"):
         raise DataError(f"{rest[0]}: the verbs of index are {', '.join(actions)}")
     action = actions[rest.pop(0)] if rest and rest[0] in actions else None
     (args,) = parse_arguments((IndexArguments,), rest, index, positional="index")
     if action is None:
         raise DataError(f"what to do with the index? Say one of {', '.join(actions)} first")
-    if not args.index or not has_index(args.index):
+    if action is not _unpack and (not args.index or not has_index(args.index)):
         raise DataError(f"{args.index or 'no folder given'}: there is no item index here. Make one: transrec encode.")
     return action(args)
 
@@ -144,6 +152,34 @@ def _remove(args: IndexArguments) -> int:
     removed = live.remove(ids, args.readable)
     logger.info("%s items were removed, %s are there", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
     return len(removed)
+
+
+def _pack(args: IndexArguments) -> int:
+    if not args.output_dir or not args.checkpoint:
+        raise DataError("give --output_dir, a folder, and --checkpoint, the model that made the index")
+    live = LiveItems.of_folder(str(args.index))
+    if live.snapshot.changes:
+        raise DataError(f"{args.index}: has changes since it was written. Make it again first: transrec encode.")
+    width, quantizer = read_config(args.checkpoint).hidden_size, None
+    vectors = live.base.item_embeds[:, :width]
+    if args.form == "codes":
+        with bad_input("bad options"):
+            quantizer = ItemQuantizer.fit(vectors, args.size or width // 4, method="product", rotations=0)
+    taken = pack_index(live.base, args.output_dir, width, args.form, args.size, quantizer)
+    logger.info("%s bytes an item instead of %s are in %s", taken, 4 * width, args.output_dir)
+    return taken
+
+
+def _unpack(args: IndexArguments) -> int:
+    if not args.output_dir or not args.index:
+        raise DataError("give the folder of the packed index, and --output_dir for the other one")
+    if has_index(args.output_dir):
+        raise DataError(f"{args.output_dir}: holds an index already. Choose another folder.")
+    found = unpack_index(args.index)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    found.save(args.output_dir)
+    logger.info("%s items are in %s", f"{len(found):,}", args.output_dir)
+    return len(found)
 
 
 def _info(args: IndexArguments) -> int:

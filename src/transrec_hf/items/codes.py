@@ -213,7 +213,7 @@ class ItemQuantizer:
     def hash(self) -> str:
         """SHA-256 of codebooks and maps: codes of two quantizers mean the same if these are equal."""
         digest = hashlib.sha256(self.method.encode())
-        for name, part in self._tensors().items():
+        for name, part in self.tensors().items():
             digest.update(name.encode() + part.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -357,7 +357,8 @@ class ItemQuantizer:
             "bytes_per_item": float(self.bytes_per_item),
         }
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Codebooks and maps, by name."""
         parts = {"codebooks": self.codebooks, "mean": self.mean, "rotation": self.rotation, "back": self.back}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -365,7 +366,7 @@ class ItemQuantizer:
         """Write `item_quantizer.safetensors`."""
         hashes = {"vectors_hash": self.vectors_hash or "", "encoder_hash": self.encoder_hash or ""}
         made = {"method": self.method, **hashes, "format": str(FORMAT)}
-        tensors = self._tensors()
+        tensors = self.tensors()
         Path(folder).mkdir(parents=True, exist_ok=True)
         with whole_file(Path(folder) / QUANTIZER_NAME) as partial:
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial, made)
