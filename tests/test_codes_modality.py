@@ -267,10 +267,11 @@ def test_the_command_shares_codes_between_platforms(tmp_path, capsys):
     assert catalogue.has("codes").all() and catalogue.has("text").all()
 
     quick = ["--num_train_epochs", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "True"]
-    width = ["--hidden_size", str(quantizer.size), "--num_attention_heads", "2", "--user_hidden_size", "8"]
+    width = ["--num_attention_heads", "2", "--user_hidden_size", "8"]
     pretrain([str(tmp_path / "s"), "--output_dir", str(tmp_path / "run"), *sizes, *width, *quick])
     model, processor = load_checkpoint(str(tmp_path / "run"))
-    assert model.config.modalities == ("codes",) and model.config.quantizer_hash == quantizer.hash
+    assert model.config.hidden_size == quantizer.size and model.config.modalities == ("codes",)
+    assert model.config.quantizer_hash == quantizer.hash
     vectors = encode_catalogue(model, ItemSource(catalogue, processor))
     assert vectors.isfinite().all()
     again = ["--init", "user_encoder", "--tuning", "codes"]

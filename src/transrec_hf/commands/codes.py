@@ -60,7 +60,7 @@ def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec codes my_source --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir my_source_codes
         transrec codes my_target --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir my_target_codes \\
             --quantizer my_source_codes                      # the same codes mean the same on both
-        transrec pretrain my_source_codes --num_codebooks 4 --hidden_size 768
+        transrec pretrain my_source_codes --num_codebooks 4
 
     The folder output_dir then holds the items with a column `codes`, the interactions, the quantizer, what is lost by
     it (item_quantizer.json), and semantic_ids.json, in which no two items have the same codes.

@@ -18,6 +18,7 @@ from ..data.demo import demo_config, demo_processor, demo_world
 from ..data.interactions import Sequences, Split, k_core, load_interactions, temporal_split
 from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
+from ..items.codes import ItemQuantizer
 from ..items.meeting import ItemStatistics, match_items, needs_item_statistics, set_item_vectors
 from ..model.configuration_transrec import TransRecConfig
 from ..model.modalities_transrec import MODALITIES
@@ -150,6 +151,11 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             with bad_input("model configuration"):
                 return TransRecModel(TransRecConfig(num_items=len(catalogue), **settings)), None
         named: dict[str, Any] = {name: tower for name, tower in self.towers.items() if tower}
+        codes: Any = catalogue.contents.get("codes")
+        if settings.get("num_codebooks") and codes is not None and codes.quantizer is not None:
+            quantizer = ItemQuantizer.from_pretrained(codes.quantizer.parent)
+            own = {"hidden_size": quantizer.size, "codebook_size": quantizer.codebooks.shape[1]}
+            settings |= {name: value for name, value in own.items() if name not in changes}
         given = {"features_size": settings.get("features_size"), "num_codebooks": settings.get("num_codebooks")}
         given |= {"codebook_size": settings["codebook_size"]} if "codebook_size" in settings else {}
         if named or any(given.values()):
