@@ -63,7 +63,7 @@ def parse_arguments(
         defaults: Of this command, where they differ from those of the dataclasses.
 
     Raises:
-        [`DataError`]: for an unknown option (naming the nearest one), or a value that is none of its type.
+        [`DataError`]: For an unknown option (naming the nearest one), or a value that is none of its type.
     """
     parser = _Parser(
         dataclass_types,

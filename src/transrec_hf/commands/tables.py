@@ -28,7 +28,7 @@ def read_table(path: Path, separator: str = ",", encoding: str = "utf-8") -> pa.
     null.
 
     Raises:
-        [`DataError`]: if there is no such file, or it cannot be read.
+        [`DataError`]: If there is no such file, or it cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (now in {Path.cwd()}). Check the path.")

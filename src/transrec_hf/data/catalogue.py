@@ -53,7 +53,7 @@ class Catalogue:
         contents (`dict[str, Content]`): A reader for each modality that has a column, in the order of `MODALITIES`.
 
     Raises:
-        [`DataError`]: on an empty catalogue, an empty or duplicate id, an item without any modality, or a content that
+        [`DataError`]: On an empty catalogue, an empty or duplicate id, an item without any modality, or a content that
             cannot be used.
     """
 
@@ -242,7 +242,7 @@ class Catalogue:
                 Seed of that draw.
 
         Raises:
-            [`DataError`]: for an unknown policy, or when an item would be left with no modality.
+            [`DataError`]: For an unknown policy, or when an item would be left with no modality.
         """
         if modality_policy not in MODALITY_POLICIES:
             raise DataError(f"unknown modality_policy {modality_policy!r}. Use one of {', '.join(MODALITY_POLICIES)}.")
@@ -379,7 +379,7 @@ def load_catalogue(
             See [`Catalogue.with_policy`].
 
     Raises:
-        [`DataError`]: for every defect.
+        [`DataError`]: For every defect.
     """
     place = open_source(source, "items", revision, split)
     with bad_table(place.name):

@@ -155,7 +155,7 @@ def demo_world(seed: int = 0, modalities: Collection[str] = SHOWN) -> DemoWorld:
             `"image"`, `"audio"` and `"video"`: one of them each or, three in ten, all.
 
     Returns:
-        [`DemoWorld`]: a source of 600 items and 3 000 users, and a target of 400 items and 300 users, who have chosen
+        [`DemoWorld`]: A source of 600 items and 3 000 users, and a target of 400 items and 300 users, who have chosen
         less each.
     """
     rng = np.random.default_rng(seed)

@@ -46,10 +46,10 @@ class Sequences(torch.utils.data.Dataset):
     View `i` is `items[starts[i]:ends[i]]`. Views share the columns, so splits and windows copy no interaction.
 
     Attributes:
-        items (`np.ndarray` of shape `(n,)`, int32): catalogue rows.
-        timestamps (`np.ndarray` of shape `(n,)`, int64): in the unit of the data.
-        starts, ends (`np.ndarray` of shape `(views,)`, int64): bounds of the views.
-        user_ids (`np.ndarray` of shape `(views,)`, str): the user of every view.
+        items (`np.ndarray` of shape `(n,)`, int32): Catalogue rows.
+        timestamps (`np.ndarray` of shape `(n,)`, int64): In the unit of the data.
+        starts, ends (`np.ndarray` of shape `(views,)`, int64): Bounds of the views.
+        user_ids (`np.ndarray` of shape `(views,)`, str): The user of every view.
     """
 
     items: np.ndarray
@@ -203,7 +203,7 @@ def load_interactions(
             Which split of a data set that has several; `"train+test"` joins two.
 
     Raises:
-        [`DataError`]: for every defect.
+        [`DataError`]: For every defect.
     """
     place = open_source(source, "interactions", revision, split)
     with bad_table(place.name):
@@ -384,7 +384,7 @@ def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: in
             Forget all but the last `keep_last` items of every user (history length + 3 in the NineRec protocol).
 
     Raises:
-        [`DataError`]: when no user is left.
+        [`DataError`]: When no user is left.
     """
     if min_interactions < 3 or (keep_last is not None and keep_last < 3):
         raise ValueError("leave-one-out needs at least 3 interactions per user: train, validation, test")
@@ -419,7 +419,7 @@ def temporal_split(sequences: Sequences, validation_from: int | str, test_from: 
             which their size tells.
 
     Raises:
-        [`DataError`]: when a bound is no date, a period has no event, or no user has a history before it.
+        [`DataError`]: When a bound is no date, a period has no event, or no user has a history before it.
     """
     starts = sequences.starts
     bounds = [_time(sequences, bound) for bound in (validation_from, test_from)]

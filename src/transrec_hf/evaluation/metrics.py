@@ -52,7 +52,7 @@ def ndcg(ranks: torch.Tensor, k: int) -> torch.Tensor:
         k (`int`): Length of the recommended list.
 
     Returns:
-        `torch.Tensor` of shape `(num_users,)`: values in [0, 1] per user, float32; their mean is NDCG@k.
+        `torch.Tensor` of shape `(num_users,)`: Values in [0, 1] per user, float32; their mean is NDCG@k.
 
     Example:
     ```python
@@ -73,7 +73,7 @@ def reciprocal_rank(ranks: torch.Tensor) -> torch.Tensor:
         ranks (`torch.Tensor` of shape `(num_users,)`): Ranks of the targets, from 1; infinite for a sure miss.
 
     Returns:
-        `torch.Tensor` of shape `(num_users,)`: values in [0, 1] per user, float32; their mean is MRR.
+        `torch.Tensor` of shape `(num_users,)`: Values in [0, 1] per user, float32; their mean is MRR.
 
     Example:
     ```python
@@ -185,7 +185,7 @@ def bootstrap_interval(
         seed (`int`, defaults to 0): Seed of the resampling.
 
     Returns:
-        `tuple[float, float]`: lower and upper end.
+        `tuple[float, float]`: Lower and upper end.
 
     Example:
     ```python

@@ -28,7 +28,7 @@ def dot_scores(user_embeds: torch.Tensor, item_embeds: torch.Tensor) -> torch.Te
         item_embeds (`torch.Tensor` of shape `(num_items, hidden_size)`): Item vectors.
 
     Returns:
-        `torch.Tensor` of shape `(num_users, num_items)`: scores, float32.
+        `torch.Tensor` of shape `(num_users, num_items)`: Scores, float32.
     """
     users, num_items = precise(user_embeds), len(item_embeds)
     chunk = max(1, CACHED_SCORES // max(1, len(users))) if users.device.type == "cpu" else num_items
@@ -67,7 +67,7 @@ def rank_scores(
         protect_target (`bool`): Never excludes the target. Otherwise an excluded target has an infinite rank.
 
     Returns:
-        `torch.Tensor` of shape `(num_users,)`: ranks, float32; NaN for a user with a score that is not finite.
+        `torch.Tensor` of shape `(num_users,)`: Ranks, float32; NaN for a user with a score that is not finite.
     """
     target_rows = target_rows.to(scores.device).unsqueeze(1)
     finite = scores.sum(dim=1).isfinite()
@@ -120,7 +120,7 @@ def rank_targets(
         max_scores (`int`): Scores held at a time, at least those of one user.
 
     Returns:
-        `torch.Tensor` of shape `(num_users,)`: ranks from 1, float32, infinite for a sure miss.
+        `torch.Tensor` of shape `(num_users,)`: Ranks from 1, float32, infinite for a sure miss.
 
     Raises:
         ValueError: If a score is not finite.
@@ -157,7 +157,7 @@ def last_items(
     interactions, e.g. `sequences.timestamps`.
 
     Returns:
-        `torch.Tensor` of shape `(len(users), at most length)`: rows of the catalogue, int64, padded on the right
+        `torch.Tensor` of shape `(len(users), at most length)`: Rows of the catalogue, int64, padded on the right
         with -1.
     """
     values = sequences.items if values is None else values

@@ -261,13 +261,13 @@ def save_checkpoint(
     Write a model, its processor and the statistics of its data, all of them or none.
 
     Args:
-        folder (`str` or `os.PathLike`): where to; see [`written_whole`].
-        model ([`TransRecModel`]): the model.
-        processor ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
-        statistics (`dict`, *optional*): see [`data_statistics`].
+        folder (`str` or `os.PathLike`): Where to; see [`written_whole`].
+        model ([`TransRecModel`]): The model.
+        processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        statistics (`dict`, *optional*): See [`data_statistics`].
 
     Raises:
-        `OSError`: if something cannot be written, as on a full disk.
+        `OSError`: If something cannot be written, as on a full disk.
     """
     with written_whole(folder) as partial:
         model.save_pretrained(partial)

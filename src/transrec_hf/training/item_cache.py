@@ -15,10 +15,10 @@ class ItemCache:
     al., KDD 2022). A cached vector passes no gradient on and is a little stale: cheaper steps, not the same ones.
 
     Args:
-        num_items (`int`): items of the catalogue.
-        hidden_size (`int`): of the vectors.
-        max_age (`int`): steps for which a vector is used.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where the vectors are kept.
+        num_items (`int`): Items of the catalogue.
+        hidden_size (`int`): Of the vectors.
+        max_age (`int`): Steps for which a vector is used.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the vectors are kept.
     """
 
     def __init__(self, num_items: int, hidden_size: int, max_age: int, device: torch.device | str = "cpu"):

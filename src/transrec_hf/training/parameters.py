@@ -24,9 +24,9 @@ def parameter_groups(model: nn.Module, args: TransRecTrainingArguments, decayed:
     biases and norms.
 
     Args:
-        model (`nn.Module`): the model.
-        args ([`TransRecTrainingArguments`]): the rates and decays.
-        decayed (`set[str]`): names of the parameters that decay, see `Trainer.get_decay_parameter_names`.
+        model (`nn.Module`): The model.
+        args ([`TransRecTrainingArguments`]): The rates and decays.
+        decayed (`set[str]`): Names of the parameters that decay, see `Trainer.get_decay_parameter_names`.
     """
 
     def either(value: float | None, default: float) -> float:

@@ -38,13 +38,13 @@ class Forecast:
     What a way of training takes.
 
     Args:
-        prepare_seconds (`float`): to read, decode and collate a batch, in one process.
-        step_seconds, epoch_seconds (`float`): of training; this includes what is not prepared meanwhile by workers.
-        evaluation_seconds (`float`): of encoding the catalogue and ranking the validation targets.
+        prepare_seconds (`float`): To read, decode and collate a batch, in one process.
+        step_seconds, epoch_seconds (`float`): Of training; this includes what is not prepared meanwhile by workers.
+        evaluation_seconds (`float`): Of encoding the catalogue and ranking the validation targets.
         step_tflop, epoch_tflop (`float`): 10^12 floating-point operations of training.
-        tower_share (`float`): how much of them the towers take.
+        tower_share (`float`): How much of them the towers take.
         memory_gb (`float`): 2^30 bytes at the peak; of the GPU, or of the process on the host.
-        chunk_memory_gb (`dict[int, float]`): the same by `item_chunk_size`.
+        chunk_memory_gb (`dict[int, float]`): The same by `item_chunk_size`.
     """
 
     prepare_seconds: float
@@ -64,18 +64,18 @@ class Plan:
     A run and what it takes.
 
     Args:
-        machine, dtype (`str`): where and in which precision was calibrated.
-        steps_per_epoch (`int`): batches of an epoch.
-        step ([`Counts`]): of a batch.
-        larger_steps (`dict[int, Counts]`): of batches of several times as many users.
-        larger_batches (`dict[int, Forecast]`): of the run with those.
-        without_store ([`Forecast`]): where frozen blocks run in every step.
-        with_store ([`Forecast`], *optional*): where an [`ActivationStore`] has their states; `None` if there are none.
-        uses_store (`bool`): which of the two the run is.
-        fill_seconds, store_gb (`float`): to fill the store once, and its size on the disk in 2^30 bytes.
-        available_gb (`float`): memory of the device that the run could have.
-        calibration_seconds (`float`): that it took to find out.
-        advice (`list[str]`): what to change, or not, and why.
+        machine, dtype (`str`): Where and in which precision was calibrated.
+        steps_per_epoch (`int`): Batches of an epoch.
+        step ([`Counts`]): Of a batch.
+        larger_steps (`dict[int, Counts]`): Of batches of several times as many users.
+        larger_batches (`dict[int, Forecast]`): Of the run with those.
+        without_store ([`Forecast`]): Where frozen blocks run in every step.
+        with_store ([`Forecast`], *optional*): Where an [`ActivationStore`] has their states; `None` if there are none.
+        uses_store (`bool`): Which of the two the run is.
+        fill_seconds, store_gb (`float`): To fill the store once, and its size on the disk in 2^30 bytes.
+        available_gb (`float`): Memory of the device that the run could have.
+        calibration_seconds (`float`): That it took to find out.
+        advice (`list[str]`): What to change, or not, and why.
     """
 
     machine: str
@@ -151,11 +151,11 @@ def make_forecast(
     From what the pieces take to what a run takes.
 
     Args:
-        args ([`TransRecTrainingArguments`]): the arguments.
-        num_steps (`int`): of an epoch.
-        step, everything ([`Counts`]): what a step encodes, and what an evaluation does.
-        costs ([`Costs`]): what the pieces take.
-        filling (`float`, *optional*): bytes that the filling of a store makes at its peak.
+        args ([`TransRecTrainingArguments`]): The arguments.
+        num_steps (`int`): Of an epoch.
+        step, everything ([`Counts`]): What a step encodes, and what an evaluation does.
+        costs ([`Costs`]): What the pieces take.
+        filling (`float`, *optional*): Bytes that the filling of a store makes at its peak.
     """
 
     def total(which: str) -> float:
@@ -199,17 +199,17 @@ def plan_run(
     Predict what [`TransRecTrainer`] with these arguments takes on this machine, in one process.
 
     Args:
-        model ([`TransRecModel`]): the model; it is frozen and run as in training, but learns nothing.
-        args ([`TransRecTrainingArguments`]): the arguments. `item_cache_age` and `torch_compile` are not considered.
-        catalogue ([`Catalogue`]): the items.
-        split ([`Split`]): training and validation sequences.
-        processing_class ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
-        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): how targets are ranked.
-        seconds (`float`, *optional*, defaults to 10): to spend on calibration, about: large towers take longer.
+        model ([`TransRecModel`]): The model; it is frozen and run as in training, but learns nothing.
+        args ([`TransRecTrainingArguments`]): The arguments. `item_cache_age` and `torch_compile` are not considered.
+        catalogue ([`Catalogue`]): The items.
+        split ([`Split`]): Training and validation sequences.
+        processing_class ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): How targets are ranked.
+        seconds (`float`, *optional*, defaults to 10): To spend on calibration, about: large towers take longer.
 
     Raises:
-        [`DataError`]: if no training sequence has two items.
-        `ValueError`: if states are to be stored and nothing is frozen.
+        [`DataError`]: If no training sequence has two items.
+        `ValueError`: If states are to be stored and nothing is frozen.
     """
     config, processor = model.config, processing_class if model.config.modalities else None
     windows = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)

@@ -97,9 +97,9 @@ class TrainerBase(WholeCheckpoints):
         As in `Trainer`, but what is optimised without a `compute_objective` is `metric_for_best_model`.
 
         Args:
-            hp_space (`Callable`, *optional*): from a trial to arguments, `learning_rate` and others.
-            compute_objective (`Callable`, *optional*): from the metrics of an evaluation to a number.
-            n_trials (`int`, *optional*, defaults to 20): how many.
+            hp_space (`Callable`, *optional*): From a trial to arguments, `learning_rate` and others.
+            compute_objective (`Callable`, *optional*): From the metrics of an evaluation to a number.
+            n_trials (`int`, *optional*, defaults to 20): How many.
             direction (`str`, *optional*): `"maximize"` or `"minimize"` that number.
             kwargs: see `Trainer`.
         """
