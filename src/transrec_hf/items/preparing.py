@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
-from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
+from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart, showing
 from ..model.processing_transrec import TransRecProcessor
 
 
@@ -201,9 +201,8 @@ class ItemSource:
 
     def showing(self, modalities: Collection[str]) -> ItemSource:
         """The same items without their other modalities, where an item has one of these; what has none stays."""
-        shown = self.present & torch.tensor([name in modalities for name in MODALITIES])
         other = copy.copy(self)
-        other.present = torch.where(shown.any(dim=1, keepdim=True), shown, self.present)
+        other.present = showing(self.present, modalities)
         return other
 
     def batch(self, rows: np.ndarray, hidden: torch.Tensor | None = None) -> ItemBatch:

@@ -5,7 +5,7 @@ look at a folder read the table, and do without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +245,19 @@ def with_all_columns(present: Tensor) -> Tensor:
     from torch.nn.functional import pad
 
     return pad(present.bool(), (0, len(MODALITIES) - present.shape[1]))
+
+
+def showing(present: Tensor, modalities: Collection[str]) -> Tensor:
+    """
+    What items show if they show no others than these `modalities`, as long as they have one of them; an item that has
+    none stays as it is.
+
+    Args:
+        present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
+        modalities (`Collection[str]`): Names.
+    """
+    shown = present & torch.tensor([name in modalities for name in MODALITIES], device=present.device)
+    return torch.where(shown.any(dim=-1, keepdim=True), shown, present)
 
 
 def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:

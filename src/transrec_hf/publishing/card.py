@@ -175,6 +175,7 @@ def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[st
         "verdict": Markdown(verdict(report)),
         "lengths": _by_length(report),
         "slices": _slice_rows(report),
+        "balance": Markdown(describe_balance(evaluation)),
         "arguments": _arguments(evaluation, files[TRAINING_ARGS_NAME]),
         "run": evaluation.get("run", {}),
         "results": evaluation.get("results"),
@@ -335,6 +336,23 @@ def verdict(report: Mapping[str, Any]) -> str:
             group.append(plain(BASELINE_NAMES.get(name, name)))
     parts = [f"{word} {_listed(names)}" for word, names in groups.items() if names]
     return f"In `{metric}` it is {'; it is '.join(parts)}." if parts else ""
+
+
+def describe_balance(evaluation: Mapping[str, Any]) -> str:
+    """One sentence: what each modality alone is worth, if a report of the run says so."""
+    measured = [report["balance"] for report in evaluation.get("reports", {}).values() if "balance" in report]
+    if not measured:
+        return ""
+    metrics, gaps = dict(measured[0]["metrics"]), measured[0].get("gaps", {})
+    whole = metrics.pop("all")["ndcg@10"]
+    parts = []
+    for view, values in metrics.items():
+        gap = gaps.get(view.removesuffix(" alone"))
+        compared = (
+            "" if gap is None else f" ({abs(gap):.4f} {'below' if gap > 0 else 'above'} a model of nothing else)"
+        )
+        parts.append(f"{values['ndcg@10']:.4f} {'' if view.startswith('without') else 'with '}{plain(view)}{compared}")
+    return f"Validation `ndcg@10` is {whole:.4f} with all modalities, {_listed(parts)}."
 
 
 def _listed(names: list[str]) -> str:
