@@ -18,13 +18,14 @@ from transrec_hf.data import demo
 from transrec_hf.data.demo import demo_world
 from transrec_hf.training.collator import TrainingWindows
 from transrec_hf.training.mixing import MixedTrainer, MixedWindows, OneDomainABatch
+from transrec_hf.training.similarity import GradientSimilarity
 from transrec_hf.training.stages import UserEncoderFirst
 
 
 DESIGN = {"item_map": "whitened", "similarity": "cosine", "content_prior": True, "popularity_prior": True}
 
 
-def mixed_trainer(folder, **fields):
+def mixed_trainer(folder, mixing=None, **fields):
     torch.manual_seed(0)
     model = TransRecModel(make_config("text", **{**DESIGN, **fields}))
     args = TransRecTrainingArguments(
@@ -34,12 +35,13 @@ def mixed_trainer(folder, **fields):
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        logging_steps=1,
     )
     domains = {
         "small": (make_catalogue(9, kinds=("text",)), make_split(num_users=5, num_items=9)),
         "large": (make_catalogue(14, kinds=("text",)), make_split(num_users=20, num_items=14, seed=1)),
     }
-    return MixedTrainer(model, args, domains=domains, processing_class=make_processor("text"))
+    return MixedTrainer(model, args, domains=domains, processing_class=make_processor("text"), **(mixing or {}))
 
 
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, 10 / 11), (0.5, 0.76), (0.0, 0.5)])
@@ -142,3 +144,63 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     with pytest.raises(DataError, match="empty"):
         pretrain([*options[:3], "empty", "--output_dir", "none", *options[6:]])
     assert not (tmp_path / "none").exists()
+
+
+TOWARDS = {"similarity": "grad_cosine", "target": "small"}
+
+
+class Shared(torch.nn.Module):
+    """What is shared has two weights, and there is one more."""
+
+    def __init__(self):
+        super().__init__()
+        self.user_encoder = torch.nn.Linear(2, 1, bias=False)
+        self.rest = torch.nn.Parameter(torch.zeros(()))
+
+    def step(self, similarity, domain, gradient):
+        """What a step with this gradient is weighed to: its last weight."""
+        self.user_encoder.weight.grad = torch.tensor([gradient])
+        self.rest.grad = torch.ones(())
+        similarity.domain = domain
+        similarity.on_pre_optimizer_step(None, None, None, model=self)
+        assert self.user_encoder.weight.grad.tolist()[0] == pytest.approx([part * self.rest.grad for part in gradient])
+        return float(self.rest.grad)
+
+
+def test_steps_count_by_how_much_they_go_the_way_of_the_target(caplog):
+    model, similarity = Shared(), GradientSimilarity(("target", "like", "half", "against"), "target")
+    assert model.step(similarity, "like", [1.0, 0.0]) == 1.0  # the target is not known yet
+    assert model.step(similarity, "target", [1.0, 0.0]) == 1.0
+    assert model.step(similarity, "like", [3.0, 0.0]) == 1.0
+    assert model.step(similarity, "half", [1.0, 3**0.5]) == pytest.approx(0.5)
+    assert model.step(similarity, "against", [-1.0, 0.5]) == 0.0
+    assert model.step(similarity, "target", [-1.0, 0.0]) == 1.0  # .9 of the first and .1 of this: where it went
+    assert similarity.matrix()["half"]["target"] == pytest.approx(0.5)
+    assert similarity.matrix()["half"]["against"] == pytest.approx((-1 + 3**0.5 / 2) / 2 / 1.25**0.5)
+    similarity.on_train_end(None, None, None)
+    assert "against pulls against target" in caplog.text and "half pulls" not in caplog.text
+
+
+def test_a_run_towards_a_target_tells_who_helps_whom(tmp_path):
+    trainer = mixed_trainer(tmp_path, TOWARDS)
+    trainer.train()
+    cosines = trainer.report()["gradient_cosines"]
+    assert set(cosines) == {"small", "large"} and -1 <= cosines["large"]["small"] <= 1
+    assert cosines["small"]["small"] == pytest.approx(1)
+    assert cosines["large"]["small"] == pytest.approx(cosines["small"]["large"]) != 0
+    assert any("cosine_large" in entry for entry in trainer.state.log_history)
+
+
+def test_a_target_that_cannot_be_compared_with_and_an_empty_domain_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'other' must be one of several domains, and there are small, large"):
+        mixed_trainer(tmp_path, {**TOWARDS, "target": "other"})
+    with pytest.raises(ValueError, match="belong together"):
+        mixed_trainer(tmp_path, {"target": "small"})
+    with pytest.raises(ValueError, match="similarity must be one of"):
+        mixed_trainer(tmp_path, {**TOWARDS, "similarity": "cosine"})
+    trainer = mixed_trainer(tmp_path)
+    split = make_split(num_users=3, num_items=9)
+    bare = dataclasses.replace(split, train=split.train.select(np.arange(0)))
+    parts = {name: (part.catalogue, part.split) for name, part in trainer.parts.items()}
+    with pytest.raises(DataError, match=r"^bare: no training sequence has two items"):
+        MixedTrainer(trainer.model, trainer.args, domains={**parts, "bare": (make_catalogue(9), bare)})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences, Split
+from ..errors import DataError
 from ..model.item_encoder_transrec import WhitenedProjection
 from ..model.modeling_transrec import TransRecModel
 from .arguments import TransRecTrainingArguments
 from .collator import TrainingWindows
+from .similarity import SIMILARITIES, GradientSimilarity
 from .trainer import TransRecTrainer
 
 
@@ -85,9 +88,13 @@ class MixedTrainer(TransRecTrainer):
         domains (`dict[str, tuple[Catalogue, Split]]`): By name, at least one. The statistics of the first one stay
             with the model.
         temperature (`float`, *optional*, defaults to 0.5): See [`OneDomainABatch`].
+        similarity (`str`, *optional*): `"grad_cosine"` weighs the steps of sources by how much they go the way of the
+            target, see [`GradientSimilarity`]; reports then have the cosines of all domains, `gradient_cosines`.
+        target (`str`, *optional*): Name of the domain that is the target then.
         kwargs: Of [`TransRecTrainer`].
 
     Raises:
+        [`DataError`]: If there is nothing to train on in one of the domains, by its name.
         `ValueError`: If the model learns vectors by item ID, which are of one catalogue, or several processes train.
     """
 
@@ -98,20 +105,25 @@ class MixedTrainer(TransRecTrainer):
         *,
         domains: dict[str, tuple[Catalogue, Split]],
         temperature: float = 0.5,
+        similarity: str | None = None,
+        target: str | None = None,
         **kwargs: Any,
     ):
+        check_similarity(similarity, target, domains, args)
         if model.config.num_items is not None:
             raise ValueError(
                 "ID vectors are of one catalogue: leave out hybrid or id_baseline, or train on one domain"
             )
         if args.world_size > 1 or args.item_cache_age is not None:
             raise ValueError("several domains train in one process and without item_cache_age")
-        make: Callable[..., Any] = TransRecTrainer
         own = {name: value for name, value in kwargs.items() if name in ("processing_class", "protocol")}
-        self.parts: dict[str, TransRecTrainer] = {
-            name: make(model, copy.copy(args), catalogue=catalogue, split=split, **own)
-            for name, (catalogue, split) in domains.items()
-        }
+        make: Callable[..., TransRecTrainer] = partial(TransRecTrainer, model, **own)
+        self.parts: dict[str, TransRecTrainer] = {}
+        for name, (catalogue, split) in domains.items():
+            try:
+                self.parts[name] = make(args=copy.copy(args), catalogue=catalogue, split=split)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
         first = next(iter(self.parts.values()))
         super().__init__(model, args, catalogue=first.catalogue, split=first.split, **kwargs)
         self.temperature = temperature
@@ -119,6 +131,9 @@ class MixedTrainer(TransRecTrainer):
         self.train_counts = np.concatenate([part.train_counts for part in self.parts.values()])
         self.train_dataset: Any = MixedWindows([part.train_dataset for part in self.parts.values()])  # type: ignore[misc]
         self.whitening: dict[str, list[dict[str, torch.Tensor]]] = {}
+        self.gradients = None if target is None else GradientSimilarity(tuple(self.parts), target)
+        if self.gradients is not None:
+            self.add_callback(self.gradients)
 
     def fill_store(self) -> None:
         for part in self.parts.values():
@@ -162,8 +177,18 @@ class MixedTrainer(TransRecTrainer):
         return OneDomainABatch(self.train_dataset, self.args.train_batch_size, self.temperature, seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.use(list(self.parts)[inputs.pop("domain")])
+        name = list(self.parts)[inputs.pop("domain")]
+        self.use(name)
+        if self.gradients is not None:
+            self.gradients.domain = name
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; beside the loss, how much each source goes the way of the target."""
+        if "loss" in logs and self.gradients is not None:
+            cosines = {name: self.gradients.cosine(name, self.gradients.target) for name in self.gradients.averages}
+            logs |= {f"cosine_{name}": cosine for name, cosine in cosines.items() if name != self.gradients.target}
+        super().log(logs, *args, **kwargs)
 
     def _rank(self, sequences: Sequences, split: str, prefix: str, max_users: int | None = None) -> PredictionOutput:
         """The pooled metrics of all domains. Items of several catalogues make no lists: evaluate alone uses it."""
@@ -194,6 +219,8 @@ class MixedTrainer(TransRecTrainer):
             reports[name] = part.report(targets, split, baselines, None, max_users)
         self.use(next(iter(self.parts)))
         self.reports[split] = pooled(reports)
+        if self.gradients is not None:
+            self.reports[split]["gradient_cosines"] = self.gradients.matrix()
         return self.reports[split]
 
     @functools.cached_property
@@ -202,6 +229,22 @@ class MixedTrainer(TransRecTrainer):
         of = [part.statistics for part in self.parts.values()]
         counts = {name: sum(part[name] for part in of) for name in of[0] if name.startswith("num_")}
         return {**of[0], **counts, "source": ", ".join(self.parts), "sources": [part["source"] for part in of]}
+
+
+def check_similarity(
+    similarity: str | None, target: str | None, domains: Collection[str], args: TransRecTrainingArguments
+) -> None:
+    """Raises `ValueError` for a similarity of domains that cannot be measured."""
+    if similarity not in (None, *SIMILARITIES):
+        raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
+    if (similarity is None) != (target is None):
+        raise ValueError("similarity and target belong together: what the domains are to be similar to, and by what")
+    if target is not None and (target not in domains or len(domains) < 2):
+        raise ValueError(f"the target {target!r} must be one of several domains, and there are {', '.join(domains)}")
+    if similarity is not None and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"similarity {similarity!r} weighs steps of one domain: leave out gradient_accumulation_steps"
+        )
 
 
 def pooled(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
