@@ -69,6 +69,12 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     return "\n\n".join(filter(None, [format_table(rows), above, format_table(slices), facts]))
 
 
+def format_cosines(cosines: Mapping[str, Mapping[str, float]]) -> str:
+    """Cosines of the gradients of domains, as a table: which one (rows) goes the way of which (columns)."""
+    rows = [[name, *(f"{value:.3f}" for value in row.values())] for name, row in cosines.items()]
+    return format_table([["", *cosines], *rows])
+
+
 def _units(step: Any) -> str:
     """What a step encodes of each modality; tokens where there are more of them than contents."""
     return ", ".join(
@@ -104,6 +110,49 @@ def format_plan(plan: Any) -> str:
     return "\n".join([*lines, "", *(f"  {sentence}" for sentence in plan.advice)])
 
 
+def new_figure() -> Any:
+    """A figure of two panels; `None`, and a warning, without Matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[plot].")
+        return None
+    return Figure(figsize=(9, 3.5), layout="constrained")
+
+
+def plot_balance(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
+    """
+    Draws what each modality alone is worth and the norms of its gradients, as [`ModalityBalanceCallback`] logs them,
+    as a PNG; dotted, what a model of nothing else is worth, where it is known.
+
+    Args:
+        log_history (`list[dict]`): `Trainer.state.log_history`.
+        path (`str` or `os.PathLike`): File to write.
+    """
+    figure = new_figure()
+    if figure is None:
+        return
+    metric, gradient = "ndcg@10", "gradient_norm_"
+    keys = list(dict.fromkeys(key for entry in log_history for key in entry))
+    shown = [key for key in keys if key.startswith("eval_") and key.endswith(f"_{metric}")]
+    groups = (
+        (f"validation {metric}", {key: key[5 : -len(metric) - 1] or "all" for key in shown}),
+        ("gradient norm", {key: key.removeprefix(gradient) for key in keys if key.startswith(gradient)}),
+    )
+    for axes, (title, lines) in zip(figure.subplots(1, 2), groups, strict=True):
+        for key, label in lines.items():
+            points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+            (line,) = axes.plot(*zip(*points, strict=True), marker=".", label=label.replace("_", " "))
+            gap = "gap_" + label.removesuffix("_alone")
+            for known in [entry[key] + entry[gap] for entry in log_history if key in entry and gap in entry][:1]:
+                axes.axhline(known, color=line.get_color(), linestyle=":")
+        axes.set(title=title, xlabel="epoch", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        if lines:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
 def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike, metric: str) -> None:
     """
     Draws the training loss and the validation metric of a run, as a PNG; without Matplotlib, says so.
@@ -113,12 +162,9 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | 
         path (`str` or `os.PathLike`): file to write.
         metric (`str`): name of the metric, e.g. `"ndcg@10"`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[plot].")
+    figure = new_figure()
+    if figure is None:
         return
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
     panels = {"training loss": "loss", f"validation {metric}": f"eval_{metric}"}
     for axes, (title, key) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]

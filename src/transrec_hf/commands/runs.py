@@ -31,16 +31,19 @@ from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits
 from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
+from ..training.balance import ModalityBalanceCallback
+from ..training.ckd import BalancedTrainer
 from ..training.mixing import MixedTrainer
 from ..training.planning import Plan, plan_run
 from ..training.resuming import last_complete_checkpoint
+from ..training.similarity import SIMILARITIES
 from ..training.stages import UserEncoderFirst
 from ..training.trainer import TransRecTrainer
 from ..training.transfer import INITS, Start, check_init, choose_start, start_from
 from ..training.tuning import PEFT_TUNINGS
 from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
 from .parsing import parse_arguments
-from .reporting import format_plan, format_report, plot_learning_curve
+from .reporting import format_cosines, format_plan, format_report, plot_balance, plot_learning_curve
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +58,33 @@ class RunArguments(TransRecTrainingArguments):
     _argument_group_name = "training"
     resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
     results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
+    balance_every: int | None = option(
+        None, "Evaluations from one measurement of what each modality alone is worth to the next [never]."
+    )
+    balance_references: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Validation ndcg@10 of a model of one modality, as text=0.051."}
+    )
+    ckd_teachers: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Models of one modality, trained on the same items, to learn from; text=FOLDER of others."},
+    )
+    ckd_weight: float = option(0.1, "Weight of what is learned from them, beside the objective.")
+    ckd_temperature: float = option(1.0, "Of the margins of their scores.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("balance_every", "ckd_weight", "ckd_temperature"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.balance_references and self.balance_every is None:
+            raise ValueError("balance_references belong to balance_every: set it to 1, say")
+        pairs = [reference.partition("=") for reference in self.balance_references or []]
+        try:
+            self.references = {name: float(value) for name, _, value in pairs}
+        except ValueError:
+            raise ValueError(
+                f"balance_references are a modality and a number, as text=0.051, not {self.balance_references}"
+            ) from None
 
 
 @dataclass
@@ -68,6 +98,10 @@ class PretrainArguments(RunArguments):
         0.5, "Power of a domain's number of batches by which it is drawn: 1 draws each window alike, 0 each domain."
     )
 
+    mixing_similarity: str | None = option(
+        None, "Weigh the steps of other domains by how much they go the way of mixing_target.", choices=SIMILARITIES
+    )
+    mixing_target: str | None = option(None, "The one of data and more_data that is the target then.")
     user_encoder_epochs: float = option(
         0, "Epochs at the beginning in which the user encoder alone learns, on items as they are."
     )
@@ -76,6 +110,8 @@ class PretrainArguments(RunArguments):
         super().__post_init__()
         if self.user_encoder_epochs < 0:
             raise ValueError(f"user_encoder_epochs must be 0 or more, got {self.user_encoder_epochs}")
+        if (self.mixing_similarity or self.mixing_target) and not self.more_data:
+            raise ValueError("mixing_similarity and mixing_target compare several domains: give more_data")
         if not 0 <= self.mixing_temperature <= 1:
             raise ValueError(f"mixing_temperature must be between 0 and 1, got {self.mixing_temperature}")
 
@@ -136,9 +172,10 @@ def pretrain(argv: Sequence[str] | None = None) -> dict[str, Any]:
             --vision_model google/mobilenet_v2_1.0_224 --trainable_blocks 2 --output_dir runs/my_source
 
         transrec pretrain films --more_data games yelp --text_model sentence-transformers/all-MiniLM-L6-v2
+        transrec pretrain films --more_data games beauty --mixing_similarity grad_cosine --mixing_target beauty ...
 
     The folder output_dir then holds the model with its processor, data statistics and card, report.json on the test
-    targets, and learning_curve.png.
+    targets, and learning_curve.png; with --balance_every also modality_balance.png.
     """
     return run_training(*_parse(PretrainArguments, argv, pretrain, output_dir="runs/pretrain"))
 
@@ -150,6 +187,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec finetune runs/my_source --data my_target --output_dir runs/my_target
         transrec finetune runs/my_source --data my_target --user_fraction 0.1
         transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
+        transrec finetune runs/my_source --data my_target --balance_every 1 --ckd_teachers runs/text runs/image
 
     A checkpoint cannot do harm: short runs from the whole of it, from parts of it and from nothing but its towers
     compete, and the one that is best on validation goes on. The report says which, and by how much; --init decides
@@ -318,13 +356,24 @@ def run_training(
             if isinstance(args, FinetuneArguments) and args.init != "auto":
                 check_init(model, args.init)
             options: dict[str, Any] = {"processing_class": processor, "protocol": split_args.protocol}
+            if args.ckd_teachers and len(domains) > 1:
+                raise ValueError("ckd_teachers teach on one domain: leave out more_data")
             if isinstance(args, PretrainArguments) and len(domains) > 1:
                 options |= {"domains": domains, "temperature": args.mixing_temperature}
+                options |= {"similarity": args.mixing_similarity, "target": args.mixing_target}
                 trainer: TransRecTrainer = MixedTrainer(model, args, **options)
+            elif args.ckd_teachers:
+                options |= {"teachers": args.ckd_teachers, "distillation": args.ckd_weight}
+                options |= {"temperature": args.ckd_temperature}
+                trainer = BalancedTrainer(model, args, catalogue=catalogue, split=split, **options)
             else:
                 trainer = TransRecTrainer(model, args, catalogue=catalogue, split=split, **options)
             if isinstance(args, PretrainArguments) and args.user_encoder_epochs:
                 trainer.add_callback(UserEncoderFirst(args.user_encoder_epochs))
+            balance = None
+            if args.balance_every is not None:
+                balance = ModalityBalanceCallback(trainer, args.balance_every, args.references)
+                trainer.add_callback(balance)
             trainer.fill_store()
     except DataError:
         with suppress(OSError):
@@ -339,6 +388,8 @@ def run_training(
         checkpoint = last_complete_checkpoint(args.output_dir)
         logger.info("Resuming from %s", checkpoint or "nothing: there is no complete checkpoint yet")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if balance is not None:
+        balance.measure()
     trainer.save_model()
 
     vectors = None
@@ -360,9 +411,13 @@ def run_training(
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             metric = (args.metric_for_best_model or "ndcg@10").removeprefix("eval_")
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", metric)
+            if balance is not None:
+                plot_balance(trainer.state.log_history, folder / "modality_balance.png")
             if args.results_csv:
                 record_results(args.results_csv, args, data_args, split_args, report, trainer)
         print(f"\nTest targets of {data_args.name}\n\n{format_report(report)}\n")
+        if "gradient_cosines" in report:
+            print(f"Cosines of gradients\n\n{format_cosines(report['gradient_cosines'])}\n")
         if start is not None:
             print(f"Started from {start}\n")
         logger.info("The model and its report are in %s", args.output_dir)

@@ -1,0 +1,189 @@
+"""
+Modality balance: a joint model as it is, with modality dropout, with distillation from uni-modal teachers (CKD), and
+with both; see docs/balance.md.
+
+    python examples/ablations/balance.py --data data/hm --text_model all-MiniLM-L6-v2 \\
+        --vision_model mobilenet-v1-0.25-128 --results examples/results/balance.csv
+
+Towers are frozen and their states stored. Each model is trained on the same users, its epoch chosen on validation, and
+ranks the targets with both modalities and with one of them alone. Differences are those to `joint`, with 95 %
+intervals over users and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import shlex
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging
+
+from transrec_hf import (
+    Split,
+    TransRecModel,
+    TransRecProcessor,
+    TransRecTrainer,
+    TransRecTrainingArguments,
+    leave_one_out,
+    load_domain,
+    paired_bootstrap,
+)
+from transrec_hf.evaluation.metrics import metric_values
+from transrec_hf.publishing.results import describe_device
+from transrec_hf.training.ckd import BalancedTrainer
+
+
+MODALITIES = ("text", "image")
+VARIANTS = ("joint", "dropout", "ckd", "dropout and ckd")
+METRICS = ("hit_rate@10", "ndcg@10")
+COLUMNS = (
+    *("data", "variant", "shown", "metric", "value", "difference", "low", "high"),
+    *("users", "seeds", "command", "machine", "date"),
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of a domain with texts and images")
+    parser.add_argument("--text_model", required=True, help="folder of the text tower")
+    parser.add_argument("--vision_model", required=True, help="folder of the vision tower")
+    parser.add_argument("--users", type=int, default=1500, help="training users; targets are those of all")
+    parser.add_argument("--epochs", type=int, default=5, help="of training, of which validation chooses one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and users")
+    parser.add_argument("--dropout", type=float, default=0.5, help="modality_dropout")
+    parser.add_argument("--weight", type=float, default=0.1, help="of the distillation")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
+    parser.add_argument("--split", default="test", choices=("validation", "test"), help="whose targets are ranked")
+    parser.add_argument("--max_targets", type=int, default=4000, help="users whose targets are ranked")
+    parser.add_argument("--store", default="store", help="folder of stored tower states")
+    parser.add_argument("--results", help="table to add rows to")
+    return parser.parse_args()
+
+
+class Domain:
+    """One domain, on which models are trained from one seed after the other."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.towers = {"text_model": options.text_model, "vision_model": options.vision_model}
+        self.processor = TransRecProcessor.from_towers(**self.towers)
+        self.catalogue, sequences = load_domain(options.data)
+        self.whole = leave_one_out(sequences)
+
+    def train(
+        self, folder: str, seed: int, shown: tuple[str, ...] = MODALITIES, dropout: float = 0.0, **distillation: Any
+    ) -> TransRecTrainer:
+        options, whole = self.options, self.whole
+        drawn = np.random.default_rng(seed).permutation(len(whole.train))[: options.users]
+        arguments = TransRecTrainingArguments(
+            folder,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=64,
+            trainable_blocks=0,
+            activation_store=options.store,
+            modality_dropout=dropout,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            max_eval_users=2000,
+            save_total_limit=1,
+            save_only_model=True,
+            disable_tqdm=True,
+            report_to="none",
+            seed=seed,
+        )
+        set_seed(seed)
+        make: Any = BalancedTrainer if distillation else TransRecTrainer
+        trainer = make(
+            TransRecModel.from_text_vision_pretrained(**self.towers),
+            arguments,
+            catalogue=self.catalogue,
+            split=Split(whole.train.select(np.sort(drawn)), whole.validation, whole.test),
+            processing_class=self.processor,
+            **distillation,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.source = trainer.source.showing(shown)
+        trainer.train()
+        return trainer
+
+    def ranks(self, trainer: TransRecTrainer, shown: tuple[str, ...]) -> torch.Tensor:
+        source = trainer.source
+        trainer.source = source.showing(shown)
+        targets = getattr(self.whole, self.options.split)
+        ranking = trainer.ranking_evaluator(targets, max_users=self.options.max_targets).rank_model(trainer.model)
+        trainer.source = source
+        return ranking.ranks
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    domain = Domain(options)
+    ranks: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+
+    def rank(trainer: TransRecTrainer, variant: str, *views: str) -> None:
+        for view in views:
+            found = domain.ranks(trainer, MODALITIES if view == "both" else (view,))
+            ranks[variant, view].append(found)
+            values = " ".join(f"{metric_values(found, metric).mean():.4f}" for metric in METRICS)
+            print(f"{variant:16} {view:6} {values}  {trainer.train_seconds:.0f} s", flush=True)
+
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            teachers = []
+            for modality in MODALITIES:
+                trainer = domain.train(f"{folder}/{modality}", seed, (modality,))
+                trainer.save_model()
+                rank(trainer, "teacher", modality)
+                teachers.append(f"{modality}={folder}/{modality}")
+            distillation = {
+                "teachers": teachers,
+                "distillation": options.weight,
+                "temperature": options.temperature,
+            }
+            for variant in options.variants:
+                more: dict[str, Any] = distillation if "ckd" in variant else {}
+                dropout = options.dropout if "dropout" in variant else 0.0
+                trainer = domain.train(f"{folder}/{variant}", seed, dropout=dropout, **more)
+                rank(trainer, variant, "both", *MODALITIES)
+
+    rows = []
+    for (variant, view), found in ranks.items():
+        for metric in METRICS:
+            mean = metric_values(torch.cat(found), metric).mean().item()
+            row = {"variant": variant, "shown": view, "metric": metric, "value": f"{mean:.5f}"}
+            if ("joint", view) in ranks and variant != "joint":
+                compared = paired_bootstrap(torch.stack(found), torch.stack(ranks["joint", view]), metric)
+                row |= {name: f"{value:.5f}" for name, value in compared.items()}
+            rows.append(row)
+            print(" ".join(row.values()))
+    if options.results:
+        about = {
+            "data": Path(options.data).name,
+            "users": options.users,
+            "seeds": " ".join(map(str, options.seeds)),
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_device("cpu")["device"],
+            "date": datetime.date.today().isoformat(),
+        }
+        is_new = not Path(options.results).exists()
+        with open(options.results, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerows({**row, **about} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
