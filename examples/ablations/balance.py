@@ -56,15 +56,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder of a domain with texts and images")
     parser.add_argument("--text_model", required=True, help="folder of the text tower")
     parser.add_argument("--vision_model", required=True, help="folder of the vision tower")
-    parser.add_argument("--users", type=int, default=1500, help="training users; targets are those of all")
-    parser.add_argument("--epochs", type=int, default=5, help="of training, of which validation chooses one")
+    parser.add_argument("--users", type=int, default=1000, help="training users; targets are those of all")
+    parser.add_argument("--epochs", type=int, default=3, help="of training, of which validation chooses one")
+    parser.add_argument("--hidden_size", type=int, default=128, help="of item vectors and user encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and users")
-    parser.add_argument("--dropout", type=float, default=0.5, help="modality_dropout")
-    parser.add_argument("--weight", type=float, default=0.1, help="of the distillation")
+    parser.add_argument("--dropout", type=float, default=0.3, help="modality_dropout")
+    parser.add_argument("--weight", type=float, default=0.3, help="of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="whose targets are ranked")
-    parser.add_argument("--max_targets", type=int, default=4000, help="users whose targets are ranked")
+    parser.add_argument("--max_targets", type=int, default=3000, help="users whose targets are ranked")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
     parser.add_argument("--results", help="table to add rows to")
     return parser.parse_args()
@@ -88,13 +89,13 @@ class Domain:
         arguments = TransRecTrainingArguments(
             folder,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=64,
+            per_device_train_batch_size=32,
             trainable_blocks=0,
             activation_store=options.store,
             modality_dropout=dropout,
             lr_scheduler_type="cosine",
             warmup_steps=20,
-            max_eval_users=2000,
+            max_eval_users=1000,
             save_total_limit=1,
             save_only_model=True,
             disable_tqdm=True,
@@ -104,7 +105,7 @@ class Domain:
         set_seed(seed)
         make: Any = BalancedTrainer if distillation else TransRecTrainer
         trainer = make(
-            TransRecModel.from_text_vision_pretrained(**self.towers),
+            TransRecModel.from_text_vision_pretrained(**self.towers, hidden_size=options.hidden_size),
             arguments,
             catalogue=self.catalogue,
             split=Split(whole.train.select(np.sort(drawn)), whole.validation, whole.test),

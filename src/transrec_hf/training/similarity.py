@@ -52,7 +52,7 @@ class GradientSimilarity(TrainerCallback):
         if self.domain is None or not shared:
             return
         gradient = torch.cat([part.flatten().float() for part in shared])
-        before = self.averages.get(self.domain, torch.zeros_like(gradient))
+        before = self.averages.get(self.domain, gradient)
         self.averages[self.domain] = DECAY * before + (1 - DECAY) * gradient
         weight = self.weight(self.domain)
         if self.domain != self.target and self.target in self.averages:

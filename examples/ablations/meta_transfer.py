@@ -1,0 +1,193 @@
+"""
+Which sources help which target: a text model pre-trained on one source, on all mixed evenly or by temperature, and on
+all with steps weighted by how much they go the way of the target; then trained on the target. See
+docs/meta_transfer.md.
+
+    python examples/ablations/meta_transfer.py --text_model all-MiniLM-L6-v2 \\
+        --sources data/movielens-1m data/amazon-games data/amazon-toys data/yelp \\
+        --targets data/amazon-beauty data/movielens-2000s data/hm --results examples/results/meta_transfer.csv
+
+The tower is frozen and its states stored. Sources and targets give a share of their users. Differences are those to
+`scratch`, with 95 % intervals over users and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import shlex
+import sys
+import tempfile
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging
+
+from transrec_hf import (
+    Catalogue,
+    Split,
+    TransRecModel,
+    TransRecProcessor,
+    TransRecTrainer,
+    TransRecTrainingArguments,
+    leave_one_out,
+    load_domain,
+    paired_bootstrap,
+)
+from transrec_hf.evaluation.metrics import metric_values
+from transrec_hf.publishing.results import describe_device
+from transrec_hf.training.mixing import MixedTrainer
+
+
+METRICS = ("hit_rate@10", "ndcg@10")
+COLUMNS = (
+    *("target", "strategy", "metric", "value", "difference", "low", "high", "cosine"),
+    *("seeds", "command", "machine", "date"),
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_model", required=True, help="folder of the text tower")
+    parser.add_argument("--sources", nargs="+", required=True, help="folders of domains")
+    parser.add_argument("--targets", nargs="+", required=True, help="folders of domains")
+    parser.add_argument("--source_share", type=float, default=0.02, help="of the sources' users")
+    parser.add_argument("--target_users", type=int, default=300, help="training users; targets are those of more")
+    parser.add_argument("--epochs", type=int, default=2, help="of pre-training; there is one more on the target")
+    parser.add_argument("--hidden_size", type=int, default=128, help="of item vectors and user encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and users")
+    parser.add_argument("--max_targets", type=int, default=3000, help="users whose test targets are ranked")
+    parser.add_argument("--store", default="store", help="folder of stored tower states")
+    parser.add_argument("--results", help="table to add rows to")
+    return parser.parse_args()
+
+
+@cache
+def load(folder: str) -> tuple[Catalogue, Split]:
+    """The texts of a domain."""
+    catalogue, sequences = load_domain(folder, modality_policy="text")
+    return catalogue, leave_one_out(sequences)
+
+
+def sample(folder: str, seed: int, share: float = 0.0, users: int = 0) -> tuple[Catalogue, Split]:
+    """A domain with some of its training users."""
+    catalogue, whole = load(folder)
+    number = users or max(2, round(share * len(whole.train)))
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(whole.train))[:number])
+    return catalogue, Split(whole.train.select(drawn), whole.validation, whole.test)
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    processor = TransRecProcessor.from_towers(text_model=options.text_model)
+    ranks: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+    cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def arguments(folder: str, seed: int, **more: Any) -> TransRecTrainingArguments:
+        return TransRecTrainingArguments(
+            folder,
+            per_device_train_batch_size=32,
+            trainable_blocks=0,
+            activation_store=options.store,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            disable_tqdm=True,
+            report_to="none",
+            seed=seed,
+            save_total_limit=1,
+            save_only_model=True,
+            max_eval_users=1000,
+            **more,
+        )
+
+    def finish(trainer: TransRecTrainer) -> TransRecTrainer:
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer
+
+    def pretrain(folder: str, seed: int, domains: dict[str, tuple[Catalogue, Split]], **mixing: Any) -> MixedTrainer:
+        set_seed(seed)
+        model = TransRecModel.from_text_vision_pretrained(options.text_model, hidden_size=options.hidden_size)
+        never: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        args = arguments(folder, seed, num_train_epochs=options.epochs, **never)
+        trainer = MixedTrainer(model, args, domains=domains, processing_class=processor, **mixing)
+        finish(trainer)
+        trainer.model.save_pretrained(folder)
+        return trainer
+
+    def evaluate(folder: str, seed: int, target: str, strategy: str, start: str | None) -> None:
+        set_seed(seed)
+        if start is None:
+            model = TransRecModel.from_text_vision_pretrained(options.text_model, hidden_size=options.hidden_size)
+        else:
+            model = TransRecModel.from_pretrained(start)
+        catalogue, split = sample(target, seed, users=options.target_users)
+        args = arguments(folder, seed, num_train_epochs=options.epochs + 1)
+        trainer = TransRecTrainer(model, args, catalogue=catalogue, split=split, processing_class=processor)
+        finish(trainer)
+        evaluator = trainer.ranking_evaluator(split.test, max_users=options.max_targets)
+        found = evaluator.rank_model(trainer.model).ranks
+        ranks[Path(target).name, strategy].append(found)
+        values = " ".join(f"{metric_values(found, metric).mean():.4f}" for metric in METRICS)
+        print(f"{seed} {Path(target).name:16} {strategy:24} {values}", flush=True)
+
+    names = {Path(source).name: source for source in options.sources}
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            sources = {name: sample(source, seed, options.source_share) for name, source in names.items()}
+            starts: dict[str, str | None] = {"scratch": None}
+            for name, domain in sources.items():
+                starts[name] = f"{folder}/{name}"
+                pretrain(f"{folder}/{name}", seed, {name: domain})
+            for strategy, temperature in (("equal", 0.0), ("temperature 0.5", 0.5)):
+                starts[strategy] = f"{folder}/{strategy}"
+                pretrain(f"{folder}/{strategy}", seed, sources, temperature=temperature)
+            for target in options.targets:
+                name = Path(target).name
+                domains = {**sources, name: sample(target, seed, users=options.target_users)}
+                starts["gradient similarity"] = f"{folder}/towards {name}"
+                towards: dict[str, Any] = {"similarity": "grad_cosine", "target": name}
+                trainer = pretrain(f"{folder}/towards {name}", seed, domains, **towards)
+                assert trainer.gradients is not None
+                for source, seen in trainer.gradients.seen.items():
+                    cosines[name, source].append(float(np.mean(seen)) if seen else 0.0)
+                for strategy, start in starts.items():
+                    evaluate(f"{folder}/run", seed, target, strategy, start)
+
+    rows = []
+    for (target, strategy), found in ranks.items():
+        for metric in METRICS:
+            mean = metric_values(torch.cat(found), metric).mean().item()
+            row = {"target": target, "strategy": strategy, "metric": metric, "value": f"{mean:.5f}"}
+            if strategy != "scratch":
+                compared = paired_bootstrap(torch.stack(found), torch.stack(ranks[target, "scratch"]), metric)
+                row |= {name: f"{value:.5f}" for name, value in compared.items()}
+            if (target, strategy) in cosines:
+                row["cosine"] = f"{np.mean(cosines[target, strategy]):.3f}"
+            rows.append(row)
+            print(" ".join(row.values()))
+    if options.results:
+        about = {
+            "seeds": " ".join(map(str, options.seeds)),
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_device("cpu")["device"],
+            "date": datetime.date.today().isoformat(),
+        }
+        is_new = not Path(options.results).exists()
+        with open(options.results, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerows({**row, **about} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
