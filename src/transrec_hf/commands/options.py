@@ -157,8 +157,9 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
             own = {"hidden_size": quantizer.size, "codebook_size": quantizer.codebooks.shape[1]}
             settings |= {name: value for name, value in own.items() if name not in changes}
         given = {"features_size": settings.get("features_size"), "num_codebooks": settings.get("num_codebooks")}
+        reads = named or any(given.values())
         given |= {"codebook_size": settings["codebook_size"]} if "codebook_size" in settings else {}
-        if named or any(given.values()):
+        if reads:
             for tower in named.values():
                 check_place(tower)
             with bad_input(" and ".join(f"{name} {tower}" for name, tower in named.items()) or "model configuration"):
