@@ -256,8 +256,8 @@ def showing(present: Tensor, modalities: Collection[str]) -> Tensor:
         present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
         modalities (`Collection[str]`): Names.
     """
-    shown = present & torch.tensor([name in modalities for name in MODALITIES], device=present.device)
-    return torch.where(shown.any(dim=-1, keepdim=True), shown, present)
+    shown = present & present.new_tensor([name in modalities for name in MODALITIES])
+    return shown.where(shown.any(dim=-1, keepdim=True), present)
 
 
 def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
