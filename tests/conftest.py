@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from local_hub import LocalHub
 
@@ -22,7 +25,10 @@ import datasets
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
 from testing_utils import (
+    DESIGN,
+    QUICK,
     TEXT_TOWERS,
     VISION_TOWERS,
     make_catalogue,
@@ -30,6 +36,7 @@ from testing_utils import (
     make_processor,
     make_split,
     make_tokenizer,
+    shrink_demo,
 )
 
 from transrec_hf import TransRecProcessor
@@ -82,6 +89,30 @@ def catalogue() -> Catalogue:
 def split() -> Split:
     """Ten users of `catalogue`, leave-one-out."""
     return make_split()
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `source`, a model of the source of a demo world, and the `store` of its states."""
+    from transrec_hf.commands.runs import pretrain
+
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_demo(patch)
+        patch.chdir(folder)
+        pretrain(["--data", "demo:source", "--output_dir", "source", *DESIGN, *QUICK])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, small_world: Path) -> Iterator[None]:
+    """A folder of the module's own with all of `small_world`, in which the demo world stays as small."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_demo(patch)
+        patch.chdir(shutil.copytree(small_world, tmp_path_factory.mktemp("workplace"), dirs_exist_ok=True))
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 @pytest.fixture(params=TEXT_TOWERS)

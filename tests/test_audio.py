@@ -19,11 +19,15 @@ from testing_utils import (
     TEXT_TOWERS,
     USER_ENCODER,
     VISION_TOWERS,
+    assert_graph_is_general,
     assert_same_weights,
+    assert_stored_alike,
+    catalogue_of,
     make_catalogue,
     make_image_processor,
-    make_split,
     make_tokenizer,
+    train_and_serve,
+    weights_of,
 )
 from transformers import (
     ASTConfig,
@@ -48,12 +52,9 @@ from transrec_hf import (
     Catalogue,
     DataError,
     ItemSource,
-    Recommender,
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
-    TransRecTrainer,
-    TransRecTrainingArguments,
     encode_catalogue,
     load_catalogue,
 )
@@ -62,7 +63,6 @@ from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.windows_transrec import LogMelFeatureExtractor, reads_samples
 from transrec_hf.publishing.checkpoint import check_processor
 from transrec_hf.publishing.dataset import write_items
-from transrec_hf.serving.export import graphs_of, program_of
 
 
 av = pytest.importorskip("av")
@@ -168,11 +168,7 @@ def encoded(samples: np.ndarray, container: str, codec: str, rate: int = RATE) -
     return file.getvalue()
 
 
-def catalogue_of(*sounds: Any, **columns: Any) -> Catalogue:
-    """Items with these sounds: bytes, a path or none each."""
-    contents = [{"path": sound, "bytes": None} if isinstance(sound, str) else {"bytes": sound} for sound in sounds]
-    rows = {"item_id": [f"item-{row}" for row in range(len(sounds))], "audio": contents}
-    return Catalogue(datasets.Dataset.from_dict(rows), **columns)
+sounds_of = partial(catalogue_of, "audio")
 
 
 def mixed_catalogue(num_items: int = 12) -> Catalogue:
@@ -211,7 +207,7 @@ def test_formats_are_decoded_to_mono_at_the_rate_that_is_asked_for(container, co
     rate = 48_000
     sound = tone(0.5, rate=rate)
     stereo = wav(np.stack([sound, -0.5 * sound], axis=1), rate)
-    catalogue = catalogue_of(wav(sound, rate), encoded(sound, container, codec, rate), stereo)
+    catalogue = sounds_of(wav(sound, rate), encoded(sound, container, codec, rate), stereo)
     original, compressed, mixed = (catalogue.read(row, sampling_rate=8000)["audio"] for row in range(3))
     assert original.dtype == np.float32 and abs(len(original) - 4000) < 10
     spectra = [np.abs(np.fft.rfft(part[:2000])) for part in (original, compressed)]
@@ -222,7 +218,7 @@ def test_formats_are_decoded_to_mono_at_the_rate_that_is_asked_for(container, co
 def test_only_the_beginning_of_a_long_sound_is_decoded():
     minute = wav(np.tile(tone(1), 60))
     hours = minute[:4] + struct.pack("<I", 2**31) + minute[8:40] + struct.pack("<I", 2**31 - 64) + minute[44:]
-    catalogue = catalogue_of(minute * 1, hours)
+    catalogue = sounds_of(minute * 1, hours)
     tracemalloc.start()
     samples = catalogue.read(0, seconds=2.0)["audio"]
     peak = tracemalloc.get_traced_memory()[1]
@@ -252,7 +248,7 @@ NOISE = np.random.default_rng(0).normal(scale=0.1, size=4 * RATE)
 )
 def test_a_sound_that_cannot_be_used_is_named_with_row_and_mend(sound, reason):
     with pytest.raises(DataError, match=rf"unusable audio.*row 2.*item-1.*({reason}).*Replace or delete") as caught:
-        catalogue_of(GOOD, sound).check_contents()
+        sounds_of(GOOD, sound).check_contents()
     assert len(str(caught.value)) < 600
 
 
@@ -269,7 +265,7 @@ def test_odd_sounds_are_read_right(tmp_path):
         "broken frames": (bytes(broken), 3 * RATE),
         "a header that lies": (lying, 1600),
     }
-    catalogue = catalogue_of(*[sound for sound, _ in sounds.values()])
+    catalogue = sounds_of(*[sound for sound, _ in sounds.values()])
     catalogue.check_contents()
     source = ItemSource(catalogue, make_processor())
     for row, (_, length) in enumerate(sounds.values()):
@@ -277,15 +273,15 @@ def test_odd_sounds_are_read_right(tmp_path):
         assert abs(len(samples) - length) <= 0.1 * length + 2
     np.testing.assert_allclose(catalogue.read(3)["audio"], tone(), atol=1e-3)
     assert encode_catalogue(make_model(), source).isfinite().all()
-    assert catalogue_of("a.wav", image_folder=str(tmp_path)).read(0)["audio"].shape == (1600,)
+    assert sounds_of("a.wav", image_folder=str(tmp_path)).read(0)["audio"].shape == (1600,)
     with pytest.raises(DataError, match="leaves the folder"):
-        catalogue_of("../a.wav", image_folder=str(tmp_path / "inner"))
+        sounds_of("../a.wav", image_folder=str(tmp_path / "inner"))
 
 
 def test_bad_sounds_take_little_time():
     started = time.perf_counter()
     with pytest.raises(DataError):
-        catalogue_of(b"ID3" + bytes(10_000_000))
+        sounds_of(b"ID3" + bytes(10_000_000))
     assert time.perf_counter() - started < 5
 
 
@@ -434,37 +430,12 @@ def test_a_sequence_mixes_sounds_with_text_and_images(source):
 @pytest.mark.parametrize("design", [{}, {"item_map": "whitened", "similarity": "cosine", "content_prior": True}])
 def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
     model = make_mixed_model(**design)
-    model.freeze_towers(1)
-    arguments = TransRecTrainingArguments(
-        str(tmp_path / "run"),
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        trainable_blocks=1,
-        activation_store=str(tmp_path / "store"),
-        item_chunk_size=2,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = TransRecTrainer(
-        model, arguments, catalogue=source.catalogue, split=make_split(), processing_class=source.processor
-    )
-    before = {name: value.clone() for name, value in model.item_encoder.audio_model.state_dict().items()}
-    trainer.train()
-    after = model.item_encoder.audio_model.state_dict()
+    before = weights_of(model.item_encoder.audio_model)
+    loaded, served = train_and_serve(tmp_path, model, source)
+    after = loaded.item_encoder.audio_model.state_dict()
     changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
     assert changed and not any(name.startswith(("embeddings", "layers.0")) for name in changed)
-    assert "audio" in trainer.report()["slices"]["target_modality"]
-    trainer.save_model()
-    loaded = TransRecModel.from_pretrained(tmp_path / "run")
-    assert_same_weights(model, loaded)
-    assert loaded.config.to_dict()["format_version"] == 2
     assert_same_weights(AutoModel.from_pretrained(tmp_path / "run"), loaded)
-    assert TransRecProcessor.from_pretrained(tmp_path / "run").modalities == ["text", "image", "audio"]
-    assert "audio" in (tmp_path / "run" / "README.md").read_text()
-    served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
     assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
     given = ["item-2", {"audio": source.catalogue.encoded("audio", 2)}, {"audio": source.catalogue.read(2)["audio"]}]
     found = [served.recommend([item], k=3, exclude_seen=False) for item in given]
@@ -478,17 +449,13 @@ def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
 def test_stored_states_give_the_same_vectors(tmp_path, name, trained):
     model = make_model(name)
     model.freeze_towers(trained)
-    catalogue = catalogue_of(*[wav(tone(seconds, 300 + 100 * seconds)) for seconds in (0.1, 0.5, 1.2)])
+    catalogue = sounds_of(*[wav(tone(seconds, 300 + 100 * seconds)) for seconds in (0.1, 0.5, 1.2)])
     source = ItemSource(catalogue, make_processor(name))
     if trained and (reads_samples(model.item_encoder.audio_model) or name == "whisper"):
         with pytest.raises(ValueError, match="leave out activation_store"):
             ActivationStore(tmp_path, model, source)
         return
-    store = ActivationStore(tmp_path, model, source)
-    store.fill()
-    torch.testing.assert_close(
-        encode_catalogue(model, store.source), encode_catalogue(model, source), atol=1e-5, rtol=1e-4
-    )
+    assert_stored_alike(tmp_path, model, source)
 
 
 def test_they_are_published_and_read_again(tmp_path, source):
@@ -504,10 +471,7 @@ def test_they_are_published_and_read_again(tmp_path, source):
 
 
 def test_the_graph_of_an_export_takes_any_number_of_sounds_and_windows(source):
-    graph = next(graph for graph in graphs_of(make_mixed_model(), source.processor) if graph.name == "audio")
-    program = program_of(graph).module()
-    for inputs in (graph.inputs, graph.others):
-        torch.testing.assert_close(program(*inputs.values()), graph.module(*inputs.values()), atol=1e-5, rtol=1e-4)
+    assert_graph_is_general(make_mixed_model(), source, "audio")
 
 
 def test_the_demo_world_can_be_heard():

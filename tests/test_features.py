@@ -10,11 +10,12 @@ from testing_utils import (
     TEXT_TOWERS,
     USER_ENCODER,
     VISION_TOWERS,
-    assert_same_weights,
     make_catalogue,
     make_image_processor,
     make_split,
     make_tokenizer,
+    train_and_serve,
+    weights_of,
 )
 
 from transrec_hf import (
@@ -22,12 +23,9 @@ from transrec_hf import (
     DataError,
     ItemSource,
     RankingEvaluator,
-    Recommender,
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
-    TransRecTrainer,
-    TransRecTrainingArguments,
     encode_catalogue,
     load_catalogue,
 )
@@ -107,37 +105,11 @@ def test_the_flat_output_of_the_processor_gives_the_same_vectors(source):
 @pytest.mark.parametrize("design", [{}, {"item_map": "whitened", "similarity": "cosine", "content_prior": True}])
 def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
     model = make_model(**design)
-    model.freeze_towers(0)
-    arguments = TransRecTrainingArguments(
-        str(tmp_path / "run"),
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        trainable_blocks=0,
-        activation_store=str(tmp_path / "store"),
-        save_strategy="no",
-        load_best_model_at_end=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = TransRecTrainer(
-        model, arguments, catalogue=source.catalogue, split=make_split(), processing_class=source.processor
-    )
-    before = model.item_encoder.features_projection.state_dict()
-    before = {name: value.clone() for name, value in before.items()}
-    trainer.train()
-    after = model.item_encoder.features_projection.state_dict()
+    before = weights_of(model.item_encoder.features_projection)
+    loaded, served = train_and_serve(tmp_path, model, source, trainable_blocks=0)
+    after = loaded.item_encoder.features_projection.state_dict()
     assert any(not torch.equal(after[name], value) for name, value in before.items())
-    slices = trainer.report()["slices"]["target_modality"]
-    assert {"text", "image", "features", "text+image+features"} >= set(slices) and "features" in slices
-    trainer.save_model()
-    loaded = TransRecModel.from_pretrained(tmp_path / "run")
-    assert_same_weights(model, loaded)
-    assert loaded.config.to_dict()["format_version"] == 2
-    processor = TransRecProcessor.from_pretrained(tmp_path / "run")
-    assert processor.modalities == ["text", "image", "features"] and processor.features_size == SIZE
-    assert "features" in (tmp_path / "run" / "README.md").read_text()
-    served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
+    assert TransRecProcessor.from_pretrained(tmp_path / "run").features_size == SIZE
     assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
 
 

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
+from testing_utils import QUICK
 
 from transrec_hf import DataError
-from transrec_hf.commands.runs import finetune, pretrain
-from transrec_hf.data import demo
+from transrec_hf.commands.runs import finetune
 from transrec_hf.publishing.checkpoint import load_checkpoint
 
 
-QUICK = (
-    *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
-    *("--trainable_blocks", "0", "--activation_store", "store"),
-)
-DESIGN = ("--item_map", "whitened", "--similarity", "cosine", "--content_prior", "True", "--popularity_prior", "True")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory):
-    """An empty folder with a source model of a demo world of a few dozen items and users."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
-        patch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
-        patch.chdir(tmp_path_factory.mktemp("finetune"))
-        pretrain(["--data", "demo:source", "--output_dir", "source", *DESIGN, *QUICK])
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def test_validation_chooses_the_start(capsys):

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 
 from transrec_hf import DataError
 from transrec_hf.commands.runs import pretrain
 from transrec_hf.commands.transfer import compare, transfer_report, verdict
-from transrec_hf.data import demo
 from transrec_hf.evaluation.metrics import paired_bootstrap
 from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
 
 
 SETTINGS = Path(__file__).parent.parent / "examples" / "transfer"
 REPORT = ("--epochs", "1", "--batch_size", "16", "--use_cpu", "--fractions", "0.2", "--seeds", "0")
-QUICK = (
-    *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
-    *("--trainable_blocks", "0", "--activation_store", "store"),
-)
-DESIGN = ("--item_map", "whitened", "--similarity", "cosine", "--content_prior", "True", "--popularity_prior", "True")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory):
-    """An empty folder with a source model of a demo world of a few dozen items and users."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
-        patch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
-        patch.chdir(tmp_path_factory.mktemp("report"))
-        pretrain(["--data", "demo:source", "--output_dir", "source", *DESIGN, *QUICK])
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def test_a_report_of_the_demo_world(capsys, monkeypatch):

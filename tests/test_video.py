@@ -21,10 +21,13 @@ from testing_utils import (
     USER_ENCODER,
     VISION_TOWERS,
     WORDS,
+    assert_graph_is_general,
     assert_same_weights,
+    assert_stored_alike,
+    catalogue_of,
     make_image_processor,
-    make_split,
     make_tokenizer,
+    train_and_serve,
 )
 from transformers import (
     AutoProcessor,
@@ -40,12 +43,9 @@ from transrec_hf import (
     Catalogue,
     DataError,
     ItemSource,
-    Recommender,
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
-    TransRecTrainer,
-    TransRecTrainingArguments,
     encode_catalogue,
     load_catalogue,
 )
@@ -53,7 +53,6 @@ from transrec_hf.data.clips import evenly
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.publishing.dataset import write_items
-from transrec_hf.serving.export import graphs_of, program_of
 
 
 av = pytest.importorskip("av")
@@ -113,10 +112,7 @@ def lightness(frames: list[Image.Image]) -> list[int]:
     return [round((np.asarray(frame)[..., 1].mean() - 30) / 20) for frame in frames]
 
 
-def catalogue_of(*clips: Any, **columns: Any) -> Catalogue:
-    contents = [{"path": clip, "bytes": None} if isinstance(clip, str) else {"bytes": clip} for clip in clips]
-    rows = {"item_id": [f"item-{row}" for row in range(len(clips))], "video": contents}
-    return Catalogue(datasets.Dataset.from_dict(rows), **columns)
+clips_of = partial(catalogue_of, "video")
 
 
 # Reading
@@ -126,7 +122,7 @@ def catalogue_of(*clips: Any, **columns: Any) -> Catalogue:
     ("container", "codec"), [("mp4", "mpeg4"), ("mov", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")]
 )
 def test_frames_are_evenly_spaced(container, codec):
-    catalogue = catalogue_of(mp4(pictures(), container=container, codec=codec))
+    catalogue = clips_of(mp4(pictures(), container=container, codec=codec))
     found = lightness(catalogue.read(0, num_frames=5)["video"])
     assert np.abs(np.array(found) - [1, 3, 5, 7, 9]).max() <= 1 and found == sorted(set(found))
     few = lightness(catalogue.read(0, num_frames=20)["video"])
@@ -135,13 +131,13 @@ def test_frames_are_evenly_spaced(container, codec):
 
 def test_frames_of_a_varying_rate_are_those_that_are_seen_at_the_time():
     times = [0, 20, 40, 60, 80, 100, 120, 140, 160, 1000]  # the last but one is seen most of the time
-    found = lightness(catalogue_of(mp4(pictures(), times)).read(0, num_frames=4)["video"])
+    found = lightness(clips_of(mp4(pictures(), times)).read(0, num_frames=4)["video"])
     assert found[0] in (6, 7, 8) and set(found[1:]) <= {8, 9}
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_animated_images_are_videos(kind):
-    catalogue = catalogue_of(animated(pictures(), kind), animated(pictures(1), kind))
+    catalogue = clips_of(animated(pictures(), kind), animated(pictures(1), kind))
     assert np.abs(np.array(lightness(catalogue.read(0, num_frames=5)["video"])) - [1, 3, 5, 7, 9]).max() <= 1
     assert len(catalogue.read(1, num_frames=5)["video"]) == 1
 
@@ -151,7 +147,7 @@ def test_a_rotated_video_is_turned_upright():
     place = clip.index(b"tkhd") + 44
     assert struct.unpack(">9i", clip[place : place + 36])[0] == 2**16
     clip[place : place + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
-    plain, turned = (catalogue_of(bytes(video)).read(0)["video"][0] for video in (mp4(pictures()), clip))
+    plain, turned = (clips_of(bytes(video)).read(0)["video"][0] for video in (mp4(pictures()), clip))
     assert plain.size == (32, 16) and turned.size == (16, 32)
     blue, red = np.asarray(turned)[2, 8], np.asarray(turned)[-3, 8]  # a quarter clockwise: what was left is on top
     assert blue[2] > 150 > blue[0] and red[0] > 150 > red[2]
@@ -171,7 +167,7 @@ def test_a_rotated_video_is_turned_upright():
 )
 def test_a_video_that_cannot_be_used_is_named_with_row_and_mend(clip, reason):
     with pytest.raises(DataError, match=rf"unusable video.*row 2.*item-1.*({reason}).*Replace or delete"):
-        catalogue_of(mp4(pictures(2)), clip).check_contents()
+        clips_of(mp4(pictures(2)), clip).check_contents()
 
 
 def test_a_video_without_pictures_is_refused():
@@ -182,19 +178,19 @@ def test_a_video_without_pictures_is_refused():
         frame.sample_rate = 16_000
         output.mux([*stream.encode(frame), *stream.encode(None)])
     with pytest.raises(DataError, match="no picture in it: the file has no video stream"):
-        catalogue_of(file.getvalue())
+        clips_of(file.getvalue())
 
 
 def test_large_frames_are_shrunk_and_larger_ones_refused():
     started = time.perf_counter()
     large = mp4([Image.new("RGB", (7680, 4320), "blue")], codec="mjpeg", container="avi")
-    found = catalogue_of(large).read(0)["video"]
+    found = clips_of(large).read(0)["video"]
     assert len(found) == 1 and 200_000 < found[0].width * found[0].height < 600_000
     assert abs(found[0].width / found[0].height - 16 / 9) < 0.02
     absurd = bytearray(animated(pictures()))
     absurd[6:10] = struct.pack("<HH", 9000, 9000)
     with pytest.raises(DataError, match="9000 x 9000 pixels, more than"):
-        catalogue_of(bytes(absurd))
+        clips_of(bytes(absurd))
     assert time.perf_counter() - started < 60
 
 
@@ -271,33 +267,7 @@ def source() -> ItemSource:
 
 @pytest.mark.parametrize("design", [{}, {"item_map": "whitened", "similarity": "cosine", "content_prior": True}])
 def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
-    model = make_model(text_config=TEXT_TOWERS["bert"](), **design)
-    model.freeze_towers(1)
-    arguments = TransRecTrainingArguments(
-        str(tmp_path / "run"),
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        trainable_blocks=1,
-        activation_store=str(tmp_path / "store"),
-        item_chunk_size=2,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=True,
-    )
-    trainer = TransRecTrainer(
-        model, arguments, catalogue=source.catalogue, split=make_split(), processing_class=source.processor
-    )
-    trainer.train()
-    assert "video" in trainer.report()["slices"]["target_modality"]
-    trainer.save_model()
-    loaded = TransRecModel.from_pretrained(tmp_path / "run")
-    assert_same_weights(model, loaded)
-    assert loaded.config.to_dict()["format_version"] == 2
-    assert TransRecProcessor.from_pretrained(tmp_path / "run").modalities == ["text", "video"]
-    assert "video" in (tmp_path / "run" / "README.md").read_text()
-    served = Recommender.from_pretrained(tmp_path / "run", source.catalogue)
+    _, served = train_and_serve(tmp_path, make_model(text_config=TEXT_TOWERS["bert"](), **design), source)
     given = ["item-1", {"video": source.catalogue.encoded("video", 1)}]
     given.append({"video": source.catalogue.read(1, num_frames=2)["video"]})
     found = [served.recommend([item], k=3, exclude_seen=False) for item in given]
@@ -311,15 +281,12 @@ def test_it_trains_is_saved_reported_and_served(tmp_path, source, design):
 def test_stored_states_give_the_same_vectors(tmp_path, name, trained):
     model = make_model(name)
     model.freeze_towers(trained)
-    source = ItemSource(catalogue_of(*[animated(pictures(count)) for count in (1, 3, 9)]), make_processor())
+    source = ItemSource(clips_of(*[animated(pictures(count)) for count in (1, 3, 9)]), make_processor())
     if trained and name in CLIP_TOWERS:
         with pytest.raises(ValueError, match="leave out activation_store"):
             ActivationStore(tmp_path, model, source)
         return
-    store = ActivationStore(tmp_path, model, source)
-    store.fill()
-    found, expected = encode_catalogue(model, store.source), encode_catalogue(model, source)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_stored_alike(tmp_path, model, source)
 
 
 def test_towers_are_loaded_from_checkpoints_of_images(tmp_path):
@@ -340,11 +307,7 @@ def test_they_are_published_and_read_again(tmp_path, source):
 
 
 def test_the_graph_of_an_export_takes_any_number_of_videos_and_frames(source):
-    model = make_model(text_config=TEXT_TOWERS["bert"]())
-    graph = next(graph for graph in graphs_of(model, source.processor) if graph.name == "video")
-    program = program_of(graph).module()
-    for inputs in (graph.inputs, graph.others):
-        torch.testing.assert_close(program(*inputs.values()), graph.module(*inputs.values()), atol=1e-5, rtol=1e-4)
+    assert_graph_is_general(make_model(text_config=TEXT_TOWERS["bert"]()), source, "video")
 
 
 def test_the_demo_world_moves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing
 import transformers
@@ -43,16 +45,21 @@ from transformers import (
 
 from transrec_hf import (
     ItemSource,
+    Recommender,
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
     TransRecTrainer,
     TransRecTrainingArguments,
+    encode_catalogue,
 )
+from transrec_hf.data import demo
 from transrec_hf.data.catalogue import Catalogue
 from transrec_hf.data.interactions import Sequences, Split, leave_one_out
 from transrec_hf.data.statistics import log_popularity
+from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.configuration_transrec import FORMAT_1
+from transrec_hf.serving.export import graphs_of, program_of
 from transrec_hf.training.collator import DataCollatorForNextItem
 
 
@@ -189,6 +196,13 @@ def make_catalogue(num_items: int = 12, kinds: Sequence[str] = ("text", "image",
     return Catalogue(datasets.Dataset.from_dict(columns))
 
 
+def catalogue_of(modality: str, *contents: Any, **columns: Any) -> Catalogue:
+    """Items with these sounds or videos: bytes, a path or none each."""
+    values = [{"path": one, "bytes": None} if isinstance(one, str) else {"bytes": one} for one in contents]
+    rows = {"item_id": [f"item-{row}" for row in range(len(contents))], modality: values}
+    return Catalogue(datasets.Dataset.from_dict(rows), **columns)
+
+
 def make_sequences(lines: Sequence[Sequence[int]]) -> Sequences:
     ends = np.cumsum([len(line) for line in lines])
     items = np.concatenate(lines).astype(np.int32)
@@ -233,6 +247,19 @@ def make_batch(
 
 # Training
 
+QUICK = (
+    *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "--disable_tqdm", "True"),
+    *("--trainable_blocks", "0", "--activation_store", "store"),
+)
+DESIGN = ("--item_map", "whitened", "--similarity", "cosine", "--content_prior", "True", "--popularity_prior", "True")
+
+
+def shrink_demo(patch: pytest.MonkeyPatch) -> None:
+    """A demo world of a few dozen items and users."""
+    patch.setattr(demo, "SOURCE", dataclasses.replace(demo.SOURCE, num_items=48, num_users=40))
+    patch.setattr(demo, "TARGET", dataclasses.replace(demo.TARGET, num_items=40, num_users=30))
+
+
 CHECKPOINTS = {"save_strategy": "epoch"}
 BEST_CHECKPOINT = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
 
@@ -243,6 +270,7 @@ def make_trainer(
     *,
     model: TransRecModel | None = None,
     catalogue: Catalogue | None = None,
+    processor: TransRecProcessor | None = None,
     split: Split | None = None,
     trainer_class: type[TransRecTrainer] = TransRecTrainer,
     callbacks: Sequence[TrainerCallback] = (),
@@ -254,6 +282,8 @@ def make_trainer(
     """
     model = make_model(config) if model is None else model
     catalogue = make_catalogue() if catalogue is None else catalogue
+    if processor is None and model.config.modalities:
+        processor = make_processor(model.config.modalities)
     defaults = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
@@ -273,9 +303,42 @@ def make_trainer(
         TransRecTrainingArguments(str(output_dir), **{**defaults, **arguments}),
         catalogue=catalogue,
         split=make_split(num_items=len(catalogue)) if split is None else split,
-        processing_class=make_processor(model.config.modalities) if model.config.modalities else None,
+        processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def train_and_serve(
+    folder: Path, model: TransRecModel, source: ItemSource, trainable_blocks: int = 1
+) -> tuple[TransRecModel, Recommender]:
+    """A model that reads more than text and images: trained from stored states, reported, saved, loaded and served."""
+    model.freeze_towers(trainable_blocks)
+    trainer = make_trainer(
+        folder / "run",
+        model=model,
+        catalogue=source.catalogue,
+        processor=source.processor,
+        num_train_epochs=1,
+        trainable_blocks=trainable_blocks,
+        activation_store=str(folder / "store"),
+        item_chunk_size=2,
+    )
+    trainer.train()
+    newest = model.config.modalities[-1]
+    assert newest in trainer.report()["slices"]["target_modality"]
+    trainer.save_model()
+    assert newest in (folder / "run" / "README.md").read_text()
+    loaded = TransRecModel.from_pretrained(folder / "run")
+    assert_same_weights(model, loaded)
+    assert loaded.config.to_dict()["format_version"] == 2
+    processor = TransRecProcessor.from_pretrained(folder / "run")
+    assert processor.modalities == list(model.config.modalities)
+    return loaded, Recommender.from_pretrained(folder / "run", source.catalogue)
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def logged(trainer: TransRecTrainer, name: str = "loss") -> dict[int, float]:
@@ -349,3 +412,19 @@ def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different, different
+
+
+def assert_stored_alike(folder: Path, model: TransRecModel, source: ItemSource) -> None:
+    """Items have the same vectors from stored states."""
+    store = ActivationStore(folder, model, source)
+    store.fill()
+    found, expected = encode_catalogue(model, store.source), encode_catalogue(model, source)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def assert_graph_is_general(model: TransRecModel, source: ItemSource, modality: str) -> None:
+    """The graph of an export computes the same of any number of contents and windows."""
+    graph = next(graph for graph in graphs_of(model, source.processor) if graph.name == modality)
+    program = program_of(graph).module()
+    for inputs in (graph.inputs, graph.others):
+        torch.testing.assert_close(program(*inputs.values()), graph.module(*inputs.values()), atol=1e-5, rtol=1e-4)

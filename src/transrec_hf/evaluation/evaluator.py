@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..data.statistics import log_popularity
 from ..items.encoding import encode_catalogue
+from ..model.towers_transrec import in_evaluation
 from ..model.user_encoder_transrec import last_state
 from .baselines import ContentNeighbours, CoOccurrence, Popularity, RepeatLast, Scorer
 from .metrics import DEFAULT_KS, bootstrap_interval, metric_values, ranking_metrics
@@ -203,9 +204,7 @@ class RankingEvaluator:
         self, model: Any, *, item_embeds: torch.Tensor | None = None, accelerator: Accelerator | None = None
     ) -> Ranking:
         """Rank the targets by a model; see [`evaluate`] for the arguments."""
-        was_training = model.training
-        model.eval()
-        try:
+        with in_evaluation(model):
             if item_embeds is None:
                 item_embeds = encode_catalogue(
                     model,
@@ -217,8 +216,6 @@ class RankingEvaluator:
             max_history = self.protocol.max_history or model.config.max_position_embeddings
             scorer = _ModelScorer(model, item_embeds, self.source.present, max_history)
             return self.rank(scorer, max_history=max_history, accelerator=accelerator)
-        finally:
-            model.train(was_training)
 
     @torch.no_grad()
     def rank(

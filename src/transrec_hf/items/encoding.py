@@ -18,7 +18,7 @@ from ..model.configuration_transrec import FORMAT_1
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
-from ..model.towers_transrec import tower_width
+from ..model.towers_transrec import in_evaluation, tower_width
 from .codes import start_code_table
 from .preparing import ItemSource
 
@@ -171,15 +171,10 @@ def encode_catalogue(
     rows = sort_by_length(source)[rank::world_size]
     loader = item_loader(source, rows, batch_size, num_workers, device)
     embeds = torch.zeros(len(source), model.config.hidden_size, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        with packed_linears(model):
-            for batch in logging.tqdm(loader, desc="Encoding items", disable=rank > 0 or len(loader) < 5, leave=False):
-                vectors = model.get_item_features(batch.to(device, non_blocking=True))
-                embeds[batch.item_rows.to(device)] = vectors.float()
-    finally:
-        model.train(was_training)
+    with in_evaluation(model), packed_linears(model):
+        for batch in logging.tqdm(loader, desc="Encoding items", disable=rank > 0 or len(loader) < 5, leave=False):
+            vectors = model.get_item_features(batch.to(device, non_blocking=True))
+            embeds[batch.item_rows.to(device)] = vectors.float()
     if accelerator is not None and world_size > 1:
         embeds = accelerator.reduce(embeds, "sum")
     return model.with_popularity(embeds, source.log_popularity)
@@ -202,8 +197,7 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
         num_items (`int`, *optional*, defaults to 256): size of the sample for each modality.
         seed (`int`, *optional*, defaults to 0): of the sample.
     """
-    rng, was_training = np.random.default_rng(seed), model.training
-    model.eval()
+    rng = np.random.default_rng(seed)
     for name in model.config.modalities:
         if name == "codes":
             start_code_table(model, source.catalogue)
@@ -218,12 +212,12 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
         if last.bias.any() or len(rows) < 2:
             continue
         batch = source.batch(np.sort(rng.permutation(rows)[:num_items])).to(model.device)
-        vectors = model.get_content_features(name, batch.parts[name])
+        with in_evaluation(model):
+            vectors = model.get_content_features(name, batch.parts[name])
         variance, mean = torch.var_mean(vectors.float(), dim=0)
         scale = variance.sum().clamp(min=1e-12).rsqrt()
         last.weight.mul_(scale)
         last.bias.copy_(-mean * scale)
-    model.train(was_training)
 
 
 @torch.no_grad()
@@ -237,7 +231,7 @@ def item_states(
     rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_items])
     states = []
-    with packed_linears(model):
+    with in_evaluation(model), packed_linears(model):
         loader = item_loader(source, rows, 128, device=model.device)
         for batch in logging.tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
             part = batch.to(model.device).parts[name]

@@ -271,10 +271,7 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     """
     if model.config.item_map != "whitened" or source.processor is None:
         return False
-    was_training = model.training
-    model.eval()
     shifts = catalogue_shift(model, source, seed)
-    model.train(was_training)
     said = ", ".join(f"{name} {shift:.3f}" for name, shift in shifts.items())
     fitted = all(model.item_encoder.projection(name).num_fitted for name in shifts)
     if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:

@@ -348,10 +348,8 @@ class ActivationStore:
         loader = item_loader(source, sort_by_length(source), batch_size, num_workers, self.model.device)
         waiting: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self.states}
         num_bytes, written = 0, time.monotonic()
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with packed_linears(self.model):
+            with in_evaluation(self.model), packed_linears(self.model):
                 for batch in logging.tqdm(loader, desc="Storing frozen states", disable=not show_progress):
                     for name, states in self._states_of(batch).items():
                         for row, state in states:
@@ -368,7 +366,6 @@ class ActivationStore:
                         num_bytes, written = 0, time.monotonic()
         finally:
             self._write(waiting)
-            self.model.train(was_training)
 
     def _write(self, waiting: dict[str, list[tuple[int, Tensor]]]) -> None:
         """Write states of catalogue rows, and forget them."""

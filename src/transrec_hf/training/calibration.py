@@ -28,6 +28,7 @@ from ..items.preparing import ItemSource, bucket_by_tokens
 from ..items.store import ActivationStore
 from ..model.modalities_transrec import MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
+from ..model.towers_transrec import in_evaluation
 from .arguments import TransRecTrainingArguments
 from .collator import DataCollatorForNextItem, TrainingWindows
 from .trainer import TransRecTrainer
@@ -293,9 +294,8 @@ class Calibration:
 
     @torch.no_grad()
     def evaluate(self, batch: ItemBatch, modality: str) -> None:
-        self.model.eval()
-        self.encode(batch, modality)
-        self.model.train()
+        with in_evaluation(self.model):
+            self.encode(batch, modality)
 
     def affordable(self, rows: np.ndarray, share: float, source: ItemSource | None = None) -> np.ndarray:
         """As many of the rows as can be prepared and trained on once in a share of the time."""

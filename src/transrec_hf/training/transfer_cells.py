@@ -234,7 +234,6 @@ def few_users(split: Split, fraction: float, seed: int) -> Split:
 
 def content_of(model: TransRecModel, source: ItemSource) -> torch.Tensor:
     """What the towers say of all items, side by side, each part of length 1 and zero where an item lacks it."""
-    model.eval()
     parts = []
     for name in model.config.modalities:
         states = item_states(model, source, name, len(source))
