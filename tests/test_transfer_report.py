@@ -29,7 +29,7 @@ def test_a_report_of_the_demo_world(capsys, monkeypatch):
     without_users = {"content_neighbours", "untrained", "zero_shot"}
     assert set(rows) == {(m, None) if m in without_users else (m, 0.2) for m in MODELS}
     assert {row["train_users"] for row in report["rows"]} == {None, 6}
-    compared = {"zero_shot", "zero_shot_popularity", "fine_tuned", "hybrid"}
+    compared = {"zero_shot", "zero_shot_popularity", "fine_tuned", "scratch_hybrid", "hybrid"}
     assert {row["model"] for row in report["rows"] if "verdict" in row} == compared
     table = capsys.readouterr().out
     assert "from scratch" in table and "compared with" in table and "20% (6)" in table

@@ -137,7 +137,7 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     For each source, each target and each share of its training users: popularity, co-occurrence, neighbours by
     content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned
-    from the start that validation prefers, and fine-tuned with ID vectors. All are tested on the same users; the
+    from the start that validation prefers, and both again with ID vectors. All are tested on the same users; the
     verdict is helps or negative where the 95 % interval of the difference, over users and seeds, is without zero.
 
     The folder output_dir holds a file per cell with the ranks of all users. What is there is not computed again.

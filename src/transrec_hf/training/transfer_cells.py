@@ -37,13 +37,15 @@ logger = logging.get_logger(__name__)
 WITH_POPULARITY = "_popularity"  # the end of the name of what also knows the target's popularity
 MODELS = (
     *("popularity", "co_occurrence", "content_neighbours", "id_baseline", "untrained", "zero_shot"),
-    *("untrained_popularity", "zero_shot_popularity", "untrained_hybrid", "from_scratch", "fine_tuned", "hybrid"),
+    *("untrained_popularity", "zero_shot_popularity", "untrained_hybrid", "from_scratch", "fine_tuned"),
+    *("scratch_hybrid", "hybrid"),
 )
 REFERENCES = {
     "zero_shot": "untrained",
     "zero_shot_popularity": "untrained_popularity",
     "fine_tuned": "from_scratch",
-    "hybrid": "id_baseline",
+    "scratch_hybrid": "id_baseline",
+    "hybrid": "scratch_hybrid",
 }
 """What a model has to be better than, for the source to help."""
 WITHOUT_SOURCE = ("popularity", "co_occurrence", "id_baseline")
@@ -148,7 +150,7 @@ class Target:
             return evaluator.rank(scorer, max_history=model.config.max_position_embeddings).ranks, {}
         facts: dict[str, Any] = {}
         seed = cell.seed or 0
-        if cell.model.startswith("untrained") or cell.model == "from_scratch":
+        if cell.model.startswith("untrained") or cell.model in ("from_scratch", "scratch_hybrid"):
             start_from(model, "none", seed)
         if cell.model.startswith(("untrained", "zero_shot")):
             if cell.model in WITHOUT_USERS:
