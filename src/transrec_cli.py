@@ -143,6 +143,10 @@ def push(
 ) -> None:
     """Push a checkpoint to the Hub.
 
+    \b
+        transrec push runs/my_target me/my_target
+        transrec push runs/my_target me/my_target --private --revision second
+
     With its processor, statistics, index and card. The card is rendered under the new name, unless somebody has
     edited it.
     """
@@ -186,6 +190,10 @@ def card(
 ) -> None:
     """Write the model card of a checkpoint.
 
+    \b
+        transrec card runs/my_target --license mit
+        transrec card runs/my_target --id me/my_target --output cards/my_target
+
     It is rendered from the small files beside the weights, so it needs neither training nor data. A card whose numbers
     came from a CSV reads it again.
     """
@@ -214,6 +222,10 @@ def info(
     token: Token = None,
 ) -> None:
     """Show what a checkpoint is and what it is worth.
+
+    \b
+        transrec info runs/my_target
+        transrec info me/my_target --json
 
     Modalities, towers, sizes, parameters, data and metrics. Weights are not downloaded.
     """

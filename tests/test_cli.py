@@ -69,6 +69,12 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
     assert all(f"\n  {verb}  " in done.stdout for verb in ("push", "card", "info", *transrec_cli.VERBS))
 
 
+@pytest.mark.parametrize("verb", ["push", "card", "info"])
+def test_help_of_a_verb_has_an_example(transrec: Run, verb: str) -> None:
+    code, out, _ = transrec(verb, "--help")
+    assert code == 0 and f"\n      transrec {verb} runs/my_target" in out, out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -383,6 +383,14 @@ def test_two_columns_of_one_name(quote: str, tmp_path: Path) -> None:
             load_catalogue(source)
 
 
+@pytest.mark.parametrize("odd", [["a", "b"], "some", 3, object()])
+def test_a_cell_of_another_type_is_named(odd: Any) -> None:
+    rows = [{"item_id": f"i{row}", "features": [0.5, 1.0]} for row in range(4)]
+    rows[2]["features"] = odd
+    with pytest.raises(DataError, match=r"^items: column 'features' .*row 3: item_id 'i2': .*Write a list of numbers"):
+        load_catalogue(rows)
+
+
 def test_columns_of_different_lengths_and_types() -> None:
     with pytest.raises(DataError, match="different lengths"):
         load_catalogue({"item_id": ["a"], "text": ["x", "y"]})

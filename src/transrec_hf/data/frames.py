@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,10 @@ from .columns import NEEDED, check_names, plain
 
 
 DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
+MENDS = {
+    "image": "Write image bytes or file paths, or give a datasets.Dataset, which takes PIL images.",
+    "features": "Write a list of numbers for every item, or leave the cell empty.",
+}
 
 
 def as_table(source: Any, name: str) -> pa.Table:
@@ -53,13 +57,26 @@ def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
             arrays[column] = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
         except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
             if column in NEEDED:
-                mend = "Give all its cells one type, for example all ids as strings."
-                if column == "image":
-                    mend = "Write image bytes or file paths, or give a datasets.Dataset, which takes PIL images."
-                raise DataError(
-                    f"{name}: column {column!r} is not of one type ({shortened(one_line(error), 200)}). {mend}"
-                ) from error
+                why = shortened(one_line(error), 200)
+                if (row := _first_odd(values)) is not None:
+                    ids = columns.get("item_id")
+                    item = "" if ids is None or column == "item_id" else f"item_id {shortened(list(ids)[row])!r}: "
+                    why = f"row {row + 1}: {item}{why}"
+                mend = MENDS.get(column, "Give all its cells one type, for example all ids as strings.")
+                raise DataError(f"{name}: column {column!r} is not of one type ({why}). {mend}") from error
     return plain_table(pa.table(arrays))
+
+
+def _first_odd(values: Iterable[Any]) -> int | None:
+    """The first cell that is of another type than the first one that is not empty, or that is of none itself."""
+    first = None
+    for row, value in enumerate(values):
+        try:
+            pa.array([first, value], from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError):
+            return row
+        first = value if first is None else first
+    return None
 
 
 def plain_table(table: pa.Table) -> pa.Table:
