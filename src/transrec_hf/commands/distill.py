@@ -39,7 +39,9 @@ class DistillationArguments:
     _argument_group_name = "distillation"
     checkpoint: str | None = option(None, "Folder or Hub id of the teacher, a TransRec model.")
     output_dir: str | None = option(None, "Folder for the student.")
-    num_blocks: int | None = option(None, "Blocks of each tower that stay, evenly spaced; of those that have more.")
+    num_blocks: int | None = option(
+        None, "Blocks of each tower that stay, evenly spaced; of Transformers that have more."
+    )
     text_model: str | None = option(None, "Folder or Hub id of a smaller text encoder, instead.")
     vision_model: str | None = option(None, "Folder or Hub id of a smaller image encoder, instead.")
     max_text_length: int | None = option(None, "Tokens after which the student cuts a text [as the teacher].")
