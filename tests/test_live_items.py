@@ -347,6 +347,18 @@ def test_towers_are_loaded_when_they_are_needed(tmp_path: Path, options: dict[st
     )
 
 
+def test_an_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LiveItems(make_index(make_ids(5)), SIZE, tmp_path).remove(["item-2"])
+    reads = [ItemIndex.from_pretrained(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemIndex, "from_pretrained", lambda folder: reads.pop())
+        live = LiveItems.open(tmp_path, SIZE)
+    assert live.snapshot.num_items == 4
+    LiveItems(make_index(make_ids(7)), SIZE, tmp_path)  # another index in its place
+    live.refresh()
+    assert live.snapshot.num_items == 7
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_index_of_a_whitened_model_is_encoded_once(
     trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,13 +53,15 @@ class LiveItems:
         size: int,
         folder: str | os.PathLike | None = None,
         device: torch.device | str = "cpu",
+        *,
+        _seen: tuple[int, ...] = (),
     ):
         self.size, self.device = size, device
         self.folder = None if folder is None else Path(folder)
         self._lock = threading.RLock()
         self._find_cells: Callable[[Snapshot], ApproximateIndex] | None = None
         self._end = 0
-        self._seen: tuple[int, ...] = ()
+        self._seen = _seen
         self._start(items)
         if self.folder is not None:
             if not items.state:
@@ -75,10 +77,10 @@ class LiveItems:
         Raises:
             [`DataError`]: If there is none, or it is damaged.
         """
-        items = read_whole(folder, lambda: ItemIndex.from_pretrained(folder))
+        seen, items = read_whole(folder, lambda: (_stamp(folder, INDEX_NAME), ItemIndex.from_pretrained(folder)))
         if items is None:
             raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one: transrec encode.")
-        return cls(items, size, folder, device)
+        return cls(items, size, folder, device, _seen=seen)
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike) -> LiveItems:
@@ -148,14 +150,7 @@ class LiveItems:
     def _stamp(self) -> tuple[int, ...]:
         """What tells one state of the folder from another one."""
         assert self.folder is not None
-        found: list[int] = []
-        for name in (INDEX_NAME, JOURNAL_NAME):
-            try:
-                status = os.stat(self.folder / name)
-                found += [status.st_ino, status.st_size, status.st_mtime_ns]
-            except FileNotFoundError:
-                found += [0, 0, 0]
-        return tuple(found)
+        return (*_stamp(self.folder, INDEX_NAME), *_stamp(self.folder, JOURNAL_NAME))
 
     def _reread(self) -> ItemIndex | None:
         """The index in the folder, if it is not the one that is known."""
@@ -267,6 +262,15 @@ class LiveItems:
     def _apply(self, change: Change) -> None:
         number = self.snapshot.changes + 1
         self.snapshot = self.snapshot.changed(change, f"{self.base_version}+{number}")
+
+
+def _stamp(folder: str | os.PathLike, name: str) -> tuple[int, int, int]:
+    """What tells one state of a file from another one."""
+    try:
+        status = os.stat(Path(folder, name))
+    except FileNotFoundError:
+        return 0, 0, 0
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _kind(kind: pa.DataType) -> str:
