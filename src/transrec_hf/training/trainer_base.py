@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import operator
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -31,10 +33,24 @@ logger = logging.get_logger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training windows their epoch, hence new negatives; over several processes, nothing else does."""
+    """
+    Tells the training windows their epoch, hence new negatives; over several processes, nothing else does. Gives back
+    what the epoch before has left of memory.
+    """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
         train_dataloader.dataset.set_epoch(int(state.epoch))
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """
+    Give the freed memory of this process back to the system. Batches differ in size, and the allocator of Linux keeps
+    the holes that they leave: a process grew by a quarter of a gigabyte in each epoch of a small domain.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class TrainerBase(WholeCheckpoints):
