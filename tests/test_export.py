@@ -97,8 +97,9 @@ def test_graphs_compute_what_the_model_does(file_format: str, tmp_path: Path) ->
         {"modalities": "text", "user_encoder": "hstu", "time_buckets": 8},
         {"modalities": "text", "text_pooling": "attention", "user_encoder": "gru"},
         {"modalities": "text", "text_depths": 3},
+        {"modalities": "text", "side": {"size": 4, "depths": {"text": [[1, 16]]}}},
     ],
-    ids=["ids", "vectors", "hstu with time", "gru with attention", "states of several depths"],
+    ids=["ids", "vectors", "hstu with time", "gru with attention", "states of several depths", "side network"],
 )
 def test_programs_of_other_models_are_theirs(config: dict[str, Any]) -> None:
     """Batch and length are free: where the code pins one, `torch.export` fails."""

@@ -36,7 +36,7 @@ def test_a_start_can_be_asked_for():
     assert "user_encoder" in report["start"]["loaded"] and "item_encoder.text_projection" in report["start"]["new"]
 
 
-@pytest.mark.parametrize(("tuning", "starts"), [("lora", 0), ("bottleneck", 5)])
+@pytest.mark.parametrize(("tuning", "starts"), [("lora", 0), ("bottleneck", 5), ("side", 5)])
 def test_starts_of_a_model_with_adapters(tuning, starts):
     """Adapters of PEFT go on the whole checkpoint, without which they are saved; others are of any start."""
     options = [option for option in QUICK if option not in ("--trainable_blocks", "0", "--activation_store", "store")]

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from local_hub import LocalHub
 from safetensors.torch import load_file
 from testing_utils import (
+    BERT,
     DROPOUT,
     TEXT_TOWERS,
     VISION_TOWERS,
@@ -23,11 +25,16 @@ from testing_utils import (
     make_processor,
     make_split,
 )
+from transformers import BertConfig
 
-from transrec_hf import TransRecModel, TransRecTrainer, TransRecTrainingArguments
+from transrec_hf import ItemSource, TransRecModel, TransRecTrainer, TransRecTrainingArguments, encode_catalogue
 from transrec_hf.commands.runs import FinetuneArguments
+from transrec_hf.items.encoding import item_states
 from transrec_hf.items.meeting import set_item_vectors
+from transrec_hf.items.store import ActivationStore
+from transrec_hf.model.towers_transrec import tower_blocks
 from transrec_hf.model.tuning_transrec import sub_layers
+from transrec_hf.serving.index import encoder_hash
 from transrec_hf.training.tuning import PEFT_TUNINGS, TUNINGS, adapter_config, resolve_tuning, target_modules, tune
 
 
@@ -40,7 +47,7 @@ DESIGN = {
     "user_hidden_size": 8,
     "num_items": 12,
 }
-ADAPTERS = (*PEFT_TUNINGS, "bottleneck")
+ADAPTERS = (*PEFT_TUNINGS, "bottleneck")  # that leave the user encoder alone as well
 LEARNED = {"learning_rate": 0.01, "tower_learning_rate": 0.01}
 KEPT = {"load_best_model_at_end": False, "save_total_limit": None}
 
@@ -87,7 +94,7 @@ def base(tmp_path: Path) -> TransRecModel:
     return TransRecModel.from_pretrained(tmp_path / "base")
 
 
-@pytest.mark.parametrize("tuning", ADAPTERS)
+@pytest.mark.parametrize("tuning", (*ADAPTERS, "side"))
 @pytest.mark.parametrize(
     "text, image",
     [
@@ -275,8 +282,9 @@ def test_modes_train_what_they_say(tmp_path, tuning, caplog):
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters()
     if tuning == "full":
         assert share == 1
-    elif tuning == "frozen":
+    elif tuning in ("frozen", "side"):
         assert not in_tower
+        assert ("item_encoder.image_side.gates.value" in trained) == (tuning == "side")
     elif tuning == "top_k_blocks":
         assert in_tower and not any("embeddings" in name for name in in_tower)
     else:
@@ -300,12 +308,14 @@ def test_options_that_contradict_each_other():
     assert resolve_tuning("top_k_blocks", 1, None) == 1
     assert resolve_tuning(None, 1, None) == 1
     assert resolve_tuning("frozen", None, None) == resolve_tuning("frozen", 0, None) == 0
+    assert resolve_tuning("side", None, 4) == resolve_tuning("side", 0, None) == 0
     assert resolve_tuning("full", None, None) is None
     for options, message in {
         ("lora", 1, None): "trainable_blocks=1 means tuning='top_k_blocks', and tuning is 'lora': leave one out",
         ("full", 0, None): "trainable_blocks=0 means",
         ("top_k_blocks", 0, None): "trains at least one block",
         ("frozen", None, 4): "adapter_size is the rank or width",
+        ("side", 2, None): "trainable_blocks=2 means",
         ("loar", None, None): "tuning must be one of",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -336,3 +346,117 @@ def test_an_adapter_of_peft_goes_on_the_base_as_it_is_saved(base, tmp_path):
     with pytest.raises(ValueError, match=r"ID vectors of 12 items and not of the 5 here: take tuning='bottleneck'"):
         tuned(base, "lora", tmp_path)
     tuned(base, "bottleneck", tmp_path)
+
+
+def block_calls(model: TransRecModel) -> list[str]:
+    """Which towers run a block from now on, a name for each time."""
+    calls: list[str] = []
+    for name, tower in model.item_encoder.towers.items():
+        for block in tower_blocks(tower):
+            block.register_forward_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize("image", ["vit", "mobilenet_v1"])
+def test_a_side_network_learns_without_its_tower_and_is_found_again(tmp_path, image):
+    design(image=image).save_pretrained(tmp_path / "base")
+    model = TransRecModel.from_pretrained(tmp_path / "base")
+    store = {"activation_store": str(tmp_path / "store"), "thin_checkpoints": True, **KEPT}
+    trainer = trainer_of(model, tmp_path / "run", tuning="side", **store)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.fill_store()
+    calls = block_calls(model)
+    trainer.train()
+    assert not calls, "neither training nor validation runs a block"
+    after = model.state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == ("_model." in name) or "projection" in name, name
+    trainer.save_model()
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert not [name for name in weights if "_model." in name] and "item_encoder.text_side.output.weight" in weights
+    found = TransRecModel.from_pretrained(tmp_path / "run")
+    assert_same_weights(found, model)
+    torch.testing.assert_close(outputs(model), outputs(found))
+    assert encoder_hash(found, None) == encoder_hash(model, None), "an index of the one is that of the other"
+
+
+def test_several_side_networks_are_pushed_alone_on_one_base(hub, tmp_path):
+    design().push_to_hub(BASE)
+    plain, sides = outputs(TransRecModel.from_pretrained(BASE)), []
+    for seed in (0, 1):
+        model = shaken(tuned(TransRecModel.from_pretrained(BASE), "side", tmp_path, seed=seed, adapter_size=4))
+        model.push_to_hub(f"{ADAPTER}-{seed}", thin=True)
+        sides.append(outputs(model)[0])
+        files = hub.files(f"{ADAPTER}-{seed}")
+        config = json.loads(files["config.json"])
+        assert config["side"] == {"size": 4, "depths": {"text": [[0, 16]], "image": [[0, 16]]}}
+        assert [entry["name"] for entry in config["weights_from"]] == [BASE]
+        assert len(files["model.safetensors"]) < len(hub.files(BASE)["model.safetensors"])
+    for seed, expected in enumerate(sides):
+        assert torch.equal(outputs(TransRecModel.from_pretrained(f"{ADAPTER}-{seed}"))[0], expected)
+    assert not torch.allclose(*sides) and not torch.allclose(plain[0], sides[0])
+    assert all(torch.equal(*pair) for pair in zip(plain, outputs(TransRecModel.from_pretrained(BASE)), strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"text_depths": 3}, {"text_pooling": "attention"}, {"item_map": "linear"}])
+def test_a_side_network_reads_the_store_as_it_reads_the_towers(tmp_path, fields):
+    model = design("minilm", "resnet", num_items=None, **fields)
+    source = ItemSource(make_catalogue(), make_processor())
+    plain = item_states(model, source, "text")
+    shaken(tuned(model, "side", tmp_path))
+    if "text_pooling" not in fields:
+        assert torch.equal(item_states(model, source, "text"), plain), "the projection reads what it read"
+    store = ActivationStore(tmp_path, model, source)
+    store.fill()
+    torch.testing.assert_close(encode_catalogue(model, store.source), encode_catalogue(model, source))
+    before = encode_catalogue(model, store.source)
+    with torch.no_grad():
+        model.item_encoder.image_side.output.weight.zero_()
+    assert not torch.allclose(encode_catalogue(model, store.source), before)
+
+
+def test_a_side_network_is_the_chain_of_its_paper():
+    tower = BertConfig(**{**BERT, "num_hidden_layers": 4})
+    model = make_model(make_config("text", text_config=tower, hidden_size=8, item_map="linear"))
+    model.add_side(3)
+    assert model.config.side["depths"] == {"text": [[0, 16], [2, 16]]}
+    side = shaken(model).item_encoder.text_side
+    ids, mask = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    with torch.no_grad():
+        found = model.get_text_features(ids, mask).pooler_output
+        states = model.item_encoder.text_model(ids, mask, output_hidden_states=True).hidden_states
+        pooled = [(state * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True) for state in states]
+        chain = torch.zeros(2, 16)
+        for i, depth in enumerate((0, 2, 4)):
+            gate = 1 / (1 + torch.exp(-10 * side.gates.value[i]))
+            normal = (pooled[depth] - pooled[depth].mean(dim=1, keepdim=True)) / pooled[depth].std(
+                dim=1, keepdim=True, correction=0
+            )
+            chain = gate * normal + (1 - gate) * chain
+            chain = chain + side.up[i](torch.nn.functional.gelu(side.down[i](chain)))
+        expected = model.item_encoder.text_projection(pooled[4]) + side.output(chain) / 8**0.5
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_side_networks_that_there_are_not(tmp_path):
+    model = tuned(design(), "side", tmp_path, adapter_size=4)
+    side = model.item_encoder.text_side
+    model.add_side(4)
+    assert model.item_encoder.text_side is side
+    with pytest.raises(ValueError, match="other side networks, of size 4, not 8"):
+        model.add_side(8)
+    with pytest.raises(ValueError, match="a tower of texts or images, and this model has none"):
+        make_model(make_config((), num_items=3)).add_side()
+    model.freeze_towers(1)
+    with pytest.raises(ValueError, match="the side network of the image tower reads blocks of several shapes"):
+        ActivationStore(tmp_path, model, ItemSource(make_catalogue(), make_processor()))
+    for wrong in (
+        {"size": 0, "depths": {"text": [[0, 16]]}},
+        {"size": 4},
+        {"size": 4, "depths": {}},
+        {"size": 4, "depths": {"audio": [[0, 16]]}},
+        {"size": 4, "depths": {"text": [[0, 2**30]]}},
+        {"size": 4, "depths": {"text": [0, 2]}},
+    ):
+        with pytest.raises(StrictDataclassClassValidationError, match="side must have a size of 1 or more and depths"):
+            make_config(side=wrong)

@@ -40,7 +40,7 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
 
 
 # Towers and num_items are options of their own below, and what a checkpoint does not hold is no setting.
-OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "weights_from", "quantizer_hash")
+OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "side", "weights_from", "quantizer_hash")
 CONFIG_FIELDS = tuple(
     field.name
     for field in fields(TransRecConfig)

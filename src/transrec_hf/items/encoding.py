@@ -230,13 +230,13 @@ def item_states(
     """
     rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_items])
-    states = []
+    states, encoder = [], model.item_encoder
     with in_evaluation(model), packed_linears(model):
         loader = item_loader(source, rows, 128, device=model.device)
         for batch in logging.tqdm(loader, desc=f"Statistics of {name}", disable=len(loader) < 5, leave=False):
             part = batch.to(model.device).parts[name]
             buckets = [
-                model.item_encoder.state(name, values, mask, part.stored).float()
+                encoder.projected(name, encoder.state(name, values, mask, part.stored)).float()
                 for values, mask in part.passes(model.pass_size(name))
             ]
             states.append(torch.cat(buckets)[part.rows.argsort()])

@@ -289,6 +289,11 @@ class ActivationStore:
             if not source.present[:, COLUMNS[name]].any():
                 continue
             self.pooled[name] = pooled = encoder.is_stored_pooled(name)
+            if encoder.depths[name] and not pooled and not MODALITIES[name].has_tokens:
+                raise ValueError(
+                    f"the side network of the {name} tower reads blocks of several shapes, which are stored pooled "
+                    "only: freeze the tower whole (tuning='side'), or leave out activation_store"
+                )
             if not (pooled and MODALITIES[name].is_windowed):
                 check_resumes(name, tower, self.depths[name])
             preprocessing = source.processor.fingerprint(name)  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 # ruff: noqa: I002  (no postponed annotations: `strict` checks values against the annotations, and cannot read strings)
 
 import difflib
+import json
 import math
 import re
 from dataclasses import fields
@@ -110,6 +111,14 @@ def check_bottleneck(bottleneck: dict[str, Any]) -> None:
         raise ValueError(
             f"bottleneck: places must be one of {BOTTLENECK_PLACES} and parallel a bool, got {bottleneck}"
         )
+
+
+def check_side(side: dict[str, Any]) -> None:
+    """Raises `ValueError` for side networks that there are not."""
+    text, tower = json.dumps(side, sort_keys=True, default=str), r'"(image|text)": \[(\[\d+, [1-9]\d*\](, )?)*\](, )?'
+    is_one = re.fullmatch(rf'{{"depths": {{({tower})+}}, "size": [1-9]\d*}}', text)
+    if not is_one or any(int(number) > MAX_WIDTH for number in re.findall(r"\d+", text)):
+        raise ValueError(f"side must have a size of 1 or more and depths of text or image, with widths; got {text}")
 
 
 def check_weight_source(source: Any) -> None:
@@ -248,6 +257,8 @@ class TransRecConfig(PreTrainedConfig):
         bottleneck (`dict`, *optional*):
             Bottleneck adapters in the Transformer blocks, see [`~TransRecModel.add_bottlenecks`]: `size`, `places` and
             `parallel`.
+        side (`dict`, *optional*):
+            Side networks, see [`~TransRecModel.add_side`]: `size` and `depths` that they read, with their widths.
         weights_from (`list[dict]`, *optional*):
             Of a thin checkpoint, the checkpoints whose weights it does not hold again; `save_pretrained` writes it.
 
@@ -315,6 +326,7 @@ class TransRecConfig(PreTrainedConfig):
     mask_probability: float | int = 0.15
     matryoshka_dims: list | None = None
     bottleneck: dict | None = None
+    side: dict | None = None
     weights_from: list | None = None
 
     @classmethod
@@ -426,10 +438,8 @@ class TransRecConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         is_new = (
-            self.features_size is not None
-            or self.num_codebooks is not None
-            or self.audio_config is not None
-            or self.video_config is not None
+            {self.features_size, self.num_codebooks} != {None}
+            or (self.audio_config or self.video_config) is not None
             or self.user_encoder != "transformer"
             or (self.item_map, self.similarity) != ("linear", "dot")
             or self.content_prior
@@ -437,8 +447,7 @@ class TransRecConfig(PreTrainedConfig):
             or self.is_hybrid
             or self.objective == "masked"
             or (self.text_config is not None and self.text_depths > 1)
-            or self.bottleneck
-            or self.weights_from
+            or any((self.bottleneck, self.side, self.weights_from))
         )
         return {**super().to_dict(), "format_version": 2 if is_new else 1}
 
@@ -461,6 +470,8 @@ class TransRecConfig(PreTrainedConfig):
         for size in self.matryoshka_dims or []:
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < self.hidden_size:
                 raise ValueError(f"matryoshka_dims must be whole numbers below {self.hidden_size}, got {size!r}")
+        if self.side is not None:
+            check_side(self.side)
         for source in self.weights_from or []:
             check_weight_source(source)
         if self.objective in WITH_NEGATIVES and not self.num_negatives:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .towers_transrec import (
     is_frozen,
     lower_depths,
     lower_states,
+    pooled_depth,
     pooled_state,
     reads_clips,
     recorded,
@@ -204,6 +205,52 @@ class WhitenedProjection(nn.Module):
         self.num_fitted.fill_(len(states))
 
 
+class SideNetwork(nn.Module):
+    r"""
+    A small network beside a tower that does not run through it backwards, nor forwards where the states of the tower
+    are stored: it reads these, and adds to the item vector. With `h_i` the state after some blocks, pooled and
+    normalised, rising to the last one:
+
+        m_i = g_i h_i + (1 - g_i) s_(i-1),    s_i = m_i + U_i gelu(D_i m_i),    addition = W s_last
+
+    and `s` zero below the first.
+
+    Of IISAN (arXiv 2404.02059) are the reading of pooled states after every second block of a frozen tower, the gates
+    `g`, sigmoids of learned numbers over .1 that begin at one half, the chain of bottleneck blocks `U`, `D` with a
+    residual, and the linear layer `W`. Ours are: what it says is added to the item vector of the frozen tower, with
+    `W` zero at the start, and does not replace it; states are normalised, without parameters; depths of other widths,
+    as in convolutional towers, come through a linear layer; and there is no network between modalities, which meet in
+    the fusion of the item encoder.
+
+    Args:
+        config ([`TransRecConfig`]): Of the model.
+        widths (`Sequence[int]`): Of the states, from the lowest depth to the last.
+        own (`Sequence[int]`): Which of them the projection reads, the last one besides.
+    """
+
+    def __init__(self, config: TransRecConfig, widths: Sequence[int], own: Sequence[int]):
+        super().__init__()
+        assert config.side is not None
+        size, width = config.side["size"], widths[-1]
+        self.widths, self.own, self.scale = list(widths), [*own, len(widths) - 1], config.hidden_size**0.5
+        self.align = nn.ModuleList(nn.Identity() if n == width else nn.Linear(n, width) for n in widths)
+        self.gates = Scale([0.0] * len(widths))
+        self.down = nn.ModuleList(nn.Linear(width, size) for _ in widths)
+        self.up = nn.ModuleList(nn.Linear(size, width) for _ in widths)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.output = nn.Linear(width, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States of all depths beside each other `(n, sum of widths)` to what is added, `(n, hidden_size)`."""
+        found = states.new_zeros(states.shape[0], self.widths[-1])
+        layers = zip(self.align, (self.gates.value / 0.1).sigmoid(), self.down, self.up, strict=True)
+        for state, (align, gate, down, up) in zip(states.split(self.widths, dim=-1), layers, strict=True):
+            state = align(nn.functional.layer_norm(state, state.shape[-1:]))
+            found = gate * state + (1 - gate) * found
+            found = found + up(nn.functional.gelu(down(found)))
+        return self.output(self.dropout(found)) / self.scale
+
+
 class ItemEncoder(nn.Module):
     """
     Items to vectors: of each modality a tower, if it has one, and a projection, fused to one vector; and a table of
@@ -246,6 +293,8 @@ class ItemEncoder(nn.Module):
             if modality.tower is not None:
                 width += len(depths) * tower_width(tower)
             setattr(self, modality.projection, build_projection(config, width))
+            if config.side and modality.name in config.side["depths"]:
+                self.add_side(config, modality.name)
         self.is_whitened = config.item_map == "whitened"
         self.length = CONTENT_RMS * config.hidden_size**0.5
         if len(self.modalities) > 1 and self.is_whitened:
@@ -263,9 +312,26 @@ class ItemEncoder(nn.Module):
         """The projection of a modality."""
         return getattr(self, MODALITIES[name].projection)
 
+    def add_side(self, config: TransRecConfig, name: str) -> None:
+        """Add the side network of a modality as `config.side` says. It reads the depths of the projection, too."""
+        assert config.side is not None
+        modality, own, pooling = MODALITIES[name], self.depths[name], getattr(self, f"{name}_pooling", None)
+        assert modality.tower is not None
+        tower = getattr(self, modality.tower)
+        width_of = dict.fromkeys(own, tower_width(tower)) | dict(config.side["depths"][name])
+        self.depths[name] = depths = sorted(width_of)
+        check_tower(tower, name, modality.has_tokens, depths)
+        last = tower_width(tower) if pooling is None else pooling.output_size
+        widths = [*(width_of[depth] for depth in depths), last]
+        setattr(self, f"{name}_side", SideNetwork(config, widths, [depths.index(depth) for depth in own]))
+
+    def side(self, name: str) -> SideNetwork | None:
+        """The side network of a modality, if it has one."""
+        return getattr(self, f"{name}_side", None)
+
     def parts_of(self, name: str) -> list[nn.Module]:
         """All modules that only the contents of one modality pass."""
-        parts = [getattr(self, f"{name}_{part}", None) for part in ("table", "pooling")]
+        parts = [getattr(self, f"{name}_{part}", None) for part in ("table", "pooling", "side")]
         modules = [self.towers.get(name), *parts, self.projection(name)]
         return [module for module in modules if module is not None]
 
@@ -298,10 +364,23 @@ class ItemEncoder(nn.Module):
             `RuntimeError`: If blocks are trained whose states were stored when they were frozen.
             `ValueError`: If a text has more tokens than the tower has positions.
         """
-        return self.projection(name)(self.state(name, values, mask, stored))
+        return self.vectors(name, self.state(name, values, mask, stored))
+
+    def vectors(self, name: str, state: Tensor) -> Tensor:
+        """Pooled states of a modality, as [`~ItemEncoder.state`] has them, to its vectors `(n, hidden_size)`."""
+        vectors, side = self.projection(name)(self.projected(name, state)), self.side(name)
+        return vectors if side is None else vectors + side(state)
+
+    def projected(self, name: str, state: Tensor) -> Tensor:
+        """What of the pooled states of a modality its projection reads: not the depths of a side network alone."""
+        side = self.side(name)
+        if side is None:
+            return state
+        parts = state.split(side.widths, dim=-1)
+        return torch.cat([parts[i] for i in side.own], dim=-1)
 
     def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
-        """What the projection of a modality reads: pooled states `(n, width)`; see [`~ItemEncoder.encode`]."""
+        """Pooled states of all depths that are read of a modality, `(n, width)`; see [`~ItemEncoder.encode`]."""
         if name == "codes":
             return self.codes_table(values)
         if name not in self.towers:
@@ -338,7 +417,9 @@ class ItemEncoder(nn.Module):
         with recorded(tower, [depth for depth in depths if depth not in known]) as found:
             output = resume_tower(tower, stored, values, mask) if stored else run_tower(tower, values, mask, **kwargs)
         states = found | known
-        pooled = [masked_mean(states[depth], mask) for depth in depths if mask is not None]
+        pooled = [
+            pooled_depth(states[depth]) if mask is None else masked_mean(states[depth], mask) for depth in depths
+        ]
         return output, torch.cat([*pooled, self.pool(output, mask)], dim=-1)
 
     def states_to_store(self, name: str, values: Tensor, mask: Tensor | None, stored: int) -> Tensor:
@@ -414,4 +495,4 @@ class ItemEncoder(nn.Module):
         return sum(rows) / has.sum(dim=1, keepdim=True) + missing  # type: ignore[operator]
 
 
-__all__ = ["ItemEncoder", "WhitenedProjection"]
+__all__ = ["ItemEncoder", "SideNetwork", "WhitenedProjection"]

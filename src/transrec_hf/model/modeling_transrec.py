@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_transrec import AMONG_ALL, WITH_NEGATIVES, TransRecConfig
-from .item_encoder_transrec import ItemEncoder, Scale, WhitenedProjection, default_width
+from .item_encoder_transrec import ItemEncoder, Scale, SideNetwork, WhitenedProjection, default_width
 from .loss_transrec import (
     SharedItems,
     batch_slots,
@@ -109,7 +109,7 @@ class TransRecPreTrainedModel(TunableModel):
             init.copy_(module.value, torch.tensor(module.start))
         if self.config.is_hybrid and module is self.item_encoder.item_embedding:
             init.zeros_(module.weight)
-        if isinstance(module, (WhitenedProjection, ContentPrior)):
+        if isinstance(module, (WhitenedProjection, ContentPrior, SideNetwork)):
             init.zeros_(module.output.weight)  # what is learned begins as nothing
             init.zeros_(module.output.bias)
         if isinstance(module, ContentPrior):
@@ -271,7 +271,7 @@ class TransRecModel(TransRecPreTrainedModel):
         output, state = encoder.read(name, values, mask, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
-            pooler_output=encoder.projection(name)(state),
+            pooler_output=encoder.vectors(name, state),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )

@@ -107,7 +107,8 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
             with recorded(tower, depths) as below:
                 output = run_tower(tower, contents, mask)
             states = output.last_hidden_state if is_text else pooled_state(output)
-            for found in (states, *(below[depth] for depth in depths)):
+            below = below if is_text else {depth: pooled_depth(found) for depth, found in below.items()}
+            for found in (states, *(below[depth] for depth in depths if is_text)):
                 if found.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
                     raise ValueError(f"they have the shape {tuple(found.shape)}, and the width {tower_width(tower)}")
             if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
@@ -221,6 +222,20 @@ def pooled_state(output: Any) -> Tensor:
     if pooled is None:
         pooled = states[:, 0] if states.dim() == 3 else states.mean(dim=(2, 3))
     return pooled.flatten(1)
+
+
+def pooled_depth(states: Tensor) -> Tensor:
+    """States of images after some block, of patches or a map of channels, to their mean `(n, width)`."""
+    return states.flatten(2).mean(dim=-1) if states.dim() == 4 else states.mean(dim=1)
+
+
+@torch.no_grad()
+def depth_widths(tower: PreTrainedModel, depths: list[int]) -> list[int]:
+    """How wide the states of a tower are after so many blocks."""
+    mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
+    with in_evaluation(tower), recorded(tower, depths) as found:
+        run_tower(tower, placeholder(tower, mask), mask)
+    return [pooled_depth(found[depth]).shape[-1] for depth in depths]
 
 
 def lower_depths(tower: PreTrainedModel, number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What of a model is trained, and what its checkpoints then hold: thin checkpoints, and bottleneck adapters."""
+"""What of a model is trained, and what its checkpoints then hold: thin ones, bottleneck adapters, side networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .modalities_transrec import MODALITIES
-from .towers_transrec import freeze_below, load_tower
+from .towers_transrec import depth_widths, freeze_below, load_tower, lower_depths, tower_blocks
 
 
 ACCESS = ("cache_dir", "local_files_only", "token")
+MOST_DEPTHS = 7  # that a side network reads of a tower: every second one of twelve blocks, and the first
 
 
 def weights_hash(name: str, **place: Any) -> tuple[str, str | None]:
@@ -325,7 +326,7 @@ def insert_bottlenecks(root: nn.Module, size: int, places: str = "houlsby", para
 
 
 class TunableModel(ThinCheckpoints):
-    """A model of which parts are trained: the top blocks of its towers, or bottleneck adapters."""
+    """A model of which parts are trained: the top blocks of its towers, bottleneck adapters, or side networks."""
 
     def post_init(self) -> None:
         if self.config.bottleneck:
@@ -382,6 +383,44 @@ class TunableModel(ThinCheckpoints):
             raise ValueError(
                 "neither a tower nor the user encoder has Transformer blocks to put bottleneck adapters in"
             )
+        self.train(self.training)
+
+    def add_side(self, size: int = 64) -> None:
+        """
+        Freeze the towers of texts and images, and put a [`SideNetwork`] beside each; one that a model has already
+        stays as it is. The towers of sounds and videos are frozen and have none. No weight changes its value by it:
+        there is nothing to merge.
+
+        Args:
+            size (`int`, *optional*, defaults to 64): Width of the bottlenecks in it.
+
+        Raises:
+            `ValueError`: If there are others already, or the model reads neither texts nor images by a tower.
+        """
+        encoder, before = self.item_encoder, self.config.side
+        towers = {name: tower for name, tower in encoder.towers.items() if name in ("text", "image")}
+        if not towers:
+            raise ValueError("a side network is beside a tower of texts or images, and this model has none")
+        if before is not None and before["size"] != size:
+            raise ValueError(f"the model has other side networks, of size {before['size']}, not {size}")
+        self.freeze_towers(0)
+        if before is not None:
+            return
+        depths = {
+            name: lower_depths(tower, min(MOST_DEPTHS, 1 + len(tower_blocks(tower)) // 2))
+            for name, tower in towers.items()
+        }
+        self.config.side = {
+            "size": size,
+            "depths": {
+                name: [[*pair] for pair in zip(read, depth_widths(towers[name], read), strict=True)]
+                for name, read in depths.items()
+            },
+        }
+        self.config.validate()
+        for name, tower in towers.items():
+            encoder.add_side(self.config, name)
+            encoder.side(name).to(tower.device, tower.dtype).apply(self._init_weights)
         self.train(self.training)
 
 

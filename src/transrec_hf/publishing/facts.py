@@ -254,7 +254,7 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
     names += [tower.get("model_type") if isinstance(tower, dict) else None for tower in towers if tower is not None]
     is_named = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name, re.ASCII) for name in names)
     is_sized = all(isinstance(config.get(name, 0), int) for name in SIZES if name != "num_items" or config.get(name))
-    is_whole = not any(config.get(name) for name in ("weights_from", "bottleneck"))
+    is_whole = not any(config.get(name) for name in ("weights_from", "bottleneck", "side"))
     return is_whole and is_named and is_sized and names[0] == "transrec"
 
 

@@ -108,7 +108,7 @@ class Users(nn.Module):
 def parts_of(model: TransRecModel, name: str) -> list[str]:
     """Names in the item encoder of what the contents of one modality pass alone."""
     modality = MODALITIES[name]
-    return [part for part in (modality.tower, modality.projection) if part]
+    return [part for part in (modality.tower, modality.projection, f"{name}_side") if part]
 
 
 def all_columns(present: Tensor, modalities: tuple[str, ...]) -> Tensor:

@@ -59,6 +59,7 @@ def encoder_hash(
         settings.append(config.num_attention_heads if has_heads else None)
         settings.append(config.hidden_act if config.projection_hidden_size is not None else None)
         settings += [config.item_map, config.similarity, config.content_prior]
+        settings += [json.dumps(config.side, sort_keys=True)] if config.side else []
     settings += [processor.fingerprint(modality) for modality in processor.modalities] if processor else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     whitened = {name: of for name, of in encoder.named_modules() if isinstance(of, WhitenedProjection)}

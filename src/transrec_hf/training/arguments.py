@@ -72,11 +72,12 @@ class TransRecTrainingArguments(TrainingArguments):
         tuning (`str`, *optional*): what is trained, beside projections, priors, scales and ID vectors, which always
             are: `"full"`, everything; `"top_k_blocks"`, `trainable_blocks` of each tower; `"frozen"`, no tower;
             `"lora"`, `"dora"`, `"ia3"` or `"ln_tuning"`, an adapter of PEFT on towers and user encoder;
-            `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]; `"codes"`, the
-            vectors of codes and nothing else, as VQ-Rec fine-tunes on a target. Adapters in towers learn at
-            `tower_learning_rate`, for which 1e-3 is a good start.
+            `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]; `"side"`, networks
+            beside frozen towers, which do not run at all with an `activation_store`, see [`~TransRecModel.add_side`];
+            `"codes"`, the vectors of codes and nothing else, as VQ-Rec fine-tunes on a target. Adapters in towers
+            learn at `tower_learning_rate`, for which 1e-3 is a good start.
         adapter_size (`int`, *optional*): rank of `"lora"` and `"dora"`, 8 if not given, or width of `"bottleneck"`,
-            32.
+            32, or `"side"`, 64.
         bottleneck_places (`str`, *optional*, defaults to `"houlsby"`): where `"bottleneck"` adapters are:
             `"houlsby"`, after attention and feed-forward layers, or `"pfeiffer"`, after the latter.
         bottleneck_parallel (`bool`, *optional*, defaults to `False`): they read what these layers read, and not what
@@ -139,7 +140,7 @@ class TransRecTrainingArguments(TrainingArguments):
         metadata={"help": "What is trained [everything, or as trainable_blocks says].", "choices": TUNINGS},
     )
     adapter_size: int | None = field(
-        default=None, metadata={"help": "Rank or width of the adapters of tuning [8, bottleneck: 32]."}
+        default=None, metadata={"help": "Rank or width of the adapters of tuning [8, bottleneck: 32, side: 64]."}
     )
     bottleneck_places: str = field(
         default="houlsby",

@@ -24,10 +24,12 @@ from ..publishing.results import describe_device
 logger = logging.get_logger(__name__)
 
 PEFT_TUNINGS = ("lora", "dora", "ia3", "ln_tuning")
-TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck", "codes")
-SIZES = {"lora": 8, "dora": 8, "bottleneck": 32}
+TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck", "side", "codes")
+SIZES = {"lora": 8, "dora": 8, "bottleneck": 32, "side": 64}
 """Rank, or width, of adapters where no other is given."""
 PAPER_BLOCKS = 2
+FROZEN = ("frozen", "side")
+"""Modes that train nothing of a tower."""
 
 
 def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int | None) -> int | None:
@@ -47,11 +49,11 @@ def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int |
                 "tuning='top_k_blocks' trains at least one block: set trainable_blocks, or tuning='frozen'"
             )
         return PAPER_BLOCKS if trainable_blocks is None else trainable_blocks
-    if tuning is not None and trainable_blocks is not None and (tuning, trainable_blocks) != ("frozen", 0):
+    if tuning is not None and trainable_blocks is not None and (tuning not in FROZEN or trainable_blocks):
         raise ValueError(
             f"trainable_blocks={trainable_blocks} means tuning='top_k_blocks', and tuning is {tuning!r}: leave one out"
         )
-    return 0 if tuning == "frozen" else trainable_blocks
+    return 0 if tuning in FROZEN else trainable_blocks
 
 
 def is_target(module: nn.Module, tuning: str, pads_as_tensorflow: bool) -> bool:
@@ -83,11 +85,11 @@ def target_modules(model: TransRecModel, tuning: str) -> str:
 
 
 def trained_whole(model: TransRecModel) -> list[str]:
-    """Modules that are trained whole beside adapters: projections, pooling, ID vectors, priors and scales."""
+    """Modules trained whole beside adapters: projections, pooling, side networks, ID vectors, priors and scales."""
     encoder = model.item_encoder
     modules = [encoder.projection(name) for name in model.config.modalities]
     for owner, name in (
-        *((encoder, f"{name}_pooling") for name in model.config.modalities),
+        *((encoder, f"{name}_{part}") for name in model.config.modalities for part in ("pooling", "side")),
         *((encoder, name) for name in ("item_embedding", "modality_scale")),
         *((model, name) for name in ("content_prior", "logit_scale", "popularity_weight")),
     ):
@@ -165,11 +167,14 @@ def tune(model: Any, args: Any) -> None:
                 warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # PEFT means layer norms
                 model.add_adapter(adapter_config(model, args.tuning, args.adapter_size))
         model.tuned_by = args.tuning
-    elif args.tuning == "bottleneck":
+    elif args.tuning in ("bottleneck", "side"):
+        size = SIZES[args.tuning] if args.adapter_size is None else args.adapter_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            size = SIZES["bottleneck"] if args.adapter_size is None else args.adapter_size
-            model.add_bottlenecks(size, args.bottleneck_places, args.bottleneck_parallel)
+            if args.tuning == "side":
+                model.add_side(size)
+            else:
+                model.add_bottlenecks(size, args.bottleneck_places, args.bottleneck_parallel)
     elif args.tuning == "codes":
         if "codes" not in model.config.modalities:
             raise ValueError("tuning='codes' trains the code table, and this model reads no codes: take another one")
