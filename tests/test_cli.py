@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
@@ -18,6 +20,7 @@ import transrec_cli
 import transrec_hf
 from transrec_hf import TransRecModel
 from transrec_hf.data.statistics import data_statistics, save_statistics
+from transrec_hf.items.meeting import ITEM_STATISTICS_NAME, ItemStatistics
 from transrec_hf.publishing.card import write_model_card
 from transrec_hf.publishing.facts import save_evaluation
 from transrec_hf.publishing.results import append_results
@@ -148,6 +151,21 @@ def test_push_then_info_and_load(transrec: Run, checkpoint: Path, hub: LocalHub)
     code, out, _ = transrec("info", "me/pushed", "--json")
     assert code == 0 and json.loads(out)["metrics"]["ndcg@10"] == 0.125
     assert TransRecModel.from_pretrained("me/pushed").num_parameters() > 0
+
+
+def test_a_push_with_the_statistics_of_items_is_silent(transrec: Run, checkpoint: Path, hub: LocalHub) -> None:
+    ItemStatistics(np.array([f"item-{row}" for row in range(12)]), np.arange(12)).save(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)
+        assert transrec("push", checkpoint, "me/pushed")[::2] == (0, "")
+    assert ITEM_STATISTICS_NAME in hub.files("me/pushed")
+
+
+@pytest.mark.parametrize("verb", ["info", "evaluate --data demo:target", "recommend --data demo:target --history a"])
+def test_what_the_hub_has_not_ends_alike(transrec: Run, hub: LocalHub, verb: str) -> None:
+    name, *options = verb.split()
+    code, _, err = transrec(name, "me/none", *options)
+    assert code == 1 and err.startswith("error: me/none: the Hub at") and "owner/name" in err
 
 
 def test_push_to_a_branch_keeps_an_edited_card(transrec: Run, checkpoint: Path, hub: LocalHub) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 
 from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
-from ..errors import DataError, bad_input
+from ..errors import DataError, bad_input, hub_errors
 from ..files import PARTIAL, read_whole, recover, written_whole
 from ..items.codes import check_quantizer
 from ..model.configuration_transrec import MAX_SIDE, TransRecConfig
@@ -89,9 +89,11 @@ def load_checkpoint(checkpoint: str, **overrides: Any) -> tuple[TransRecModel, T
     Raises:
         [`DataError`]: If there is no checkpoint, it is none of a TransRec model, a file of it is damaged, or its
             weights and its configuration do not fit.
+        [`HubError`]: If it cannot be had from the Hub.
     """
     check_place(checkpoint)
-    with bad_input(f"{checkpoint}: not a checkpoint that can be read", *UNREADABLE):
+    from_hub = nullcontext() if os.path.isdir(checkpoint) else hub_errors(checkpoint)
+    with bad_input(f"{checkpoint}: not a checkpoint that can be read", *UNREADABLE), from_hub:
         return read_whole(checkpoint, lambda: load_model_and_processor(checkpoint, {}, **overrides))
 
 

@@ -8,6 +8,7 @@ import os
 import pickletools
 import shutil
 import tempfile
+import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
                 )
         if left:
             logger.warning("Not pushed: %s", "; ".join(f"{name} ({reason})" for name, reason in sorted(left.items())))
-        result: Any = HfApi().upload_folder(folder_path=str(snapshot), repo_id=repo_id, **kwargs)
+        with warnings.catch_warnings():  # the statistics of items are a table, but no data set
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+            result: Any = HfApi().upload_folder(folder_path=str(snapshot), repo_id=repo_id, **kwargs)
         if kwargs.get("run_as_future"):
             held = stack.pop_all()
             result.add_done_callback(lambda _: held.close())
