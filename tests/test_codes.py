@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from transrec_hf.errors import DataError
-from transrec_hf.items.codes import QUANTIZER_NAME, ItemQuantizer, k_means, nearest
+from transrec_hf.items import codes
+from transrec_hf.items.codes import QUANTIZER_NAME, ItemQuantizer, _learn, hash_of_vectors, k_means, nearest
 from transrec_hf.items.semantic_ids import load_semantic_ids, resolve_collisions, save_semantic_ids
 
 
-METHODS = ("residual", "product")
+METHODS = ("residual", "product", "learned")
 
 
 def clusters(n=400, size=16, kinds=20, seed=0):
@@ -55,6 +56,45 @@ def test_a_rotation_shares_out_what_is_in_one_part():
         for rotations in (0, 10)
     )
     assert rotated < 0.8 * plain
+
+
+def test_without_a_rotation_there_is_none():
+    quantizer = ItemQuantizer.fit(clusters(), 4, 8, "product", rotations=0)
+    assert quantizer.rotation is None
+    found = quantizer.encode(clusters())
+    parts = quantizer.decode(found) - quantizer.mean
+    torch.testing.assert_close(parts[:, :4], quantizer.codebooks[0][found[:, 0]])
+
+
+def test_what_is_learned_stays_as_near_as_where_it_began():
+    """Three directions hold all that differs, and a linear map lets few codes answer for them."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(3000, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
+    residual, learned = (
+        ItemQuantizer.fit(vectors, 2, 16, method, iterations=20) for method in ("residual", "learned")
+    )
+    assert learned.report(vectors)["relative_error"] <= 1.1 * residual.report(vectors)["relative_error"]
+    assert learned.report(vectors)["unused_codes"] < 0.1
+    assert not torch.equal(learned.rotation, torch.eye(16)) and not torch.equal(learned.back, torch.eye(16))
+
+
+def test_learned_codes_that_nobody_uses_start_again():
+    vectors = clusters(2000)
+    codebooks = torch.zeros(1, 8, 16)
+    codebooks[0, 1:] = 1000 + torch.arange(7)[:, None]  # where no vector is
+    found, _, _ = _learn(vectors - vectors.mean(dim=0), codebooks, 60, torch.Generator().manual_seed(0))
+    assert (found.abs().amax(dim=(0, 2)) < 100).all()
+    assert len(nearest(vectors - vectors.mean(dim=0), found[0]).unique()) >= 7
+
+
+def test_many_vectors_are_fitted_on_a_sample(monkeypatch):
+    monkeypatch.setattr(codes, "FITTED", 50)
+    vectors = clusters(400)
+    vectors[200:] += 100
+    monkeypatch.setattr(codes, "k_means", lambda sample, *args: sample[:8] if len(sample) == 50 else None)
+    quantizer = ItemQuantizer.fit(vectors, 1, 8)
+    assert quantizer.vectors_hash == hash_of_vectors(vectors)
+    assert 20 < float(quantizer.mean.mean()) < 85  # of both halves
 
 
 def test_the_nearest_is_that_of_all_distances():
