@@ -29,7 +29,10 @@ import transrec_hf
 from transrec_hf import TransRecTrainingArguments
 from transrec_hf.data import demo
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+from transrec_hf.model.configuration_transrec import OBJECTIVES
+from transrec_hf.model.user_encoder_transrec import USER_ENCODERS
 from transrec_hf.publishing.dataset import write_interactions, write_items
+from transrec_hf.training.tuning import TUNINGS
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +76,12 @@ def test_every_public_name_is_in_the_reference_and_in_an_example_there() -> None
 def test_every_verb_is_in_the_reference() -> None:
     table = re.findall(r"^\| (`.+?) \|", REFERENCE["docs/reference/command.md"], re.M)
     assert {*transrec_cli.VERBS, "push", "card", "info"} == set(re.findall(r"`([\w-]+)`", " ".join(table)))
+
+
+def test_every_choice_is_in_its_guide() -> None:
+    choices = {"objectives": [*OBJECTIVES, *USER_ENCODERS], "tuning": TUNINGS, "protocols": transrec_hf.PROTOCOLS}
+    for page, names in choices.items():
+        assert set(names) <= set(re.findall(r"`([\w-]+)`", TEXTS[f"docs/{page}.md"])), page
 
 
 @pytest.mark.parametrize("name", sorted(set(transrec_hf.__all__) - {"__version__", "PROTOCOLS"}))
