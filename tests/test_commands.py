@@ -281,6 +281,9 @@ def test_recommend_in_print(workplace: Path, capsys: pytest.CaptureFixture) -> N
     history = ("target-item-0003", "target-item-0001")
     assert run("recommend", workplace / "source", "--items", workplace / "target", "--history", *history) == 1
     assert capsys.readouterr().out.count("target-item-0003") == 1  # chosen, and not recommended again
+    assert run("recommend", *place, "--top_k", "2", "--json") == 3
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["rank"] for row in rows] == [1, 2] * 3 and len({row["user_id"] for row in rows}) == 3
 
 
 HISTORIES = {

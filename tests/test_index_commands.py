@@ -69,6 +69,8 @@ def test_similar_to_an_item_and_to_a_text(place: Path, index: Path, capsys: pyte
     found = run("similar", place / "model", "--index", index, "--text", "red hat", "--top_k", "2")
     assert found[0].item_id == "000" and found[0].score == pytest.approx(1, abs=1e-4)
     assert "red hat" in capsys.readouterr().out
+    run("similar", place / "model", "--index", index, "--text", "red hat", "--top_k", "2", "--json")
+    assert [row["item_id"] for row in json.loads(capsys.readouterr().out)] == [item.item_id for item in found]
     cheap = run("similar", place / "model", "--items", place / "items.csv", "--item", "000", "--filter", "price < 3")
     assert {item.item_id for item in cheap} == {"001", "002"}
 

@@ -231,6 +231,7 @@ class SimilarArguments:
     top_k: int = option(10, "How many items.")
     filter: str | None = option(None, "Which items may come: an expression over their columns.")
     index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    json: bool = option(False, "Print JSON, a list of item_id, rank, score.")
     use_cpu: bool = option(False, "Leave the accelerator alone.")
 
 
@@ -252,6 +253,10 @@ def similar(argv: Sequence[str] | None = None) -> Recommendations:
     items = data_args.load_items() if data_args.items or data_args.data else None
     recommender = open_recommender(args.checkpoint, items, args.index, args.use_cpu)
     found = recommender.similar_items(args.item or raw, args.top_k, filter=args.filter)
+    if args.json:
+        ranked = [{"item_id": item.item_id, "rank": rank, "score": item.score} for rank, item in enumerate(found, 1)]
+        print(json.dumps(ranked, indent=2))
+        return found
     rows = [["", "item", "text", "cosine"]]
     rows += [[f"{rank}.", item.item_id, item.text or "", f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
     print(format_table(rows, flush_left=3))

@@ -60,6 +60,7 @@ class RecommendationArguments:
     include_history: bool = option(False, "Recommend what the user had before, too.")
     on_unknown: Literal["error", "skip"] = option("error", "What to do about items of a history that are not known.")
     output_file: str | None = option(None, "Parquet, CSV or JSONL file of user_id, item_id, rank, score [tables].")
+    json: bool = option(False, "Print JSON, a list of user_id, item_id, rank, score.")
     filter: str | None = option(None, "Which items may come: an expression over their columns, e.g. 'stock > 0'.")
     index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
     use_cpu: bool = option(False, "Leave the accelerator alone.")
@@ -101,7 +102,10 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     if recommender.model.config.time_buckets and any(history.times is None for history in histories):
         raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
     histories = _known(histories, recommender, args)
-    if not args.output_file:
+    if args.json and not args.output_file:
+        rows = (found.rows(history.user) for history, found in _recommend(recommender, histories, args))
+        print(json.dumps(list(itertools.chain.from_iterable(rows)), indent=2))
+    elif not args.output_file:
         for history, found in _recommend(recommender, histories, args):
             _print(history, found, recommender)
     else:
