@@ -215,16 +215,58 @@ def test_formats_are_decoded_to_mono_at_the_rate_that_is_asked_for(container, co
     np.testing.assert_allclose(mixed[100:-100], 0.25 * original[100:-100], atol=1e-3)
 
 
-def test_only_the_beginning_of_a_long_sound_is_decoded():
+def test_no_more_of_a_long_sound_is_decoded_than_is_asked_for():
     minute = wav(np.tile(tone(1), 60))
     hours = minute[:4] + struct.pack("<I", 2**31) + minute[8:40] + struct.pack("<I", 2**31 - 64) + minute[44:]
     catalogue = sounds_of(minute * 1, hours)
-    tracemalloc.start()
-    samples = catalogue.read(0, seconds=2.0)["audio"]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(samples) == 2 * RATE and peak < 2_000_000
-    assert len(catalogue.read(1, seconds=2.0)["audio"]) == 2 * RATE
+    for windows in (1, 4):
+        tracemalloc.start()
+        samples = catalogue.read(0, seconds=2.0, windows=windows)["audio"]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(samples) == 2 * RATE and peak < 2_000_000
+        assert len(catalogue.read(1, seconds=2.0, windows=windows)["audio"]) == 2 * RATE
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"), [("wav", "pcm_s16le", RATE), ("flac", "flac", 44_100), ("mp3", "libmp3lame", RATE)]
+)
+def test_windows_of_a_long_sound_are_spread_evenly(container, codec, rate):
+    """Ten seconds, each of a pitch of its own: windows are those in the middles of parts, or where they are drawn."""
+    sound = np.concatenate([tone(1, pitch=300 * (second + 1), rate=rate) for second in range(10)])
+    catalogue = sounds_of(encoded(sound, container, codec, rate))
+
+    def seconds_heard(**form: Any) -> list[int]:
+        samples = catalogue.read(0, sampling_rate=RATE, seconds=1.0, windows=5, **form)["audio"]
+        assert len(samples) == RATE
+        return [round(abs(np.fft.rfft(part)).argmax() * 5 / 300) - 1 for part in samples.reshape(5, -1)]
+
+    heard = seconds_heard()  # parts of two seconds, whose middles are the borders of two tones
+    assert all(second in (2 * part, 2 * part + 1) for part, second in enumerate(heard))
+    assert seconds_heard(at=0.1) == [0, 2, 4, 6, 8] and seconds_heard(at=0.9) == [1, 3, 5, 7, 9]
+
+
+def test_samples_of_a_long_sound_are_windowed_as_a_file_is():
+    processor = make_processor(max_audio_windows=3)
+    sound = np.random.default_rng(0).normal(scale=0.1, size=7 * processor.window_samples).astype(np.float32)
+    read = sounds_of(wav(sound)).read(0, **processor.form("audio"))["audio"]
+    of_file, of_samples = (processor.prepare("audio", [samples])["audio_values"] for samples in (read, sound))
+    torch.testing.assert_close(of_file, of_samples, atol=0.02, rtol=0)
+
+
+def test_windows_are_drawn_in_training_and_depend_on_the_seed_alone():
+    sounds = [wav(np.random.default_rng(row).normal(scale=0.1, size=4 * RATE)) for row in range(3)]
+    source = ItemSource(sounds_of(*sounds), make_processor(max_audio_windows=2))
+    middle, *drawn = (
+        source.batch(np.arange(3), draws=None if seed is None else np.random.default_rng(seed))
+        .parts["audio"]
+        .values[0]
+        for seed in (None, 0, 0, 1)
+    )
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(middle, drawn[0]) and torch.equal(
+        middle, source.batch(np.arange(3)).parts["audio"].values[0]
+    )
 
 
 GOOD = wav(tone())

@@ -194,9 +194,77 @@ def test_large_frames_are_shrunk_and_larger_ones_refused():
     assert time.perf_counter() - started < 60
 
 
+def listed(*videos: Any, folder: Any = None, **columns: Any) -> Catalogue:
+    """A catalogue whose videos are lists of images."""
+    rows = {"item_id": [f"item-{row}" for row in range(len(videos))], "video": list(videos), **columns}
+    return Catalogue(datasets.Dataset.from_dict(rows), image_folder=folder)
+
+
+def frames_of(*shades: int) -> list[bytes]:
+    return [png(pictures()[shade]) for shade in shades]
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_video_may_be_a_list_of_images(tmp_path):
+    for place, frame in enumerate(frames_of(*range(10))):
+        (tmp_path / f"{place}.png").write_bytes(frame)
+    columns: dict[str, list[Any]] = {
+        "bytes": frames_of(*range(10)),
+        "paths": [f"{place}.png" for place in range(10)],
+        "structs": [{"bytes": frame, "path": None} for frame in frames_of(*range(10))],
+    }
+    for column in columns.values():
+        catalogue = listed(column, None, column[:1], text=["a", "b", "c"], folder=str(tmp_path))
+        assert catalogue.has("video").tolist() == [True, False, True]
+        catalogue.check_contents()
+        assert lightness(catalogue.read(0, ["video"], num_frames=5)["video"]) == [1, 3, 5, 7, 9]
+        assert lightness(catalogue.read(2, ["video"], num_frames=5)["video"]) == [0]
+        assert encode_catalogue(make_model(), ItemSource(catalogue.select([0, 2]), make_processor())).isfinite().all()
+        write_items(catalogue, tmp_path / "items.parquet")
+        again = load_catalogue(tmp_path / "items.parquet")
+        assert again.content_hash() == catalogue.content_hash()
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([b"no image"], "not an image of a known format"),
+        ([frames_of(1)[0], frames_of(1)[0][:60]], "damaged"),
+        (["../a.png"], "leaves the folder|file not found"),
+        ([frames_of(1)[0], None], "one of its files is missing"),
+    ],
+)
+def test_a_bad_frame_of_a_list_is_named(frames, reason, tmp_path):
+    with pytest.raises(DataError, match=f"unusable video.*row 1.*item-0.*({reason})"):
+        listed(frames, None, text=["a", "b"], folder=str(tmp_path)).check_contents()
+
+
+def test_a_list_of_anything_else_is_refused():
+    with pytest.raises(DataError, match=r"column 'video' holds .*Write a video as bytes or a file path, or as a list"):
+        listed([1.5, 2.5])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "list"])
+def test_other_frames_are_drawn_in_training(kind):
+    made = {"mp4": lambda: mp4(pictures()), "gif": lambda: animated(pictures()), "list": lambda: frames_of(*range(10))}
+    catalogue = (listed if kind == "list" else catalogue_of)(made[kind]())
+    found = [lightness(catalogue.read(0, num_frames=5, at=at)["video"]) for at in (0.1, 0.9)]
+    assert np.abs(np.array(found) - [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]).max() <= 1 and found[0] != found[1]
+    source = ItemSource(catalogue, make_processor(num_frames=2))
+    values = [
+        source.batch(np.arange(1), draws=np.random.default_rng(seed)).parts["video"].values[0] for seed in (0, 0, 3)
+    ]
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+
+
 def test_places_are_even():
     assert evenly(10, 5) == [1, 3, 5, 7, 9] and evenly(3, 8) == [0, 1, 2] and evenly(1, 1) == [0]
-    assert evenly(1000, 4) == [125, 375, 625, 875]
+    assert evenly(1000, 4) == [125, 375, 625, 875] and evenly(10, 5, 0.99) == [1, 3, 5, 7, 9]
 
 
 # Towers

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ..errors import BadContent, shortened
 from ..model.processing_transrec import UnusableImage, check_image_size, to_rgb
+from .images import decode_image
 from .media import Files
 from .sounds import frames_of, opened
 
@@ -32,13 +33,13 @@ MAX_KEPT = 64
 CHECKED_FRAMES = 2
 
 
-def evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` places, in the middles of parts of one length."""
+def evenly(count: int, wanted: int, at: float = 0.5) -> list[int]:
+    """At most `wanted` of `count` places, each in a part of one length, `at` this share of it, from 0 to 1."""
     wanted = min(count, wanted)
-    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+    return [min(count - 1, int((part + at) * count / wanted)) for part in range(wanted)]
 
 
-def decode_clip(source: pa.Buffer | str, num_frames: int = 8) -> list[PIL.Image.Image]:
+def decode_clip(source: pa.Buffer | str, num_frames: int = 8, at: float = 0.5) -> list[PIL.Image.Image]:
     """
     Frames of a moving picture, evenly spaced in time; fewer if it has fewer. No more of the file is decoded than is
     needed to reach them.
@@ -46,32 +47,33 @@ def decode_clip(source: pa.Buffer | str, num_frames: int = 8) -> list[PIL.Image.
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
         num_frames (`int`, *optional*, defaults to 8): Frames.
+        at (`float`, *optional*, defaults to 0.5): Where in its part of the time each frame is, from 0 to 1.
 
     Raises:
         [`BadContent`]: If it cannot be used.
     """
-    if (frames := _animated(source, num_frames)) is not None:
+    if (frames := _animated(source, num_frames, at)) is not None:
         return frames
     with opened(source, VIDEO_FORMATS) as container:
         stream = _stream(container)
         length = stream.duration * stream.time_base if stream.duration else 0
         length = float(length or (container.duration or 0) / 1_000_000)
         if length and not 0 < stream.frames <= num_frames:
-            chosen = _at_times(container, stream, length, num_frames)
+            chosen = _at_times(container, stream, length, num_frames, at)
         else:
             found = list(islice(frames_of(container, stream), MAX_KEPT))
-            chosen = [found[place] for place in evenly(len(found), num_frames)]
+            chosen = [found[place] for place in evenly(len(found), num_frames, at)]
         if not chosen:
             raise BadContent("no frame in it can be decoded")
         return [_image(frame) for frame in chosen]
 
 
-def _at_times(container: InputContainer, stream: Any, length: float, num_frames: int) -> list[VideoFrame]:
-    """The frames that are seen in the middles of so many parts of a video, `length` seconds long; each once."""
+def _at_times(container: InputContainer, stream: Any, length: float, num_frames: int, at: float) -> list[VideoFrame]:
+    """The frames that are seen at one time in each of so many parts of a video, `length` seconds long; each once."""
     first = float((stream.start_time or 0) * stream.time_base)
     chosen: dict[int | None, VideoFrame] = {}
     for part in range(num_frames):
-        time = first + length * (part + 0.5) / num_frames
+        time = first + length * (part + at) / num_frames
         container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
         seen = None
         for frame in islice(frames_of(container, stream), MAX_DECODED):
@@ -102,7 +104,7 @@ def _image(frame: VideoFrame) -> PIL.Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
-def _animated(source: pa.Buffer | str, num_frames: int) -> list[PIL.Image.Image] | None:
+def _animated(source: pa.Buffer | str, num_frames: int, at: float = 0.5) -> list[PIL.Image.Image] | None:
     """As many frames of an image, animated or not; `None` if it is none."""
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
     try:
@@ -113,11 +115,9 @@ def _animated(source: pa.Buffer | str, num_frames: int) -> list[PIL.Image.Image]
     try:
         with image:
             check_image_size(*image.size)
-            for place in evenly(min(getattr(image, "n_frames", 1), MAX_DECODED), num_frames):
+            for place in evenly(min(getattr(image, "n_frames", 1), MAX_DECODED), num_frames, at):
                 image.seek(place)
-                frame = to_rgb(image)
-                factor = math.isqrt(frame.width * frame.height // FRAME_PIXELS)
-                frames.append(frame.reduce(factor) if factor > 1 else frame)
+                frames.append(shrunk(to_rgb(image)))
     except UnusableImage as error:
         raise BadContent(str(error)) from error
     except Exception as error:
@@ -126,7 +126,7 @@ def _animated(source: pa.Buffer | str, num_frames: int) -> list[PIL.Image.Image]
 
 
 class Clips(Files):
-    """Moving pictures, as a list of frames; see [`Files`]."""
+    """Moving pictures, as files or as lists of images, to a list of frames; see [`Files`]."""
 
     name = "video"
 
@@ -134,14 +134,42 @@ class Clips(Files):
         """As far as is known without decoding them, more frames than are read: `(N,)`."""
         return np.full(len(self.present), 2**31)
 
-    def read(self, row: int, **form: Any) -> list[PIL.Image.Image]:
-        """Frames, RGB and upright; `form` as of [`decode_clip`]."""
-        return decode_clip(self._source(row), **form)
+    def read(self, row: int, num_frames: int = 8, at: float = 0.5) -> list[PIL.Image.Image]:
+        """Frames, RGB and upright; see [`decode_clip`]."""
+        if not self.is_listed:
+            return decode_clip(self._source(row), num_frames, at)
+        frames = self._content(row).values
+        return [self._frame(frames[place]) for place in evenly(len(frames), num_frames, at)]
+
+    def encoded(self, row: int) -> bytes:
+        """The bytes of the file or, of a list of images, those of all, each after its length."""
+        return (
+            b"".join(b"%d:" % len(part) + part for part in self.parts(row)) if self.is_listed else super().encoded(row)
+        )
+
+    def parts(self, row: int) -> list[bytes]:
+        """The bytes of each image of a list."""
+        return [self._bytes(self._place(frame)) for frame in self._content(row).values]
+
+    def _frame(self, frame: pa.StructScalar) -> PIL.Image.Image:
+        image = decode_image(self._place(frame))
+        assert image is not None
+        return shrunk(image)
 
     def _check(self, row: int, full: bool) -> None:
+        if self.is_listed:
+            for frame in self._content(row).values:
+                decode_image(self._place(frame), full)
+            return
         source = self._source(row)
         if full:
             decode_clip(source, CHECKED_FRAMES)
         elif _animated(source, 0) is None:
             with opened(source, VIDEO_FORMATS) as container:
                 _stream(container)
+
+
+def shrunk(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of not too many pixels."""
+    factor = math.isqrt(image.width * image.height // FRAME_PIXELS)
+    return image.reduce(factor) if factor > 1 else image

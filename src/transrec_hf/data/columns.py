@@ -151,6 +151,10 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def missing_words(texts: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Which texts are a missing value written as a word, (n,) bool."""
     is_short = pc.fill_null(pc.less(pc.binary_length(texts), 24), False)

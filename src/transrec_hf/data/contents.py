@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..errors import BadContent, shortened
 from .clips import Clips
-from .columns import VISIBLE, is_text, missing_words, whole_column
+from .columns import VISIBLE, is_list, is_text, missing_words, whole_column
 from .images import Images
 from .sounds import Sounds
 
@@ -124,8 +124,7 @@ class _Lists(_Column):
     def __init__(self, rows: datasets.Dataset, name: str, is_number: Callable[[pa.DataType], bool], kind: str) -> None:
         super().__init__(rows, name)
         found = self._column.type
-        is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
-        if not (is_list and is_number(found.value_type)):
+        if not (is_list(found) and is_number(found.value_type)):
             raise BadContent(f"holds {found}. Write a list of {kind} for every item, in Parquet or JSONL.")
         lengths = pc.fill_null(pc.list_value_length(self._column), 0).to_numpy()
         self.present = lengths > 0

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from transformers.utils import logging
 
 from ..errors import BadContent, DataError, shortened
-from .columns import VISIBLE, is_text, missing_words
+from .columns import VISIBLE, is_list, is_text, missing_words
 from .places import lies_in
 
 
@@ -49,6 +49,8 @@ def file_feature(name: str, **kwargs: Any) -> Any:
 def typed_files(items: datasets.Dataset, name: str, source: str) -> datasets.Dataset:
     """Items with a column of files as an undecoded feature."""
     kind = items.features.arrow_schema.field(name).type
+    if name == "video" and is_list(kind):
+        return _typed_frames(items, name, source)
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {"bytes": kind, "path": kind}
     given = {"bytes", "path"} & fields.keys()
     sound = {field for field in given if CHECKS[field](fields[field]) or pa.types.is_null(fields[field])}
@@ -59,6 +61,20 @@ def typed_files(items: datasets.Dataset, name: str, source: str) -> datasets.Dat
             "fields named 'bytes' and 'path'."
         )
     return items.cast_column(name, file_feature(name, decode=False))
+
+
+def _typed_frames(items: datasets.Dataset, name: str, source: str) -> datasets.Dataset:
+    """Items with a column of lists of images, the frames of a video, as undecoded features."""
+    import datasets
+
+    try:
+        return items.cast_column(name, datasets.List(file_feature("image", decode=False)))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        kind = items.features.arrow_schema.field(name).type
+        raise DataError(
+            f"{source}: column {name!r} holds {shortened(kind, 200)}. Write a video as bytes or a file path, or as a "
+            "list of the bytes or paths of its frames."
+        ) from error
 
 
 def _holds_something_else(items: datasets.Dataset, name: str, fields: dict[str, pa.DataType]) -> bool:
@@ -80,6 +96,7 @@ class Files:
 
     Attributes:
         name (`str`): The modality.
+        is_listed (`bool`): Each content is a list of files, as the frames of a video.
     """
 
     name: str
@@ -89,7 +106,12 @@ class Files:
         self._rows, self._folder = rows, folder
         self._places = np.arange(len(rows))
         masks = []
+        self.is_listed = is_list(rows.features.arrow_schema.field(self.name).type)
         for batch in rows.select_columns(self.name).iter(1000):  # no file is copied as a whole column
+            if self.is_listed:
+                lengths = pc.fill_null(pc.list_value_length(batch[self.name]), 0)
+                masks.append(pc.greater(lengths, 0).to_numpy(zero_copy_only=False))
+                continue
             has_bytes = pc.is_valid(pc.struct_field(batch[self.name], "bytes"))
             paths = pc.struct_field(batch[self.name], "path")
             has_path = pc.fill_null(pc.match_substring_regex(paths, VISIBLE), False)
@@ -103,7 +125,9 @@ class Files:
 
     def encoded(self, row: int) -> bytes:
         """The bytes of the file, not decoded."""
-        source = self._source(row)
+        return self._bytes(self._source(row))
+
+    def _bytes(self, source: pa.Buffer | str) -> bytes:
         if isinstance(source, pa.Buffer):
             return source.to_pybytes()
         try:
@@ -137,9 +161,18 @@ class Files:
         """Read the header of a file, or decode it if `full`. Raises [`BadContent`]."""
         raise NotImplementedError
 
+    def _content(self, row: int) -> Any:
+        """What the column holds of an item."""
+        return self._rows[int(self._places[row])][self.name][0]
+
     def _source(self, row: int) -> pa.Buffer | str:
         """The encoded file, not copied, or its path."""
-        content = self._rows[int(self._places[row])][self.name][0]
+        return self._place(self._content(row))
+
+    def _place(self, content: pa.StructScalar) -> pa.Buffer | str:
+        """A file, not copied, or its path. Raises [`BadContent`]."""
+        if not (content["bytes"].is_valid or content["path"].is_valid):
+            raise BadContent("one of its files is missing")
         if content["bytes"].is_valid:
             return content["bytes"].as_buffer()
         path = content["path"].as_py()

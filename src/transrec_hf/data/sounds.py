@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import BadContent, DataError, shortened
+from ..model.windows_transrec import window_starts
 from .media import Files
 
 
@@ -24,6 +25,8 @@ AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "M4A")
 MAX_RATE, MAX_CHANNELS = 768_000, 64
 MAX_BROKEN = 100
 """Packets of a stream that may be damaged: as players do, they are left out."""
+PIECE = 2**14
+"""Samples that are resampled at a time."""
 CHECKED_SECONDS = 30.0
 """Of a sound that are decoded when it is checked."""
 
@@ -97,40 +100,86 @@ def frames_of(container: InputContainer, stream: Any) -> Iterator[Any]:
                 raise BadContent(f"more than {MAX_BROKEN} packets are damaged") from error
 
 
-def decode_sound(source: pa.Buffer | str, sampling_rate: int = 16_000, seconds: float = CHECKED_SECONDS) -> np.ndarray:
+def decode_sound(
+    source: pa.Buffer | str,
+    sampling_rate: int = 16_000,
+    seconds: float = CHECKED_SECONDS,
+    windows: int = 1,
+    at: float = 0.5,
+) -> np.ndarray:
     """
-    The beginning of a sound, the mean of its channels: `(samples,)`, float32. No more of the file is decoded.
+    A sound, the mean of its channels: `(samples,)`, float32. Of one that is longer than `seconds` as many are decoded:
+    the first ones or, if there are several windows, evenly spread pieces of it, one after the other.
 
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
         sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
-        seconds (`float`, *optional*, defaults to 30): After which it is cut.
+        seconds (`float`, *optional*, defaults to 30): How much of it is decoded at most.
+        windows (`int`, *optional*, defaults to 1): In how many pieces.
+        at (`float`, *optional*, defaults to 0.5): Where in its part of the sound each piece is, from 0 to 1.
 
     Raises:
         [`BadContent`]: If it cannot be used.
     """
-    wanted, found, parts = int(sampling_rate * seconds), 0, []
+    wanted = int(sampling_rate * seconds)
     with opened(source, AUDIO_FORMATS) as container:
         stream = _stream(container)
-        sounds: Iterable[np.ndarray] = map(_mono, frames_of(container, stream))
-        if stream.rate != sampling_rate:
-            sounds = _resampled(sounds, stream.rate, sampling_rate)
-        for samples in sounds:
-            parts.append(samples)
-            found += len(samples)
-            if found >= wanted:
-                break
-        length = _seconds(stream)
+        length, samples = _seconds(stream), np.empty(0, dtype=np.float32)
+        if windows > 1 and length > seconds:
+            starts = window_starts(length, seconds / windows, windows, at)
+            samples = np.concatenate(
+                [_samples(container, stream, sampling_rate, wanted // windows, start) for start in starts]
+            )
+        if 2 * len(samples) < wanted:  # it is short, or shorter than its header says
+            samples = _samples(container, stream, sampling_rate, wanted, 0.0)
+    found = len(samples)
     if not found:
         raise BadContent("no sound in it: 0 samples")
     if 2 * found < min(wanted, length * sampling_rate):
         raise BadContent(
             f"truncated: {found / sampling_rate:.1f} of {length:.1f} seconds can be decoded. Get the file again"
         )
-    samples = np.concatenate(parts)[:wanted]
     if not np.isfinite(samples).all():
         raise BadContent("some samples are NaN or infinite")
     return samples
+
+
+def _samples(container: InputContainer, stream: Any, sampling_rate: int, wanted: int, start: float) -> np.ndarray:
+    """At most `wanted` samples from a time on, in seconds."""
+    import av
+
+    first = float((stream.start_time or 0) * stream.time_base)
+    with suppress(av.FFmpegError):  # what cannot be sought is read on
+        container.seek(int((first + start) / stream.time_base), stream=stream)
+    sounds = _joined(_mono(frame)[_before(frame, first + start) :] for frame in frames_of(container, stream))
+    if stream.rate != sampling_rate:
+        sounds = _resampled(sounds, stream.rate, sampling_rate)
+    parts, found = [np.empty(0, dtype=np.float32)], 0
+    for samples in sounds:
+        parts.append(samples)
+        found += len(samples)
+        if found >= wanted:
+            break
+    return np.concatenate(parts)[:wanted]
+
+
+def _before(frame: AudioFrame, start: float) -> int:
+    """How many samples of a frame are before a time."""
+    return 0 if frame.time is None else max(0, round((start - frame.time) * frame.sample_rate))
+
+
+def _joined(sounds: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The pieces of a sound in larger ones."""
+    parts: list[np.ndarray] = []
+    found = 0
+    for samples in sounds:
+        parts.append(samples)
+        found += len(samples)
+        if found >= PIECE:
+            yield np.concatenate(parts)
+            parts, found = [], 0
+    if found:
+        yield np.concatenate(parts)
 
 
 def _stream(container: InputContainer) -> Any:
@@ -190,7 +239,7 @@ class Sounds(Files):
         return self._lengths[self._places]
 
     def read(self, row: int, **form: Any) -> np.ndarray:
-        """The beginning of a sound, `(samples,)`, float32; `form` as of [`decode_sound`]."""
+        """A sound or pieces of it, `(samples,)`, float32; `form` as of [`decode_sound`]."""
         return decode_sound(self._source(row), **form)
 
     def _check(self, row: int, full: bool) -> None:

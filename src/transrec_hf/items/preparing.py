@@ -116,12 +116,18 @@ class ContentPreparation:
     def prepared(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """What the processor makes of the contents of catalogue rows, all of which have the modality."""
         form = self.processor.form(self.name)
-        contents = [self.catalogue.read(row, [self.name], **form)[self.name] for row in rows]
+        contents = [self.catalogue.read(row, [self.name], **form, **self.place())[self.name] for row in rows]
         return self.processor.prepare(self.name, contents)
+
+    def place(self) -> dict[str, Any]:
+        """Where in a content its windows are read, for a reader that is told so."""
+        return {}
 
 
 class WindowPreparation(ContentPreparation):
     """Contents of one or several windows each; see [`ContentPreparation`]."""
+
+    draws: np.random.Generator | None = None
 
     def __init__(self, catalogue: Catalogue, processor: TransRecProcessor, name: str):
         super().__init__(catalogue, processor, name)
@@ -132,6 +138,15 @@ class WindowPreparation(ContentPreparation):
     def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
         prepared, modality = self.prepared(rows), MODALITIES[self.name]
         return ItemPart(slots, [prepared[modality.values]], [prepared[str(modality.mask)]])
+
+    def drawn(self, draws: np.random.Generator) -> WindowPreparation:
+        """The same, with windows at places that are drawn."""
+        other = copy.copy(self)
+        other.draws = draws
+        return other
+
+    def place(self) -> dict[str, Any]:
+        return {} if self.draws is None else {"at": float(self.draws.random())}
 
 
 class ItemSource:
@@ -205,7 +220,9 @@ class ItemSource:
         other.present = showing(self.present, modalities)
         return other
 
-    def batch(self, rows: np.ndarray, hidden: torch.Tensor | None = None) -> ItemBatch:
+    def batch(
+        self, rows: np.ndarray, hidden: torch.Tensor | None = None, draws: np.random.Generator | None = None
+    ) -> ItemBatch:
         """
         The items at catalogue rows `(n_items,)`.
 
@@ -213,6 +230,8 @@ class ItemSource:
             rows (`np.ndarray` of shape `(n_items,)`): The rows.
             hidden (`torch.Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Boolean, what of them is not
                 shown, nor read.
+            draws (`np.random.Generator`, *optional*): By which the windows of long contents are read at a place of
+                their own in this batch, as in training; without one they are in the middles of their parts.
 
         Raises:
             `ValueError`: If an item has none of the modalities that are read.
@@ -226,6 +245,8 @@ class ItemSource:
             raise ValueError(f"item {rows[int(empty[0])]} has none of the processor's modalities: {self.modalities}")
         for name, preparation in self.preparations.items():
             slots = present[:, COLUMNS[name]].nonzero().squeeze(1)
+            if draws is not None and isinstance(preparation, WindowPreparation):
+                preparation = preparation.drawn(draws)
             if len(slots):
                 batch.parts[name] = preparation(rows[slots.numpy()], slots, self.max_tokens)
         return batch

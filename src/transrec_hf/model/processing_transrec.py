@@ -19,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .modalities_transrec import COLUMNS, MODALITIES
 from .tuning_transrec import WholeFolders
-from .windows_transrec import LogMelFeatureExtractor
+from .windows_transrec import LogMelFeatureExtractor, window_starts
 
 
 MAX_IMAGE_PIXELS = 64_000_000
@@ -335,20 +335,23 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             return {"num_frames": self.num_frames}
         if name != "audio":
             return {}
-        rate = self.feature_extractor.sampling_rate
-        return {"sampling_rate": rate, "seconds": self.window_samples * self.max_audio_windows / rate}
+        rate, windows = self.feature_extractor.sampling_rate, self.max_audio_windows
+        return {"sampling_rate": rate, "seconds": self.window_samples * windows / rate, "windows": windows}
 
     def _prepare_sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
         """
         Sounds `(samples,)` in windows, the last of which may be real in part; one of less than a half is left out if
-        there are others.
+        there are others. Of a sound of more windows than are read, some are, evenly spread.
         """
         size, pieces, counts = self.window_samples, [], []
         for sound in sounds:
             samples = torch.as_tensor(sound, dtype=torch.float32)
             if samples.dim() != 1 or not len(samples):
                 raise ValueError(f"a sound has the shape {tuple(samples.shape)}, not (samples,): give one channel")
-            windows = samples[: size * self.max_audio_windows].split(size)
+            if len(samples) > size * self.max_audio_windows:
+                starts = map(int, window_starts(len(samples), size, self.max_audio_windows))
+                samples = torch.cat([samples[start : start + size] for start in starts])
+            windows = samples.split(size)
             windows = windows[:-1] if len(windows) > 1 and 2 * len(windows[-1]) < size else windows
             pieces += windows
             counts.append(len(windows))
@@ -427,7 +430,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             return json.dumps([self.num_codebooks, self.codebook_size])
         if modality == "audio":
             rules = json.loads(self.feature_extractor.to_json_string())
-            return json.dumps([self.audio_seconds, self.max_audio_windows, rules], sort_keys=True)
+            return json.dumps([self.audio_seconds, self.max_audio_windows, "spread", rules], sort_keys=True)
         if modality in ("image", "video"):
             processor = self.image_processor if modality == "image" else self.frame_image_processor
             rules = json.loads(processor.to_json_string())

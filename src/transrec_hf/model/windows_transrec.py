@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,30 @@ def reads_samples(tower: PreTrainedModel) -> bool:
 def has_states_in_time(tower: PreTrainedModel) -> bool:
     """Whether the states of a tower are those of moments, of which those beyond the end of a sound say nothing."""
     return reads_samples(tower) or tower.config.model_type == "whisper"
+
+
+def window_starts(length: float, size: float, count: int, at: float = 0.5) -> list[float]:
+    """
+    Where `count` windows of `size` begin in a content that is longer than all of them together: each lies in a part of
+    its own, at the share `at` of the room there, in the middle by default.
+    """
+    part = length / count
+    return [part * number + at * (part - size) for number in range(count)]
+
+
+@functools.lru_cache(maxsize=16)
+def _mel_filters(fft_length: int, num_mel_bins: int, low: float, high: float, sampling_rate: int) -> Tensor:
+    """A mel filter bank `(fft_length // 2 + 1, num_mel_bins)`."""
+    filters = mel_filter_bank(
+        fft_length // 2 + 1,
+        num_mel_bins,
+        low,
+        high,
+        sampling_rate,
+        mel_scale="htk",
+        triangularize_in_mel_space=True,
+    )
+    return torch.from_numpy(filters).float()
 
 
 def as_clips(windows: Tensor, real: Tensor, length: int) -> Tensor:
@@ -117,16 +142,9 @@ class LogMelFeatureExtractor(FeatureExtractionMixin):
         for window, sound in zip(windows, sounds, strict=True):
             window[: len(sound)] = torch.as_tensor(sound)
         frames = windows.unfold(1, self.window_length, self.hop_length) * torch.hann_window(self.window_length)
-        filters = mel_filter_bank(
-            self.fft_length // 2 + 1,
-            self.num_mel_bins,
-            *self.frequencies,
-            self.sampling_rate,
-            mel_scale="htk",
-            triangularize_in_mel_space=True,
-        )
+        filters = _mel_filters(self.fft_length, self.num_mel_bins, *self.frequencies, self.sampling_rate)
         magnitudes = torch.fft.rfft(frames, self.fft_length).abs()
-        values = (magnitudes @ torch.from_numpy(filters).float() + self.offset).log()
+        values = (magnitudes @ filters + self.offset).log()
         return BatchFeature({"input_values": values.unsqueeze(1) if self.is_image else values})
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
+from ..data.columns import is_list
 from ..data.interactions import Sequences
 from ..data.media import FEATURES, file_feature
 from ..data.statistics import length_statistics, modality_shares, popularity_statistics
@@ -97,7 +98,9 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
     import datasets
 
     features = datasets.Features(catalogue.items.features)
-    features |= {name: file_feature(name) for name in FEATURES if name in features}
+    listed = [name for name in FEATURES if name in features and is_list(features.arrow_schema.field(name).type)]
+    features |= {name: file_feature(name) for name in FEATURES if name in features and name not in listed}
+    features |= {name: datasets.List(file_feature("image")) for name in listed}
     schema, rows_as_arrow = features.arrow_schema, catalogue.items.with_format("arrow")
     with pq.ParquetWriter(file, schema) as writer:
         bar = logging.tqdm(range(0, len(catalogue), ROWS), desc="Writing items", delay=2)
@@ -107,7 +110,14 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
             columns = {name: table[name] for name in table.column_names}
             for name in catalogue.contents:
                 kind, shown = schema.field(name).type, catalogue.has(name)[rows.start : rows.stop]
-                if pa.types.is_struct(kind):  # contents that may lie in files of their own
+                if name in listed:
+                    frames: Any = catalogue.contents[name]
+                    videos = [
+                        [{"bytes": part, "path": None} for part in frames.parts(row)] if has else None
+                        for row, has in zip(rows, shown, strict=True)
+                    ]
+                    columns[name] = pa.array(videos, kind)
+                elif pa.types.is_struct(kind):  # contents that may lie in files of their own
                     encoded = (catalogue.encoded(name, row) for row in rows)
                     contents = [None if content is None else {"bytes": content, "path": None} for content in encoded]
                     columns[name] = pa.array(contents, kind)

@@ -94,8 +94,8 @@ class DataCollatorForNextItem:
     Collates users' sequences for next-item prediction: each real item of the batch is prepared once, and histories,
     targets and negatives are indices into those distinct items. Padding is never encoded.
 
-    The negatives of a batch depend on `seed`, the epoch and the batch's users only, not on the global random state or
-    the number of workers, so a resumed run draws the same ones.
+    The negatives of a batch, and which windows of long sounds and videos it has, depend on `seed`, the epoch and the
+    batch's users only, not on the global random state or the number of workers, so a resumed run draws the same ones.
 
     Args:
         source ([`ItemSource`]): where items come from.
@@ -143,7 +143,8 @@ class DataCollatorForNextItem:
         if self.modality_dropout:
             own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
             hidden = torch.from_numpy(draw_hidden(own, self.source.present[rows].numpy(), self.modality_dropout))
-        batch: dict[str, Any] = {"items": self.source.batch(rows, hidden)}
+        draws = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+        batch: dict[str, Any] = {"items": self.source.batch(rows, hidden, draws)}
         batch["log_popularity"] = torch.from_numpy(self.log_popularity[rows])
         indices = {"history_index": history, "target_index": target}
         if negative.size:
