@@ -16,8 +16,9 @@ import pyarrow.parquet
 
 from ..data.interactions import load_domain
 from ..data.layouts import LAYOUTS, open_published
+from ..data.media import KINDS
 from ..data.published import media_of
-from ..data.writing import KINDS, write_published
+from ..data.writing import write_published
 from ..errors import DataError, describe, raise_defects
 from ..files import written_whole
 from .options import option

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FEATURES = {"image": "Image", "audio": "Audio", "video": "Video"}
 """By modality, the feature of `datasets` that its files are."""
+KINDS = {"image": "images", "audio": "sounds", "video": "videos"}
+"""By modality, what its files are called."""
 BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
 """How the bytes of an image begin in base64, and what no path looks like."""
 PRINTED = re.compile(r"""b['"]|\{['"](bytes|path|array)['"]:|<PIL\.|\[\[""")
@@ -140,7 +142,7 @@ class Files:
         rows = np.flatnonzero(self.present)
         chunks = np.array_split(rows, max(1, len(rows) // 64))
         bad: dict[int, str] = {}
-        description = f"Decoding {self.name}s" if full else f"Reading {self.name} headers"
+        description = f"Decoding {KINDS[self.name]}" if full else f"Reading headers of {KINDS[self.name]}"
         bar = logging.tqdm(total=len(rows), desc=description, delay=2)
         with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for size, reasons in pool.map(lambda chunk: (len(chunk), self._bad(chunk, full)), chunks):

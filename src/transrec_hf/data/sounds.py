@@ -121,7 +121,7 @@ def decode_sound(
     Raises:
         [`BadContent`]: If it cannot be used.
     """
-    wanted = int(sampling_rate * seconds)
+    wanted = round(sampling_rate * seconds)
     with opened(source, AUDIO_FORMATS) as container:
         stream = _stream(container)
         length, samples = _seconds(stream), np.empty(0, dtype=np.float32)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..errors import DataError
 from .columns import MISSING_WORDS, missing_words
 from .contents import READERS
+from .media import KINDS
 from .published import Published
 from .reading import BLOCK
 
@@ -24,8 +25,6 @@ from .reading import BLOCK
 ITEMS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 2**28
 LEFT_OUT_NAME = "left_out.csv"
-KINDS = {"image": "images", "audio": "sounds", "video": "videos"}
-"""Of files, by modality."""
 
 
 def write_published(
