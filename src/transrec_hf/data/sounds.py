@@ -188,7 +188,9 @@ def _stream(container: InputContainer) -> Any:
         raise BadContent("no sound in it: the file has no audio stream")
     stream = container.streams.audio[0]
     rate, channels = stream.rate or 0, stream.codec_context.channels
-    if not (0 < rate <= MAX_RATE and 0 < channels <= MAX_CHANNELS):
+    if not (rate > 0 and channels > 0):
+        raise BadContent("truncated or damaged file (no frame of sound can be found in it)")
+    if rate > MAX_RATE or channels > MAX_CHANNELS:
         raise BadContent(
             f"{rate:,} samples a second in {channels} channels; up to {MAX_RATE:,} in {MAX_CHANNELS} are read"
         )
