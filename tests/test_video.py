@@ -252,7 +252,7 @@ def test_a_list_of_anything_else_is_refused():
 @pytest.mark.parametrize("kind", ["mp4", "gif", "list"])
 def test_other_frames_are_drawn_in_training(kind):
     made = {"mp4": lambda: mp4(pictures()), "gif": lambda: animated(pictures()), "list": lambda: frames_of(*range(10))}
-    catalogue = (listed if kind == "list" else catalogue_of)(made[kind]())
+    catalogue = (listed if kind == "list" else clips_of)(made[kind]())
     found = [lightness(catalogue.read(0, num_frames=5, at=at)["video"]) for at in (0.1, 0.9)]
     assert np.abs(np.array(found) - [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]).max() <= 1 and found[0] != found[1]
     source = ItemSource(catalogue, make_processor(num_frames=2))

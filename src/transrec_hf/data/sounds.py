@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,11 +129,9 @@ def decode_sound(
         length, samples = _seconds(stream), np.empty(0, dtype=np.float32)
         if windows > 1 and length > seconds:
             starts = window_starts(length, seconds / windows, windows, at)
-            samples = np.concatenate(
-                [_samples(container, stream, sampling_rate, wanted // windows, start) for start in starts]
-            )
+            samples = _samples(container, stream, sampling_rate, wanted, starts, seconds / windows)
         if 2 * len(samples) < wanted:  # it is short, or shorter than its header says
-            samples = _samples(container, stream, sampling_rate, wanted, 0.0)
+            samples = _samples(container, stream, sampling_rate, wanted, [0.0], seconds)
     found = len(samples)
     if not found:
         raise BadContent("no sound in it: 0 samples")
@@ -144,16 +144,12 @@ def decode_sound(
     return samples
 
 
-def _samples(container: InputContainer, stream: Any, sampling_rate: int, wanted: int, start: float) -> np.ndarray:
-    """At most `wanted` samples from a time on, in seconds."""
-    import av
-
-    first = float((stream.start_time or 0) * stream.time_base)
-    with suppress(av.FFmpegError):  # what cannot be sought is read on
-        container.seek(int((first + start) / stream.time_base), stream=stream)
-    sounds = _joined(_mono(frame)[_before(frame, first + start) :] for frame in frames_of(container, stream))
-    if stream.rate != sampling_rate:
-        sounds = _resampled(sounds, stream.rate, sampling_rate)
+def _samples(
+    container: InputContainer, stream: Any, sampling_rate: int, wanted: int, starts: Iterable[float], seconds: float
+) -> np.ndarray:
+    """At most `wanted` samples, of so many seconds from each start on."""
+    pieces = _joined(chain.from_iterable(_piece(container, stream, start, seconds) for start in starts))
+    sounds = pieces if stream.rate == sampling_rate else _resampled(pieces, stream.rate, sampling_rate)
     parts, found = [np.empty(0, dtype=np.float32)], 0
     for samples in sounds:
         parts.append(samples)
@@ -161,6 +157,22 @@ def _samples(container: InputContainer, stream: Any, sampling_rate: int, wanted:
         if found >= wanted:
             break
     return np.concatenate(parts)[:wanted]
+
+
+def _piece(container: InputContainer, stream: Any, start: float, seconds: float) -> Iterator[np.ndarray]:
+    """The samples of so many seconds from a time on, at the rate of the stream."""
+    import av
+
+    start += float((stream.start_time or 0) * stream.time_base)
+    left = math.ceil(seconds * stream.rate) + 1
+    with suppress(av.FFmpegError):  # what cannot be sought is read on
+        container.seek(int(start / stream.time_base), stream=stream)
+    for frame in frames_of(container, stream):
+        samples = _mono(frame)[_before(frame, start) :][:left]
+        left -= len(samples)
+        yield samples
+        if left <= 0:
+            return
 
 
 def _before(frame: AudioFrame, start: float) -> int:
