@@ -232,11 +232,12 @@ def test_the_objective_is_the_same_and_no_item_is_encoded_again(tmp_path, teache
     plain.train()
     calls = []
     encode = TransRecModel.get_content_features
-    monkeypatch.setattr(
-        TransRecModel,
-        "get_content_features",
-        lambda self, name, part: calls.append((self.training, name)) or encode(self, name, part),
-    )
+
+    def counted(self, name, part):
+        calls.append((self.training, name))
+        return encode(self, name, part)
+
+    monkeypatch.setattr(TransRecModel, "get_content_features", counted)
     trainer = balanced(tmp_path, teachers=list(teachers.values()), max_steps=1)
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "ckd" in entry]
