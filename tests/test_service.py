@@ -529,5 +529,5 @@ def test_workers_share_the_items_and_stop_gracefully(tmp_path: Path) -> None:
             thread.join()
         assert found == [200] * 4
         served.process.wait(30)
-    with Served(checkpoint, "--index", tmp_path / "index") as served:
+    with Served(checkpoint, "--index", tmp_path / "index", "--workers", 2) as served:  # without towers
         assert httpx.get(f"{served.url}/readyz").json()["items"] == 13

@@ -92,7 +92,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
     logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
     if args.workers == 1:
         return run_alone(recommender, data_args, args, token)
-    device = str(recommender.model.device)
+    device = str(recommender.device)  # of a model without its towers some weights are on "meta"
     del recommender
     run_workers(data_args, args, token, device)
 
