@@ -126,6 +126,28 @@ class Domain:
         return ranking.ranks
 
 
+def plot(table: str) -> None:
+    """Beside a table, the hit rates of its domains and variants as bars, one for each modality alone and one for both."""
+    from matplotlib.figure import Figure
+
+    values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["metric"] == METRICS[0]:
+                values[row["data"]][row["variant"]][row["shown"]].append(float(row["value"]))
+    figure = Figure(figsize=(4 * len(values), 3.5), layout="constrained")
+    for axes, (data, variants) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
+        for place, shown in enumerate(("both", *MODALITIES)):
+            there = {name: found[shown] for name, found in variants.items() if shown in found}
+            heights = [float(np.mean(found)) for found in there.values()]
+            axes.bar([list(variants).index(name) + 0.27 * place for name in there], heights, 0.25, label=shown)
+        axes.set_xticks(np.arange(len(variants)) + 0.27, list(variants), rotation=20)
+        axes.set(title=data, ylabel=METRICS[0])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(Path(table).with_suffix(".png"), dpi=150)
+
+
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
@@ -184,6 +206,7 @@ def main() -> None:
             if is_new:
                 writer.writeheader()
             writer.writerows({**row, **about} for row in rows)
+        plot(options.results)
 
 
 if __name__ == "__main__":
