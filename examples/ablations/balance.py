@@ -127,7 +127,7 @@ class Domain:
 
 
 def plot(table: str) -> None:
-    """Beside a table, the hit rates of its domains and variants as bars, one for each modality alone and one for both."""
+    """Beside a table, the hit rates of its variants as bars, of both modalities and of each alone, by domain."""
     from matplotlib.figure import Figure
 
     values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -197,7 +197,7 @@ def main() -> None:
             "users": options.users,
             "seeds": " ".join(map(str, options.seeds)),
             "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_device("cpu")["device"],
+            "machine": describe_device(torch.device("cpu"))["device"],
             "date": datetime.date.today().isoformat(),
         }
         is_new = not Path(options.results).exists()

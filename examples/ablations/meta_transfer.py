@@ -178,7 +178,7 @@ def main() -> None:
         about = {
             "seeds": " ".join(map(str, options.seeds)),
             "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_device("cpu")["device"],
+            "machine": describe_device(torch.device("cpu"))["device"],
             "date": datetime.date.today().isoformat(),
         }
         is_new = not Path(options.results).exists()
