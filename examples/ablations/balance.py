@@ -144,7 +144,7 @@ def plot(table: str) -> None:
         axes.set_xticks(np.arange(len(variants)) + 0.27, list(variants), rotation=20)
         axes.set(title=data, ylabel=METRICS[0])
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center")
     figure.savefig(Path(table).with_suffix(".png"), dpi=150)
 
 
