@@ -139,7 +139,7 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     told = json.loads((tmp_path / "run" / "data_statistics.json").read_text())
     assert told["num_items"] == 88 and len(told["sources"]) == 2
     with pytest.raises(DataError, match="was trained on it"):
-        check_no_source("run", "other", load_catalogue("other"))
+        check_no_source("run", "other", load_catalogue("other"), np.ones(40))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
         pretrain([*options[:3], "empty", "--output_dir", "none", *options[6:]])

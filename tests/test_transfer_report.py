@@ -6,13 +6,16 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from transrec_hf import DataError
+from transrec_hf import Catalogue, DataError
 from transrec_hf.commands.runs import pretrain
-from transrec_hf.commands.transfer import compare, transfer_report, verdict
+from transrec_hf.commands.transfer import check_no_source, compare, transfer_report, verdict
 from transrec_hf.evaluation.metrics import paired_bootstrap
+from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
 
 
@@ -98,6 +101,16 @@ def test_a_damaged_cell_is_named():
     cell.write_bytes(b"no ranks")
     with pytest.raises(DataError, match=r"cannot be used .* Delete it"):
         transfer_report(options)
+
+
+def test_shops_that_number_their_items_alike_are_two(tmp_path):
+    items = {"item_id": [str(number) for number in range(40)], "text": [f"thing {number}" for number in range(40)]}
+    catalogue = Catalogue(Dataset.from_dict(items), "shop")
+    counts = np.arange(40)
+    ItemStatistics(catalogue.item_ids, counts).save(tmp_path)
+    with pytest.raises(DataError, match="was trained on it"):
+        check_no_source(str(tmp_path), "shop", catalogue, counts + 2)
+    check_no_source(str(tmp_path), "shop", catalogue, np.random.default_rng(0).permutation(counts))
 
 
 def test_cells_do_not_repeat_what_does_not_depend_on_the_source():

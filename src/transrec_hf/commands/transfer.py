@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,6 +44,7 @@ COLUMNS = (
 )
 OF_A_REPORT = ("sources", "targets", "models", "fractions", "seeds", "output_dir", "use_cpu", "dataloader_num_workers")
 """Options that may change from one call to the next on one folder: cells are added, and none is another."""
+LIKE_COUNTS = 0.8  # correlation of the logarithms of counts from which two lists of items are one
 
 
 @dataclass
@@ -168,7 +170,7 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
             catalogue, sequences = of_modality(catalogue, sequences, args.modality)
         for source in sources.values():
             check_fits(source.model, catalogue)
-            check_no_source(source.name, name, catalogue)
+            check_no_source(source.name, name, catalogue, sequences.item_counts(len(catalogue)))
         loaded[name] = catalogue, sequences
     cells = cells_of(list(loaded), list(sources), models, args.shares, args.draws)
     write_json(folder / "settings.json", settings_of(args))
@@ -213,13 +215,30 @@ def settings_of(args: TransferArguments) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in OF_A_REPORT}
 
 
-def check_no_source(checkpoint: str, target: str, catalogue: Catalogue) -> None:
-    """Refuse a target on which the source was trained, as its own files tell. Raises [`DataError`]."""
+def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: np.ndarray) -> None:
+    """
+    Refuse a target on which the source was trained, as its own files tell: by its name, or as most items have the ids
+    of the source's and are chosen as often. Ids alone say nothing, since many shops number their items from one on.
+
+    Args:
+        checkpoint, target (`str`): What they are called.
+        catalogue ([`Catalogue`]): The target's items.
+        counts (`np.ndarray` of shape `(n_items,)`): How often each was chosen.
+
+    Raises:
+        [`DataError`]: If it was.
+    """
     known = ItemStatistics.from_pretrained(checkpoint)
-    shared = 0.0 if known is None else float((known.rows(catalogue.item_ids) >= 0).mean())
+    rows = np.full(len(catalogue), -1) if known is None else known.rows(catalogue.item_ids)
+    same = rows >= 0
+    is_source = False
+    if known is not None and same.mean() > 0.5:
+        theirs, ours = np.log1p(known.train_counts[rows[same]]), np.log1p(counts[same])
+        varied = theirs.std() > 0 and ours.std() > 0
+        is_source = not varied or np.corrcoef(theirs, ours)[0, 1] > LIKE_COUNTS
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
     sources = told.get("sources") or [told.get("source")]
-    if shared > 0.5 or (catalogue.source in sources and not DataArguments(data=target).is_demo):  # which have one name
+    if is_source or (catalogue.source in sources and not DataArguments(data=target).is_demo):  # which have one name
         raise DataError(f"{target}: the source {checkpoint} was trained on it. Leave one of the two out.")
 
 
