@@ -88,6 +88,7 @@ def test_help_of_a_verb_has_an_example(transrec: Run, verb: str) -> None:
         (("info", "."), 2),
         (("info", "--nope"), 2),
         (("--version",), 0),
+        (("info", str(Path(__file__).parent / "checkpoints" / "v0.1.0")), 0),
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], code: int) -> None:

@@ -55,7 +55,7 @@ def test_items_are_encoded_once_and_changed_in_place(
     assert run("index", "remove", index, "--ids", "002", "003", "--readable") == 2
     assert run("index", "remove", index, "--items", place / "new.csv") == 2
     capsys.readouterr()
-    assert run("index", "info", index, "--verify", "--as_json") == 5
+    assert run("index", "info", index, "--verify", "--json") == 5
     facts = json.loads(capsys.readouterr().out)
     assert facts["items"] == 5 and facts["recommendable"] == 3 and facts["verified"]
     assert facts["columns"] == ["text", "price"] and facts["changes since it was written"] == 3

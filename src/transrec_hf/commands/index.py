@@ -94,7 +94,7 @@ class IndexArguments:
     readable: bool = option(False, "For remove: the items may still stand in histories.")
     new_only: bool = option(False, "For add: refuse items that are there already, instead of updating them.")
     verify: bool = option(False, "For info: read all of the index, and compare it with its hash.")
-    as_json: bool = option(False, "For info: print JSON.")
+    json: bool = option(False, "For info: print JSON.")
     use_cpu: bool = option(False, "Leave the accelerator alone.")
     output_dir: str | None = option(None, "For pack and unpack: folder of the result.")
     form: str = option("codes", "For pack: how vectors are kept.", choices=FORMS)
@@ -202,7 +202,7 @@ def _info(args: IndexArguments) -> int:
         "bytes": {name: os.path.getsize(path) for name, path in sizes.items() if path.is_file()},
         **({"verified": True} if args.verify else {}),
     }
-    if args.as_json:
+    if args.json:
         print(json.dumps({"index": args.index, **facts}, indent=2))
     else:
         width = max(map(len, facts))

@@ -34,6 +34,7 @@ MAX_SMALL_FILE = 2**26  # bytes of a JSON file
 MAX_CARD = 2**20
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 """What libraries raise, besides `ValueError`, on a checkpoint that is damaged or made up."""
+FIRST_USER_ENCODER = "transformer"  # of checkpoints older than the choice
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
 PARTS = {
     **{f"item_encoder.{modality.tower}.": f"{name} tower" for name, modality in MODALITIES.items()},
@@ -212,7 +213,7 @@ def facts_of(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, i
         "modalities": [name for name, modality in MODALITIES.items() if config.get(modality.config) is not None],
         "towers": evaluation.get("towers") or describe_towers(config),
         "elsewhere": other_weights(folder),
-        "user_encoder": config["user_encoder"],
+        "user_encoder": config.get("user_encoder", FIRST_USER_ENCODER),
         "objective": config["objective"],
         "sizes": {name: config[name] for name in SIZES if config.get(name) is not None},
         "parameters": {**parameters, "total": sum(parameters.values())},
@@ -249,7 +250,7 @@ def look(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
     """Whether the fields of a configuration can be shown as they are, and its weights are all in its folder."""
-    names = [config.get(name) for name in ("model_type", "objective", "user_encoder")]
+    names = [config.get("model_type"), config.get("objective"), config.get("user_encoder", FIRST_USER_ENCODER)]
     towers = [config.get(modality.config) for modality in MODALITIES.values() if modality.tower is not None]
     names += [tower.get("model_type") if isinstance(tower, dict) else None for tower in towers if tower is not None]
     is_named = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name, re.ASCII) for name in names)
