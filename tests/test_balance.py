@@ -67,8 +67,8 @@ def test_dropout_reaches_training_and_not_evaluation(tmp_path, monkeypatch):
     seen: dict[bool, list] = {True: [], False: []}
     batch = ItemSource.batch
 
-    def spy(self, rows, hidden=None):
-        items = batch(self, rows, hidden)
+    def spy(self, rows, hidden=None, draws=None):
+        items = batch(self, rows, hidden, draws)
         seen[hidden is not None].append(items.present.sum(dim=1))
         return items
 

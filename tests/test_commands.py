@@ -506,7 +506,7 @@ def test_help_has_an_example_and_our_options_first(verb: str, capsys: pytest.Cap
             r"--learning_rate FLOAT\s+Peak learning rate of the user\s+encoder. \(default:\s+0.001\)", own
         )
         assert "\n  --adam_beta1 " in stock and "\n  --adam_beta1 " not in own
-        assert own.count("\n  --") < 100
+        assert own.count("\n  --") < 110
 
 
 def test_configurations_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

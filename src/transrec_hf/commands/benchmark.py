@@ -102,7 +102,9 @@ def benchmark(argv: Sequence[str] | None = None) -> dict[str, Any]:
     numbers beside the published ones.
     """
     words = list(argv or ())
-    if not words or words.pop(0) != "ninerec":
+    if words[:1] == ["ninerec"]:
+        words.pop(0)
+    elif not {"-h", "--help"} & set(words):
         raise DataError("which benchmark? There is one: transrec benchmark ninerec --folder FOLDER --sources MODEL")
     (args,) = parse_arguments((BenchmarkArguments,), words, benchmark)
     output = Path(args.output_dir)

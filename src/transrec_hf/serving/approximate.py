@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..evaluation.ranking import precise
-from .search import GATHERED, SHARE, Matrix, search
+from .search import GATHERED, NOT_FINITE, SHARE, Matrix, search
 
 
 SAMPLE = 256  # queries by which the recall is measured
@@ -146,6 +146,6 @@ def _decide(matrix: Matrix, queries: Tensor, estimates: Tensor, candidates: Tens
         scores[users] = (vectors @ precise(queries[users]).unsqueeze(2)).squeeze(2).float()
     scores = torch.where(estimates == -torch.inf, estimates, scores)
     if scores.isnan().any() or scores.isposinf().any():
-        raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
+        raise DataError(NOT_FINITE)
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return scores.gather(1, best), candidates.gather(1, best)

@@ -22,6 +22,7 @@ GATHERED = 2**20  # numbers of candidates' vectors that are held at a time
 BLOCK = 64  # items of which the best one is looked at first
 FEW = 2**14  # scores of which blocks do not pay
 SMALL = 2**12  # rows that are not worth a scan
+NOT_FINITE = "scores are not finite: there is a NaN or an infinity in the weights or the item vectors"
 SHARE = 16  # one row in so many, or fewer, allowed: they alone are scored
 
 
@@ -200,15 +201,17 @@ def _search(
     n, users = len(matrix), queries.cpu().numpy()
     most = _lengths(users) * matrix.whole  # that a score can be
     if not np.isfinite(most).all():
-        raise DataError("scores are not finite: there is a NaN or an infinity in the weights or the item vectors")
+        raise DataError(NOT_FINITE)
     with _room(len(queries), -(-n // BLOCK) * BLOCK, queries.device) as estimates:
         errors = most * (users.shape[1] * 2.0**-23)  # of sums in fp32
         errors = _estimate(matrix, queries, users, errors, estimates[:, :n], allowed)
         estimates[:, n:] = -torch.inf
         if excluded is not None:
             estimates[excluded] = -torch.inf
-        highest = top(estimates, k)[0][:, -1].cpu().numpy()
-        least = np.maximum(highest - 2 * errors, np.finfo(np.float32).min)  # of any that can be among the best
+        highest = top(estimates, k)[0].cpu().numpy()
+        if np.isnan(highest[:, 0]).any():  # which `topk` puts first
+            raise DataError(NOT_FINITE)
+        least = np.maximum(highest[:, -1] - 2 * errors, np.finfo(np.float32).min)  # of any that can be among the best
         scores, rows = _decide(matrix, users, estimates, least, k)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
