@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .training.collator import DataCollatorForNextItem
     from .training.trainer import TransRecTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("transrec", TransRecConfig)
 AutoModel.register(TransRecConfig, TransRecModel)
