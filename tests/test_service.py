@@ -442,6 +442,19 @@ def test_wrong_usage_is_told_before_anything_is_loaded(options: list[str], messa
         serve([])
 
 
+def test_workers_are_told_where_the_vectors_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process makes do without towers, whose weights are nowhere."""
+    checkpoint = tmp_path / "model"
+    make_model(modalities=("text",), item_map="whitened").save_pretrained(checkpoint)
+    make_processor("text").save_pretrained(checkpoint)
+    items = [{"item_id": str(row), "text": "red hat"} for row in range(4)]
+    Recommender.from_pretrained(checkpoint, items, index=tmp_path)
+    told: list[str] = []
+    monkeypatch.setattr("transrec_hf.commands.serve.run_workers", lambda *arguments: told.append(arguments[-1]))
+    serve([str(checkpoint), "--index", str(tmp_path), "--workers", "2", "--use_cpu"])
+    assert told == ["cpu"]
+
+
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     assert ServiceArguments(token_file=str(tmp_path / "token")).token() == TOKEN
