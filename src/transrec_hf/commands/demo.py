@@ -28,6 +28,7 @@ class DemoArguments:
     host: str = option("127.0.0.1", "Address to listen at.")
     port: int = option(7860, "Port to listen at.")
     public: bool = option(False, "Show it to other machines: everybody who reaches --host may use it.")
+    use_cpu: bool = option(False, "Leave the accelerator alone.")
 
 
 def demo(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     names = names if len(set(names)) == len(names) else [str(checkpoint) for checkpoint in checkpoints]
     indexes = [args.index, *[None] * (len(names) - 1)]
     recommenders = {
-        name: load_recommender(checkpoint, data_args, index)
+        name: load_recommender(checkpoint, data_args, index, args.use_cpu)
         for name, checkpoint, index in zip(names, checkpoints, indexes, strict=True)
     }
     from ..serving.app import launch
