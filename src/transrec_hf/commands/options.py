@@ -125,12 +125,12 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         The model and its processor (`None` for the ID baseline).
 
         Args:
-            catalogue ([`Catalogue`]): the items, which the ID baseline counts.
-            is_demo (`bool`, *optional*, defaults to `False`): for items of the demo world, tiny towers are made if
+            catalogue ([`Catalogue`]): The items, which the ID baseline counts.
+            is_demo (`bool`, *optional*, defaults to `False`): For items of the demo world, tiny towers are made if
                 none is named.
 
         Raises:
-            [`DataError`]: if no towers are named, one cannot be read, or settings contradict each other.
+            [`DataError`]: If no towers are named, one cannot be read, or settings contradict each other.
         """
         changes = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
         if self.from_checkpoint:

@@ -41,8 +41,8 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     it is above them, then the slices of the model.
 
     Args:
-        report (`dict`): the report.
-        name (`str`, *optional*, defaults to `"model"`): what to call the model.
+        report (`dict`): The report.
+        name (`str`, *optional*, defaults to `"model"`): What to call the model.
     """
     metrics = list(report["intervals"])
     compared = {name: report, **report.get("baselines", {})}
@@ -159,8 +159,8 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | 
 
     Args:
         log_history (`list[dict]`): `Trainer.state.log_history`.
-        path (`str` or `os.PathLike`): file to write.
-        metric (`str`): name of the metric, e.g. `"ndcg@10"`.
+        path (`str` or `os.PathLike`): File to write.
+        metric (`str`): Name of the metric, e.g. `"ndcg@10"`.
     """
     figure = new_figure()
     if figure is None:

@@ -264,7 +264,7 @@ def prepare_run(
     Read everything that a run needs and check it, images included, before anything is written.
 
     Raises:
-        [`DataError`]: for whatever is wrong with data, model or options.
+        [`DataError`]: For whatever is wrong with data, model or options.
     """
     catalogue, sequences = data_args.load()
     set_seed(seed)
@@ -339,11 +339,11 @@ def run_training(
     `trainer_state.json` and `learning_curve.png`.
 
     Returns:
-        `dict`: the report on the test targets, see [`RankingEvaluator.evaluate`].
+        `dict`: The report on the test targets, see [`RankingEvaluator.evaluate`].
 
     Raises:
-        [`DataError`]: for bad input, before anything is written.
-        `OSError`: if something cannot be written.
+        [`DataError`]: For bad input, before anything is written.
+        `OSError`: If something cannot be written.
     """
     check_output_dir(args.output_dir, resumes=args.resume or args.resume_from_checkpoint is not None)
     with args.main_process_first(desc="reading the data"):  # the others find it in the cache

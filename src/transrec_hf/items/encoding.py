@@ -141,15 +141,15 @@ def encode_catalogue(
     column for the popularity of the items if the model has a `popularity_prior`.
 
     Args:
-        model ([`TransRecModel`]): in whichever mode; encoding is done in evaluation mode.
-        source ([`ItemSource`]): the items.
-        batch_size (`int`, *optional*, defaults to 128): items per forward pass.
-        num_workers (`int`, *optional*, defaults to 0): processes that read, decode and tokenise.
-        accelerator (`Accelerator`, *optional*): its processes share the work, and each one gets all vectors.
+        model ([`TransRecModel`]): In whichever mode; encoding is done in evaluation mode.
+        source ([`ItemSource`]): The items.
+        batch_size (`int`, *optional*, defaults to 128): Items per forward pass.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read, decode and tokenise.
+        accelerator (`Accelerator`, *optional*): Its processes share the work, and each one gets all vectors.
 
     Raises:
-        `DataError`: if an item has none of the model's modalities.
-        `ValueError`: if the items of a content model come without a processor, or an ID baseline meets another
+        `DataError`: If an item has none of the model's modalities.
+        `ValueError`: If the items of a content model come without a processor, or an ID baseline meets another
             catalogue.
     """
     device = model.device
@@ -192,10 +192,10 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
     A whitened item map takes the statistics of this catalogue, trained or not: see [`WhitenedProjection`].
 
     Args:
-        model ([`TransRecModel`]): changed in place.
-        source ([`ItemSource`]): the items to sample from.
-        num_items (`int`, *optional*, defaults to 256): size of the sample for each modality.
-        seed (`int`, *optional*, defaults to 0): of the sample.
+        model ([`TransRecModel`]): Changed in place.
+        source ([`ItemSource`]): The items to sample from.
+        num_items (`int`, *optional*, defaults to 256): Size of the sample for each modality.
+        seed (`int`, *optional*, defaults to 0): Of the sample.
     """
     rng = np.random.default_rng(seed)
     for name in model.config.modalities:
@@ -254,9 +254,9 @@ def content_vectors(
     part of each tower scaled to length 1, and zero where an item lacks its modality.
 
     Args:
-        towers (`dict[str, str]`): folders or Hub ids, by the names of the table, e.g. `"text_model"`; at least one.
-        catalogue ([`Catalogue`]): the items.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to compute them.
+        towers (`dict[str, str]`): Folders or Hub ids, by the names of the table, e.g. `"text_model"`; at least one.
+        catalogue ([`Catalogue`]): The items.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute them.
         kwargs: further arguments of [`encode_catalogue`].
     """
     named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}

@@ -25,7 +25,7 @@ def token_budget(device: torch.device | str | None = None) -> int:
     Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy.
 
     Args:
-        device (`torch.device` or `str`, *optional*): where the tower runs; the accelerator of this machine, if it has
+        device (`torch.device` or `str`, *optional*): Where the tower runs; the accelerator of this machine, if it has
             one.
     """
     if device is None:

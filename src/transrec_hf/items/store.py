@@ -246,14 +246,14 @@ class ActivationStore:
     store, and one that is killed leaves nothing that could be read.
 
     Args:
-        folder (`str`): where the stores of all keys are.
-        model ([`TransRecModel`]): with at least one frozen block in each tower, see [`~TransRecModel.freeze_towers`].
-        source ([`ItemSource`]): the items.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the stored states.
+        folder (`str`): Where the stores of all keys are.
+        model ([`TransRecModel`]): With at least one frozen block in each tower, see [`~TransRecModel.freeze_towers`].
+        source ([`ItemSource`]): The items.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the stored states.
 
     Raises:
-        `ValueError`: if a tower has no frozen block, or cannot go on from states.
-        [`InputError`]: if a file of the store is damaged.
+        `ValueError`: If a tower has no frozen block, or cannot go on from states.
+        [`InputError`]: If a file of the store is damaged.
 
     Example:
 
@@ -334,9 +334,9 @@ class ActivationStore:
         Compute and write what is missing; a run that is stopped goes on where it was, within a minute's work.
 
         Args:
-            batch_size (`int`, *optional*, defaults to 128): items prepared at a time.
-            num_workers (`int`, *optional*, defaults to 0): processes that read, decode and tokenise.
-            accelerator (`Accelerator`, *optional*): its processes share the work.
+            batch_size (`int`, *optional*, defaults to 128): Items prepared at a time.
+            num_workers (`int`, *optional*, defaults to 0): Processes that read, decode and tokenise.
+            accelerator (`Accelerator`, *optional*): Its processes share the work.
         """
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         missing = self.missing_rows()

@@ -263,7 +263,7 @@ class TransRecConfig(PreTrainedConfig):
             Of a thin checkpoint, the checkpoints whose weights it does not hold again; `save_pretrained` writes it.
 
     Raises:
-        `StrictDataclassClassValidationError`: if the values contradict each other.
+        `StrictDataclassClassValidationError`: If the values contradict each other.
 
     Example:
 

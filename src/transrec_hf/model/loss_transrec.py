@@ -72,13 +72,13 @@ def in_batch_softmax(
     logQ correction of Yi et al. (RecSys 2019), as used by MoRec and PMMRec, at a fraction of the columns.
 
     Args:
-        states (`Tensor` of shape `(B, L, d)`): user states.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct candidate items.
-        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
-        slots (`Tensor` of shape `(B, L + 1)`): rows of the user's own items, `-1` for padding.
-        slot_counts (`Tensor` of shape `(U,)`): slots of the whole batch that hold each item.
-        log_popularity (`Tensor` of shape `(U,)`): log of each item's share of the training interactions.
-        mean (`Callable`, *optional*): how positions are averaged.
+        states (`Tensor` of shape `(B, L, d)`): User states.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of the distinct candidate items.
+        target_index (`Tensor` of shape `(B, L)`): Row of the next item, `-1` where there is none.
+        slots (`Tensor` of shape `(B, L + 1)`): Rows of the user's own items, `-1` for padding.
+        slot_counts (`Tensor` of shape `(U,)`): Slots of the whole batch that hold each item.
+        log_popularity (`Tensor` of shape `(U,)`): Log of each item's share of the training interactions.
+        mean (`Callable`, *optional*): How positions are averaged.
     """
     users, positions = (target_index >= 0).nonzero(as_tuple=True)
     target = target_index[users, positions].unsqueeze(-1)
@@ -96,9 +96,9 @@ def full_softmax(states: Tensor, item_embeds: Tensor, target_index: Tensor, mean
     Cross-entropy over the whole catalogue: \\( L = - mean_{ij} \log softmax_a(h_{ij} e_a)_{target} \\).
 
     Args:
-        states (`Tensor` of shape `(B, L, d)`): user states.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of every item of the catalogue.
-        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
+        states (`Tensor` of shape `(B, L, d)`): User states.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of every item of the catalogue.
+        target_index (`Tensor` of shape `(B, L)`): Row of the next item, `-1` where there is none.
     """
     users, positions = (target_index >= 0).nonzero(as_tuple=True)
     target = target_index[users, positions]
@@ -120,11 +120,11 @@ def sampled_softmax(
     negative that happens to be the target is left out.
 
     Args:
-        states (`Tensor` of shape `(B, L, d)`): user states.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
-        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
-        negative_index (`Tensor` of shape `(K,)`): rows of the sampled items.
-        log_popularity (`Tensor` of shape `(U,)`): log of the probability to be sampled.
+        states (`Tensor` of shape `(B, L, d)`): User states.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): Row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(K,)`): Rows of the sampled items.
+        log_popularity (`Tensor` of shape `(U,)`): Log of the probability to be sampled.
     """
     users, positions = (target_index >= 0).nonzero(as_tuple=True)
     states, target = states[users, positions], target_index[users, positions].unsqueeze(-1)
@@ -150,10 +150,10 @@ def cpc(
     $$ L = mean_{u,p} \log(1 + e^{-h_u e_p}) + mean_{u,n} \log(1 + e^{h_u e_n}) $$
 
     Args:
-        user_embeds (`Tensor` of shape `(B, d)`): state at each user's last position.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
-        target_index (`Tensor` of shape `(B, P)`): rows of the next items, `-1` for padding.
-        negative_index (`Tensor` of shape `(B, N)`): rows of the negatives, `-1` for padding.
+        user_embeds (`Tensor` of shape `(B, d)`): State at each user's last position.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, P)`): Rows of the next items, `-1` for padding.
+        negative_index (`Tensor` of shape `(B, N)`): Rows of the negatives, `-1` for padding.
     """
     positive = paired_scores(user_embeds, item_embeds[target_index.clamp(min=0)])
     negative = paired_scores(user_embeds, item_embeds[negative_index.clamp(min=0)])
@@ -173,10 +173,10 @@ def bce(
     $$ L = mean_{ij} \log(1 + e^{-h_{ij} e_{target}}) + mean_{ij,n} \log(1 + e^{h_{ij} e_n}) $$
 
     Args:
-        states (`Tensor` of shape `(B, L, d)`): user states.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
-        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
-        negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
+        states (`Tensor` of shape `(B, L, d)`): User states.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): Row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(B, L, N)`): Rows of the negatives of each position, `-1` for padding.
     """
     users, positions = (target_index >= 0).nonzero(as_tuple=True)
     states, negatives = states[users, positions], negative_index[users, positions]
@@ -199,10 +199,10 @@ def bpr(
     $$ L = - mean_{ij,n} \log \sigma(h_{ij} e_{target} - h_{ij} e_n) $$
 
     Args:
-        states (`Tensor` of shape `(B, L, d)`): user states.
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of the distinct items of the batch.
-        target_index (`Tensor` of shape `(B, L)`): row of the next item, `-1` where there is none.
-        negative_index (`Tensor` of shape `(B, L, N)`): rows of the negatives of each position, `-1` for padding.
+        states (`Tensor` of shape `(B, L, d)`): User states.
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of the distinct items of the batch.
+        target_index (`Tensor` of shape `(B, L)`): Row of the next item, `-1` where there is none.
+        negative_index (`Tensor` of shape `(B, L, N)`): Rows of the negatives of each position, `-1` for padding.
     """
     users, positions = (target_index >= 0).nonzero(as_tuple=True)
     states, negatives = states[users, positions], negative_index[users, positions]
@@ -279,10 +279,10 @@ class SharedItems:
     The distinct items of all ranks' batches, and who encodes them.
 
     Args:
-        num_items (`int`): distinct items of all ranks, `C`.
-        rows (`Tensor` of shape `(U,)`): which of them each of this rank's items is.
-        owned (`Tensor` of shape `(U,)`): boolean, the items whose vectors this rank gives to the others.
-        encoded (`Tensor` of shape `(U,)`): boolean, the items it has to encode: those, or one if there are none.
+        num_items (`int`): Distinct items of all ranks, `C`.
+        rows (`Tensor` of shape `(U,)`): Which of them each of this rank's items is.
+        owned (`Tensor` of shape `(U,)`): Boolean, the items whose vectors this rank gives to the others.
+        encoded (`Tensor` of shape `(U,)`): Boolean, the items it has to encode: those, or one if there are none.
     """
 
     num_items: int
@@ -297,7 +297,7 @@ def share_items(item_rows: Tensor) -> SharedItems:
     several ranks have goes to each of them in turn.
 
     Args:
-        item_rows (`Tensor` of shape `(U,)`): catalogue rows of this rank's distinct items.
+        item_rows (`Tensor` of shape `(U,)`): Catalogue rows of this rank's distinct items.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     sizes = item_rows.new_zeros(num_ranks)
@@ -323,8 +323,8 @@ def gather_items(item_embeds: Tensor, shared: SharedItems) -> Tensor:
     Vectors of the distinct items of all ranks, with gradients back to the rank that encoded them: `(C, d)`.
 
     Args:
-        item_embeds (`Tensor` of shape `(U, d)`): vectors of this rank's items; only those that it owns are read.
-        shared ([`SharedItems`]): see [`share_items`].
+        item_embeds (`Tensor` of shape `(U, d)`): Vectors of this rank's items; only those that it owns are read.
+        shared ([`SharedItems`]): See [`share_items`].
     """
     own = item_embeds.new_zeros(shared.num_items, item_embeds.shape[1])
     return SumAcrossRanks.apply(own.index_copy(0, shared.rows[shared.owned], item_embeds[shared.owned]))
@@ -335,9 +335,9 @@ def gather_counts(slot_counts: Tensor, log_popularity: Tensor, shared: SharedIte
     Slot counts summed over all ranks, and log popularities, of the distinct items of all ranks: both `(C,)`.
 
     Args:
-        slot_counts (`Tensor` of shape `(U,)`): slots of this rank that hold each of its items.
-        log_popularity (`Tensor` of shape `(U,)`): log popularity of each of them.
-        shared ([`SharedItems`]): see [`share_items`].
+        slot_counts (`Tensor` of shape `(U,)`): Slots of this rank that hold each of its items.
+        log_popularity (`Tensor` of shape `(U,)`): Log popularity of each of them.
+        shared ([`SharedItems`]): See [`share_items`].
     """
     counts = slot_counts.new_zeros(shared.num_items).index_copy(0, shared.rows, slot_counts)
     dist.all_reduce(counts)

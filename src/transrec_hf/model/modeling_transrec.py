@@ -72,9 +72,9 @@ class TransRecOutput(ModelOutput):
     Output of [`TransRecModel`].
 
     Args:
-        loss (`Tensor` of shape `(1,)`, *optional*): the objective, when targets were given.
-        item_embeds (`Tensor` of shape `(n_items, hidden_size)`): vectors of the batch's distinct items.
-        last_hidden_state (`Tensor` of shape `(n_users, length, hidden_size)`, *optional*): user states.
+        loss (`Tensor` of shape `(1,)`, *optional*): The objective, when targets were given.
+        item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Vectors of the batch's distinct items.
+        last_hidden_state (`Tensor` of shape `(n_users, length, hidden_size)`, *optional*): User states.
         hidden_states (`tuple[Tensor]`, *optional*): With `output_hidden_states`, the input of the user encoder's first
             layer and the output of each; the last one is `last_hidden_state`.
         attentions (`tuple[Tensor]`, *optional*): With `output_attentions` and eager attention, the weights of each
@@ -128,11 +128,11 @@ class TransRecModel(TransRecPreTrainedModel):
     A transferable sequential recommender (arXiv 2206.06190).
 
     Args:
-        config ([`TransRecConfig`]): with at least one modality; or `num_items` for the ID baseline.
-        towers (`PreTrainedModel`): loaded towers to use instead of fresh weights: `text_model`, `vision_model`.
+        config ([`TransRecConfig`]): With at least one modality; or `num_items` for the ID baseline.
+        towers (`PreTrainedModel`): Loaded towers to use instead of fresh weights: `text_model`, `vision_model`.
 
     Raises:
-        `ValueError`: if the configuration names no modality and no `num_items`.
+        `ValueError`: If the configuration names no modality and no `num_items`.
     """
 
     user_encoder_class: type[UserEncoder] | None = None
@@ -355,13 +355,13 @@ class TransRecModel(TransRecPreTrainedModel):
         objective `"masked"`, only that after the last item, which is the one that a hidden next item has.
 
         Args:
-            item_embeds (`Tensor` of shape `(n_items, hidden_size)`): item vectors.
-            history_index (`Tensor` of shape `(n_users, length)`): rows of `item_embeds`, oldest first, `-1` for the
+            item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Item vectors.
+            history_index (`Tensor` of shape `(n_users, length)`): Rows of `item_embeds`, oldest first, `-1` for the
                 padding on the right. `length` is at most `max_position_embeddings`.
-            present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): which modalities each item has.
-            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): when each item was chosen, in the unit of
+            present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Which modalities each item has.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): When each item was chosen, in the unit of
                 the data; read by models with `time_buckets` only.
-            hidden (`Tensor` of shape `(n_users, length)`, *optional*): boolean, items that are not to be seen; the
+            hidden (`Tensor` of shape `(n_users, length)`, *optional*): Boolean, items that are not to be seen; the
                 states are those at each position then.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
@@ -422,13 +422,13 @@ class TransRecModel(TransRecPreTrainedModel):
             items ([`ItemBatch`], *optional*): The batch's distinct items.
             target_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Row of the next item at each position, `-1` for none; `(n_users, num_positives)` for `"cpc"`.
-            negative_index (`Tensor`, *optional*): rows of drawn negatives, in the shape the objective asks for.
-            log_popularity (`Tensor` of shape `(n_items,)`, *optional*): log of each item's share of training data.
-            item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): vectors known already, for the items
+            negative_index (`Tensor`, *optional*): Rows of drawn negatives, in the shape the objective asks for.
+            log_popularity (`Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of training data.
+            item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): Vectors known already, for the items
                 whose contents are not in `items`.
-            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): see [`~TransRecModel.get_user_features`].
-            return_loss (`bool`, *optional*, defaults to `True`): compute the loss if there are targets.
-            output_hidden_states, output_attentions (`bool`, *optional*): record those of the user encoder.
+            timestamps (`Tensor` of shape `(n_users, length)`, *optional*): See [`~TransRecModel.get_user_features`].
+            return_loss (`bool`, *optional*, defaults to `True`): Compute the loss if there are targets.
+            output_hidden_states, output_attentions (`bool`, *optional*): Record those of the user encoder.
             inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
         """
         items = ItemBatch.from_inputs(**inputs) if items is None else items

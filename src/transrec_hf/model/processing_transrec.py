@@ -108,21 +108,21 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
     them.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text tower; `None` if the model has none.
-        image_processor (`BaseImageProcessor`, *optional*): of the vision tower; `None` if the model has none.
-        max_text_length (`int`, *optional*, defaults to 64): tokens after which a text is cut.
-        features_size (`int`, *optional*): width of the vectors that items come with; `None` if the model reads none.
-        feature_extractor (`FeatureExtractionMixin`, *optional*): of the audio tower; `None` if the model has none.
-        audio_seconds (`float`, *optional*, defaults to 10): length of a window of sound for towers that read any.
-        max_audio_windows (`int`, *optional*, defaults to 3): windows after which a sound is cut.
-        frame_image_processor (`BaseImageProcessor`, *optional*): of the video tower; `None` if the model has none.
-        num_frames (`int`, *optional*, defaults to 8): frames of a video that are read at most, evenly spaced.
-        num_codebooks (`int`, *optional*): codes that items come with; `None` if the model reads none.
-        codebook_size (`int`, *optional*, defaults to 256): values that a code can have.
-        modalities (`list[str]`, *optional*): written to and read from `processor_config.json`; leave it out.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the text tower; `None` if the model has none.
+        image_processor (`BaseImageProcessor`, *optional*): Of the vision tower; `None` if the model has none.
+        max_text_length (`int`, *optional*, defaults to 64): Tokens after which a text is cut.
+        features_size (`int`, *optional*): Width of the vectors that items come with; `None` if the model reads none.
+        feature_extractor (`FeatureExtractionMixin`, *optional*): Of the audio tower; `None` if the model has none.
+        audio_seconds (`float`, *optional*, defaults to 10): Length of a window of sound for towers that read any.
+        max_audio_windows (`int`, *optional*, defaults to 3): Windows after which a sound is cut.
+        frame_image_processor (`BaseImageProcessor`, *optional*): Of the video tower; `None` if the model has none.
+        num_frames (`int`, *optional*, defaults to 8): Frames of a video that are read at most, evenly spaced.
+        num_codebooks (`int`, *optional*): Codes that items come with; `None` if the model reads none.
+        codebook_size (`int`, *optional*, defaults to 256): Values that a code can have.
+        modalities (`list[str]`, *optional*): Written to and read from `processor_config.json`; leave it out.
 
     Raises:
-        `ValueError`: if there is nothing to prepare.
+        `ValueError`: If there is nothing to prepare.
     """
 
     def __init__(
@@ -228,13 +228,13 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         Prepare `n_items` items; an item without a modality has `None` in its place.
 
         Args:
-            text (`list[str | None]` or `str`, *optional*): text of each item.
-            images (`list[Image | None]` or `Image`, *optional*): image of each item.
-            features (`list` of `(features_size,)` vectors or `None`, *optional*): vector of each item.
-            audio (`list` of `(samples,)` arrays or `None`, *optional*): sound of each item, mono, at the rate of the
+            text (`list[str | None]` or `str`, *optional*): Text of each item.
+            images (`list[Image | None]` or `Image`, *optional*): Image of each item.
+            features (`list` of `(features_size,)` vectors or `None`, *optional*): Vector of each item.
+            audio (`list` of `(samples,)` arrays or `None`, *optional*): Sound of each item, mono, at the rate of the
                 feature extractor.
-            video (`list` of `list[Image]` or `None`, *optional*): frames of the video of each item.
-            codes (`list` of `(num_codebooks,)` integers or `None`, *optional*): codes of each item.
+            video (`list` of `list[Image]` or `None`, *optional*): Frames of the video of each item.
+            codes (`list` of `(num_codebooks,)` integers or `None`, *optional*): Codes of each item.
 
         Returns:
             `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
@@ -246,7 +246,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             `codes` `(n_codes, num_codebooks)` and `codes_index` `(n_codes,)`.
 
         Raises:
-            `ValueError`: if the lists differ in length, or an item has none of the modalities of this processor.
+            `ValueError`: If the lists differ in length, or an item has none of the modalities of this processor.
         """
         given: dict[str, list[Any]] = {
             "text": [text] if isinstance(text, str) else [] if text is None else list(text),

@@ -51,18 +51,18 @@ def push_dataset_to_hub(
     they identify people.
 
     Args:
-        catalogue ([`Catalogue`]): the items.
-        sequences ([`Sequences`]): whole sequences, one view for each user; not those of a split.
-        repo_id (`str`): id of the data set, made if there is none.
-        private (`bool`, *optional*): whether a new repository is private; the default of the account if not given.
-        token (`str` or `bool`, *optional*): the one to use instead of the one you are logged in with.
-        revision (`str`, *optional*): branch to push to, made if there is none.
-        license, language (`str`, *optional*): of the data, for the card.
-        commit_message (`str`, *optional*): what it says.
+        catalogue ([`Catalogue`]): The items.
+        sequences ([`Sequences`]): Whole sequences, one view for each user; not those of a split.
+        repo_id (`str`): Id of the data set, made if there is none.
+        private (`bool`, *optional*): Whether a new repository is private; the default of the account if not given.
+        token (`str` or `bool`, *optional*): The one to use instead of the one you are logged in with.
+        revision (`str`, *optional*): Branch to push to, made if there is none.
+        license, language (`str`, *optional*): Of the data, for the card.
+        commit_message (`str`, *optional*): What it says.
 
     Raises:
-        [`DataError`]: if there are no interactions, a user has several views, or an image cannot be read.
-        [`HubError`]: if the Hub cannot be reached or refuses.
+        [`DataError`]: If there are no interactions, a user has several views, or an image cannot be read.
+        [`HubError`]: If the Hub cannot be reached or refuses.
 
     Example:
 

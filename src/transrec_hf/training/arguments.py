@@ -62,42 +62,42 @@ class TransRecTrainingArguments(TrainingArguments):
     > it is better. What would do nothing is refused, see [`~TransRecTrainingArguments.check`].
 
     Args:
-        tower_learning_rate (`float`, *optional*, defaults to 1e-4): peak rate of the text and vision towers.
-        tower_weight_decay (`float`, *optional*, defaults to 0.0): decay of the towers.
-        projection_learning_rate (`float`, *optional*): peak rate of pooling, projections and fusion; `learning_rate`
+        tower_learning_rate (`float`, *optional*, defaults to 1e-4): Peak rate of the text and vision towers.
+        tower_weight_decay (`float`, *optional*, defaults to 0.0): Decay of the towers.
+        projection_learning_rate (`float`, *optional*): Peak rate of pooling, projections and fusion; `learning_rate`
             if not given.
-        projection_weight_decay (`float`, *optional*): their decay; `weight_decay` if not given.
-        trainable_blocks (`int`, *optional*): blocks at the top of each tower that are trained: 0 freezes the towers,
+        projection_weight_decay (`float`, *optional*): Their decay; `weight_decay` if not given.
+        trainable_blocks (`int`, *optional*): Blocks at the top of each tower that are trained: 0 freezes the towers,
             not giving it trains them whole. The paper trains 2.
-        tuning (`str`, *optional*): what is trained, beside projections, priors, scales and ID vectors, which always
+        tuning (`str`, *optional*): What is trained, beside projections, priors, scales and ID vectors, which always
             are: `"full"`, everything; `"top_k_blocks"`, `trainable_blocks` of each tower; `"frozen"`, no tower;
             `"lora"`, `"dora"`, `"ia3"` or `"ln_tuning"`, an adapter of PEFT on towers and user encoder;
             `"bottleneck"`, the adapters of Houlsby et al., see [`~TransRecModel.add_bottlenecks`]; `"side"`, networks
             beside frozen towers, which do not run at all with an `activation_store`, see [`~TransRecModel.add_side`];
             `"codes"`, the vectors of codes and nothing else, as VQ-Rec fine-tunes on a target. Adapters in towers
             learn at `tower_learning_rate`, for which 1e-3 is a good start.
-        adapter_size (`int`, *optional*): rank of `"lora"` and `"dora"`, 8 if not given, or width of `"bottleneck"`,
+        adapter_size (`int`, *optional*): Rank of `"lora"` and `"dora"`, 8 if not given, or width of `"bottleneck"`,
             32, or `"side"`, 64.
-        bottleneck_places (`str`, *optional*, defaults to `"houlsby"`): where `"bottleneck"` adapters are:
+        bottleneck_places (`str`, *optional*, defaults to `"houlsby"`): Where `"bottleneck"` adapters are:
             `"houlsby"`, after attention and feed-forward layers, or `"pfeiffer"`, after the latter.
-        bottleneck_parallel (`bool`, *optional*, defaults to `False`): they read what these layers read, and not what
+        bottleneck_parallel (`bool`, *optional*, defaults to `False`): They read what these layers read, and not what
             they say.
-        thin_checkpoints (`bool`, *optional*): leave out of checkpoints the weights that the model was made with and
+        thin_checkpoints (`bool`, *optional*): Leave out of checkpoints the weights that the model was made with and
             that have not changed, see [`~TransRecModel.save_pretrained`]: of all, the model at the end included; of
             none; or, if not given, of those of a run whose towers are frozen, in whole or in part, and not of the
             model at the end.
-        activation_store (`str`, *optional*): folder where the states of the frozen blocks are computed once per item
+        activation_store (`str`, *optional*): Folder where the states of the frozen blocks are computed once per item
             and kept, see [`ActivationStore`]; without it they are computed in every step.
-        item_chunk_size (`int`, *optional*): texts, and images, that are encoded at a time in a training step; their
+        item_chunk_size (`int`, *optional*): Texts, and images, that are encoded at a time in a training step; their
             activations are computed again for the gradients. Memory then depends on the chunk and not on the batch,
             for one more forward pass.
-        item_cache_age (`int`, *optional*): steps for which an item's vector is read again in histories, see
+        item_cache_age (`int`, *optional*): Steps for which an item's vector is read again in histories, see
             [`ItemCache`]. For the objective `"cpc"`, where items of a history are not targets as well.
-        modality_dropout (`float`, *optional*, defaults to 0.0): in training, probability with which one modality of an
+        modality_dropout (`float`, *optional*, defaults to 0.0): In training, probability with which one modality of an
             item that has several is hidden from a batch, so that each learns to do without the others.
-        max_eval_users (`int`, *optional*): users for whom validation during training ranks the catalogue, drawn once
+        max_eval_users (`int`, *optional*): Users for whom validation during training ranks the catalogue, drawn once
             at random; all if not given. Reports of the test targets always rank for all users.
-        early_stopping_patience (`int`, *optional*): evaluations without a better `metric_for_best_model` after which
+        early_stopping_patience (`int`, *optional*): Evaluations without a better `metric_for_best_model` after which
             training stops.
     """
 

@@ -45,13 +45,13 @@ class Counts:
     What is encoded together, as the mean over training steps.
 
     Args:
-        items (`float`): distinct items.
-        contents (`dict[str, float]`): by modality that the model reads, how many of those items have it.
-        units (`dict[str, float]`): by modality, what the cost of its tower is proportional to: tokens, with the
+        items (`float`): Distinct items.
+        contents (`dict[str, float]`): By modality that the model reads, how many of those items have it.
+        units (`dict[str, float]`): By modality, what the cost of its tower is proportional to: tokens, with the
             padding of their buckets, or contents.
-        at_once (`dict[str, float]`): by modality, the units of the largest pass.
-        users (`float`, *optional*): windows of users.
-        slots (`float`, *optional*): items in their histories, targets and negatives, repeats included.
+        at_once (`dict[str, float]`): By modality, the units of the largest pass.
+        users (`float`, *optional*): Windows of users.
+        slots (`float`, *optional*): Items in their histories, targets and negatives, repeats included.
     """
 
     items: float
@@ -103,12 +103,12 @@ class Costs:
     What the pieces of a run take.
 
     Args:
-        collate_seconds, user_seconds, user_flop, user_bytes (`float`): of a step, without the items' contents.
-        optimizer_seconds (`float`): of an update.
-        ranking_seconds (`float`): of all validation targets.
-        base_bytes (`float`): that are there before each step: weights, gradients, optimizer, and the process.
-        prepare_seconds (`float`, *optional*): to read and decode an item.
-        towers (`dict[str, TowerCost]`, *optional*): by modality.
+        collate_seconds, user_seconds, user_flop, user_bytes (`float`): Of a step, without the items' contents.
+        optimizer_seconds (`float`): Of an update.
+        ranking_seconds (`float`): Of all validation targets.
+        base_bytes (`float`): That are there before each step: weights, gradients, optimizer, and the process.
+        prepare_seconds (`float`, *optional*): To read and decode an item.
+        towers (`dict[str, TowerCost]`, *optional*): By modality.
     """
 
     collate_seconds: float
@@ -152,11 +152,11 @@ def simulate_steps(
     Draw batches of an epoch and count, without reading a text or an image.
 
     Args:
-        windows ([`TrainingWindows`]): of the run.
-        collator ([`DataCollatorForNextItem`]): of the run, but without a processor.
-        batch_size (`int`): windows in a batch.
-        units (`dict[str, np.ndarray]`): see [`ItemSource.units`].
-        max_batches (`int`, *optional*, defaults to 50): how many to draw.
+        windows ([`TrainingWindows`]): Of the run.
+        collator ([`DataCollatorForNextItem`]): Of the run, but without a processor.
+        batch_size (`int`): Windows in a batch.
+        units (`dict[str, np.ndarray]`): See [`ItemSource.units`].
+        max_batches (`int`, *optional*, defaults to 50): How many to draw.
 
     Returns:
         The means, and the windows of the batch that is nearest to them.
@@ -251,10 +251,10 @@ class Calibration:
     Times pieces of steps and evaluations of a model, which learns nothing of it.
 
     Args:
-        model ([`TransRecModel`]): on its device, frozen as it will be.
-        args ([`TransRecTrainingArguments`]): of the run.
-        source ([`ItemSource`]): the items.
-        seconds (`float`): that all pieces together should take, about.
+        model ([`TransRecModel`]): On its device, frozen as it will be.
+        args ([`TransRecTrainingArguments`]): Of the run.
+        source ([`ItemSource`]): The items.
+        seconds (`float`): That all pieces together should take, about.
     """
 
     def __init__(self, model: TransRecModel, args: TransRecTrainingArguments, source: ItemSource, seconds: float):

@@ -22,9 +22,9 @@ class TrainingWindows(torch.utils.data.Dataset):
     new negatives.
 
     Args:
-        sequences ([`Sequences`]): the training sequences.
-        max_history (`int`): items that the model reads.
-        num_targets (`int`, *optional*, defaults to 1): items after the last one read; see
+        sequences ([`Sequences`]): The training sequences.
+        max_history (`int`): Items that the model reads.
+        num_targets (`int`, *optional*, defaults to 1): Items after the last one read; see
             [`~TransRecConfig.num_targets`].
     """
 
@@ -53,8 +53,8 @@ def draw_negatives(
     Items drawn uniformly from the catalogue without each user's own.
 
     Args:
-        seen (`np.ndarray` of shape `(n_users, length)`): each user's own items, `-1` for padding.
-        num_negatives (`int`): items per user.
+        seen (`np.ndarray` of shape `(n_users, length)`): Each user's own items, `-1` for padding.
+        num_negatives (`int`): Items per user.
 
     Returns:
         `np.ndarray` of shape `(n_users, num_negatives)`; `-1` where `rounds` of drawing found none, as for a user who
@@ -98,11 +98,11 @@ class DataCollatorForNextItem:
     batch's users only, not on the global random state or the number of workers, so a resumed run draws the same ones.
 
     Args:
-        source ([`ItemSource`]): where items come from.
-        config ([`TransRecConfig`]): of the model; gives the objective and the history length `L`.
-        log_popularity (`np.ndarray` of shape `(len(source),)`): log of each item's share of the training data.
-        seed (`int`, *optional*, defaults to 0): of the negatives.
-        modality_dropout (`float`, *optional*, defaults to 0.0): probability with which one modality of an item that
+        source ([`ItemSource`]): Where items come from.
+        config ([`TransRecConfig`]): Of the model; gives the objective and the history length `L`.
+        log_popularity (`np.ndarray` of shape `(len(source),)`): Log of each item's share of the training data.
+        seed (`int`, *optional*, defaults to 0): Of the negatives.
+        modality_dropout (`float`, *optional*, defaults to 0.0): Probability with which one modality of an item that
             has several is hidden in a batch, see [`draw_hidden`]. Drawn as the negatives are, but from a stream of its
             own: these stay the same.
 

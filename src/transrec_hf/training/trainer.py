@@ -54,21 +54,21 @@ class TransRecTrainer(TrainerBase):
     Trains a [`TransRecModel`] on users' sequences and ranks the validation targets at each evaluation.
 
     Args:
-        model ([`TransRecModel`]): the model, or one with a PEFT adapter, of which that alone is trained and saved.
-        args ([`TransRecTrainingArguments`]): the arguments.
-        catalogue ([`Catalogue`]): the items.
-        split ([`Split`]): training sequences, and validation sequences whose last item is the target.
-        processing_class ([`TransRecProcessor`], *optional*): of the model; the ID baseline has none.
-        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): how targets are ranked.
-        model_init (`Callable`, *optional*): makes the model, anew for each trial of `hyperparameter_search`; then
+        model ([`TransRecModel`]): The model, or one with a PEFT adapter, of which that alone is trained and saved.
+        args ([`TransRecTrainingArguments`]): The arguments.
+        catalogue ([`Catalogue`]): The items.
+        split ([`Split`]): Training sequences, and validation sequences whose last item is the target.
+        processing_class ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): How targets are ranked.
+        model_init (`Callable`, *optional*): Makes the model, anew for each trial of `hyperparameter_search`; then
             `model` is `None`.
-        compute_metrics (`Callable`, *optional*): further metrics from an [`~transformers.EvalPrediction`] as
+        compute_metrics (`Callable`, *optional*): Further metrics from an [`~transformers.EvalPrediction`] as
             [`~TransRecTrainer.predict`] has it.
         kwargs: further arguments of [`~transformers.Trainer`], e.g. `callbacks`.
 
     Raises:
-        `TypeError`: if something is of another class, with what to do.
-        `ValueError`: if model, data and arguments do not fit each other.
+        `TypeError`: If something is of another class, with what to do.
+        `ValueError`: If model, data and arguments do not fit each other.
 
     Example:
     ```python
@@ -270,8 +270,8 @@ class TransRecTrainer(TrainerBase):
         is better, the model ends as it began.
 
         Raises:
-            `ValueError`: if there is no such checkpoint, or a run with these settings cannot go on from it.
-            [`NotFinite`]: at the first loss or gradient that is not finite.
+            `ValueError`: If there is no such checkpoint, or a run with these settings cannot go on from it.
+            [`NotFinite`]: At the first loss or gradient that is not finite.
         """
         has_own = type(self).evaluate is not TransRecTrainer.evaluate or self.compute_metrics is not None
         if self.args.eval_strategy != IntervalStrategy.NO and not has_own:
@@ -310,11 +310,11 @@ class TransRecTrainer(TrainerBase):
         Rank the last item of every sequence among the whole catalogue.
 
         Args:
-            eval_dataset ([`Sequences`] or `dict`, *optional*): histories that end with their target; if not given, the
+            eval_dataset ([`Sequences`] or `dict`, *optional*): Histories that end with their target; if not given, the
                 validation sequences, or as many of them as `args.max_eval_users` says. Of a `dict`, each by its name,
                 which is put before the names of its metrics.
             ignore_keys: not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): put before the name of each metric.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Put before the name of each metric.
         """
         sequences: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(sequences, str):
@@ -344,9 +344,9 @@ class TransRecTrainer(TrainerBase):
         What is recommended after the histories of sequences that end with a target.
 
         Args:
-            test_dataset ([`Sequences`]): the sequences.
+            test_dataset ([`Sequences`]): The sequences.
             ignore_keys: not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"test"`): put before the name of each metric.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): Put before the name of each metric.
 
         Returns:
             `PredictionOutput` of `predictions` `(n_users, 10)`, the catalogue rows of the items that are recommended,
@@ -388,16 +388,16 @@ class TransRecTrainer(TrainerBase):
         is rendered again if the model has been saved.
 
         Args:
-            sequences ([`Sequences`], *optional*): histories that end with their target; the test sequences if not
+            sequences ([`Sequences`], *optional*): Histories that end with their target; the test sequences if not
                 given.
-            split (`str`, *optional*, defaults to `"test"`): what to call them; the report is kept as `reports[split]`.
-            baselines (`bool`, *optional*, defaults to `True`): report what needs no training as well. The report
+            split (`str`, *optional*, defaults to `"test"`): What to call them; the report is kept as `reports[split]`.
+            baselines (`bool`, *optional*, defaults to `True`): Report what needs no training as well. The report
                 of another model, such as the ID baseline, may be added to `reports[split]["baselines"]`.
-            content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): for a baseline of content alone.
-            max_users (`int`, *optional*): rank for so many users, drawn at random by the seed of the run, not for all.
+            content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): For a baseline of content alone.
+            max_users (`int`, *optional*): Rank for so many users, drawn at random by the seed of the run, not for all.
 
         Returns:
-            `dict`: see [`RankingEvaluator.evaluate`].
+            `dict`: See [`RankingEvaluator.evaluate`].
         """
         sequences = self.split.test if sequences is None else sequences
         evaluator, ranking = self._ranking(sequences, baselines, max_users, content_vectors)
@@ -459,12 +459,12 @@ class TransRecTrainer(TrainerBase):
         is said here once is kept for the cards that follow.
 
         Args:
-            language, license (`str`, *optional*): of the model.
-            tags (`str` or `list[str]`, *optional*): besides those that every card has.
-            model_name (`str`, *optional*): name or Hub id of the model.
-            finetuned_from (`str`, *optional*): the checkpoint it was trained from; the one it was loaded from if not
+            language, license (`str`, *optional*): Of the model.
+            tags (`str` or `list[str]`, *optional*): Besides those that every card has.
+            model_name (`str`, *optional*): Name or Hub id of the model.
+            finetuned_from (`str`, *optional*): The checkpoint it was trained from; the one it was loaded from if not
                 given.
-            dataset_tags (`str` or `list[str]`, *optional*): id of the Hub data set of the training.
+            dataset_tags (`str` or `list[str]`, *optional*): Id of the Hub data set of the training.
             dataset, tasks, dataset_args: not used.
         """
         given = {
