@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import shlex
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results_table import OF_A_RUN, append_rows
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
@@ -38,7 +36,6 @@ from transrec_hf import (
     paired_bootstrap,
 )
 from transrec_hf.evaluation.metrics import metric_values
-from transrec_hf.publishing.results import describe_device
 from transrec_hf.training.ckd import BalancedTrainer
 
 
@@ -47,7 +44,7 @@ VARIANTS = ("joint", "dropout", "ckd", "dropout and ckd")
 METRICS = ("hit_rate@10", "ndcg@10")
 COLUMNS = (
     *("data", "variant", "shown", "metric", "value", "difference", "low", "high"),
-    *("users", "seeds", "command", "machine", "date"),
+    *("users", *OF_A_RUN),
 )
 
 
@@ -192,20 +189,8 @@ def main() -> None:
             rows.append(row)
             print(" ".join(row.values()))
     if options.results:
-        about = {
-            "data": Path(options.data).name,
-            "users": options.users,
-            "seeds": " ".join(map(str, options.seeds)),
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_device(torch.device("cpu"))["device"],
-            "date": datetime.date.today().isoformat(),
-        }
-        is_new = not Path(options.results).exists()
-        with open(options.results, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        about = {"data": Path(options.data).name, "users": options.users}
+        append_rows(options.results, COLUMNS, [row | about for row in rows], options.seeds)
         plot(options.results)
 
 

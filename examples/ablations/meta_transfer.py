@@ -14,10 +14,6 @@ The tower is frozen and its states stored. Sources and targets give a share of t
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import shlex
-import sys
 import tempfile
 from collections import defaultdict
 from functools import cache
@@ -26,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results_table import OF_A_RUN, append_rows
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
@@ -41,14 +38,13 @@ from transrec_hf import (
     paired_bootstrap,
 )
 from transrec_hf.evaluation.metrics import metric_values
-from transrec_hf.publishing.results import describe_device
 from transrec_hf.training.mixing import MixedTrainer
 
 
 METRICS = ("hit_rate@10", "ndcg@10")
 COLUMNS = (
     *("target", "strategy", "metric", "value", "difference", "low", "high", "cosine"),
-    *("seeds", "command", "machine", "date"),
+    *OF_A_RUN,
 )
 
 
@@ -175,18 +171,7 @@ def main() -> None:
             rows.append(row)
             print(" ".join(row.values()))
     if options.results:
-        about = {
-            "seeds": " ".join(map(str, options.seeds)),
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_device(torch.device("cpu"))["device"],
-            "date": datetime.date.today().isoformat(),
-        }
-        is_new = not Path(options.results).exists()
-        with open(options.results, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        append_rows(options.results, COLUMNS, rows, options.seeds)
 
 
 if __name__ == "__main__":

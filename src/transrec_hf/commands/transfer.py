@@ -168,9 +168,10 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
         catalogue, sequences = DataArguments(data=name).load()
         if args.modality:
             catalogue, sequences = of_modality(catalogue, sequences, args.modality)
+        counts = sequences.item_counts(len(catalogue))
         for source in sources.values():
             check_fits(source.model, catalogue)
-            check_no_source(source.name, name, catalogue, sequences.item_counts(len(catalogue)))
+            check_no_source(source.name, name, catalogue, counts)
         loaded[name] = catalogue, sequences
     cells = cells_of(list(loaded), list(sources), models, args.shares, args.draws)
     write_json(folder / "settings.json", settings_of(args))
