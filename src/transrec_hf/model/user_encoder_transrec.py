@@ -59,7 +59,7 @@ class Packing:
         """`(n_real, width)` to `(n_users, length, width)`, zero in the padding."""
         if self.rows is None:
             return packed * self.sequence_mask.unsqueeze(-1)
-        padded = packed.new_zeros(self.sequence_mask.numel(), packed.shape[1]).index_copy(0, self.rows, packed)
+        padded = packed.new_zeros(self.sequence_mask.numel(), packed.shape[1]).index_copy_(0, self.rows, packed)
         return padded.view(*self.sequence_mask.shape, packed.shape[1])
 
 
