@@ -292,7 +292,7 @@ class TransRecTrainer(TrainerBase):
             self.processing_class: Any = None  # or `Trainer` would align the special tokens of its tokenizer
         self.start = None
         try:
-            with self.alone():
+            with self.alone(), self.quiet():
                 result = super().train(resume_from_checkpoint, **kwargs)
             self.return_to_start()
             return result

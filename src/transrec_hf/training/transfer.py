@@ -138,12 +138,12 @@ def choose_start(
     values: dict[str, float] = {}
     for init in inits:
         model.load_state_dict(checkpoint)
-        start = start_from(model, init, seed)
+        start_from(model, init, seed)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(folder)
             trainer.train()
             values[init] = best_value(trainer)
-        logger.info("Short run from %s: %.4f", start, values[init])
+        logger.info("Short run from %s: %.4f on validation", init, values[init])
     model.load_state_dict(checkpoint)
     best = max(values, key=values.__getitem__)
     return replace(start_from(model, best, seed), values=values)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -30,6 +30,7 @@ from ..model.processing_transrec import TransRecProcessor
 from .arguments import TransRecTrainingArguments
 from .trainer import TransRecTrainer
 from .transfer import best_value, choose_start, start_from
+from .tuning import CostCallback
 
 
 logger = logging.get_logger(__name__)
@@ -212,6 +213,8 @@ class Target:
             processing_class=None if source is None else source.processor,
             protocol=self.protocol,
         )
+        for callback in (PrinterCallback, CostCallback):  # a line for each of many runs says nothing
+            trainer.remove_callback(callback)
         if source is not None:
             if source.name not in self.read:
                 trainer.fill_store()
