@@ -374,8 +374,9 @@ def test_they_are_published_and_read_again(tmp_path, source):
     assert len(load_catalogue(tmp_path / "items.csv").read(0)["video"]) == 2
 
 
-def test_the_graph_of_an_export_takes_any_number_of_videos_and_frames(source):
-    assert_graph_is_general(make_model(text_config=TEXT_TOWERS["bert"]()), source, "video")
+@pytest.mark.parametrize("name", ["vit", "videomae"])
+def test_the_graph_of_an_export_takes_any_number_of_videos_and_frames(source, name):
+    assert_graph_is_general(make_model(name, text_config=TEXT_TOWERS["bert"]()), source, "video")
 
 
 def test_the_demo_world_moves():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "M4A")
-MAX_RATE, MAX_CHANNELS = 768_000, 64
+AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AAC", "M4A")
+MIN_RATE, MAX_RATE, MAX_CHANNELS = 1000, 768_000, 64
+MAX_LEVEL = 100.0
+"""Of samples, where 1 is the loudest that files of whole numbers have."""
+MAX_JUMPS = 100_000
+"""From place to place in one file."""
 MAX_BROKEN = 100
 """Packets of a stream that may be damaged: as players do, they are left out."""
 PIECE = 2**14
@@ -42,10 +46,38 @@ def format_of(head: bytes) -> str | None:
         return {b"WAVE": "wav", b"AVI ": "avi"}.get(head[8:12])
     if head[4:8] == b"ftyp":
         return "mov"
+    if head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xF6 == 0xF0:
+        return "aac"
     if head[:3] == b"ID3" or (head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE0 == 0xE0):
         return "mp3"
     starts = {b"fLaC": "flac", b"OggS": "ogg", b"\x1a\x45\xdf\xa3": "matroska", b"GIF8": "gif"}
     return starts.get(head[:4])
+
+
+class _Bounded:
+    """
+    A file as a demuxer reads it, which opens nothing itself. Beyond its end there is nothing, whatever its header
+    says, and a file of millions of empty parts is given up.
+    """
+
+    def __init__(self, source: pa.Buffer | str):
+        self._file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else open(source, "rb")
+        self._size, self._jumps = self._file.seek(0, io.SEEK_END), 0
+        self._file.seek(0)
+        self.close = self._file.close
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size) if self._jumps < MAX_JUMPS else b""
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        self._jumps += 1
+        if self._jumps == MAX_JUMPS:
+            raise BadContent(f"damaged: it cannot be read without {MAX_JUMPS:,} jumps. Save it anew")
+        place += (0, self.tell(), self._size)[whence]
+        return self._file.seek(min(max(0, place), self._size)) if self._jumps < MAX_JUMPS else -1
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 @contextmanager
@@ -66,16 +98,15 @@ def opened(source: pa.Buffer | str, formats: tuple[str, ...]) -> Iterator[InputC
     except ImportError as error:
         raise DataError("sounds and moving pictures need PyAV: pip install 'transrec-hf[media]'") from error
     try:
-        # a file object in any case: the demuxer opens nothing itself
-        file: Any = io.BufferedReader(pa.BufferReader(source)) if isinstance(source, pa.Buffer) else open(source, "rb")
-        with file:
+        with closing(_Bounded(source)) as file:
             demuxer = format_of(file.read(16))
             if demuxer is None:
                 raise BadContent(f"not a file of a known format ({', '.join(formats)})")
             file.seek(0)
             # what a WAV file holds is in its header alone, and need not be found out
             options = {"probesize": "32"} if demuxer == "wav" else {}
-            with av.open(file, format=demuxer, options=options, metadata_errors="replace") as container:
+            readable: Any = file
+            with av.open(readable, format=demuxer, options=options, metadata_errors="replace") as container:
                 yield container
     except BadContent:
         raise
@@ -126,7 +157,7 @@ def decode_sound(
     wanted = round(sampling_rate * seconds)
     with opened(source, AUDIO_FORMATS) as container:
         stream = _stream(container)
-        length, samples = _seconds(stream), np.empty(0, dtype=np.float32)
+        length, samples = _seconds(container, stream), np.empty(0, dtype=np.float32)
         if windows > 1 and length > seconds:
             starts = window_starts(length, seconds / windows, windows, at)
             samples = _samples(container, stream, sampling_rate, wanted, starts, seconds / windows)
@@ -141,6 +172,8 @@ def decode_sound(
         )
     if not np.isfinite(samples).all():
         raise BadContent("some samples are NaN or infinite")
+    if (peak := np.abs(samples).max()) > MAX_LEVEL:
+        raise BadContent(f"samples of up to {peak:.0e}, where 1 is the loudest: save it with 16 bits a sample")
     return samples
 
 
@@ -199,19 +232,22 @@ def _stream(container: InputContainer) -> Any:
     if not container.streams.audio:
         raise BadContent("no sound in it: the file has no audio stream")
     stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise BadContent("its codec is not known: save it as WAV or FLAC")
     rate, channels = stream.rate or 0, stream.codec_context.channels
     if not (rate > 0 and channels > 0):
         raise BadContent("truncated or damaged file (no frame of sound can be found in it)")
-    if rate > MAX_RATE or channels > MAX_CHANNELS:
+    if not MIN_RATE <= rate <= MAX_RATE or channels > MAX_CHANNELS:
         raise BadContent(
-            f"{rate:,} samples a second in {channels} channels; up to {MAX_RATE:,} in {MAX_CHANNELS} are read"
+            f"{rate:,} samples a second in {channels} channels; {MIN_RATE:,} to {MAX_RATE:,} in up to {MAX_CHANNELS} "
+            "are read"
         )
     return stream
 
 
-def _seconds(stream: Any) -> float:
+def _seconds(container: InputContainer, stream: Any) -> float:
     """How long a stream is as its header says; 0 if it does not."""
-    return float(stream.duration * stream.time_base) if stream.duration else 0.0
+    return float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000)
 
 
 def _mono(frame: AudioFrame) -> np.ndarray:
@@ -229,14 +265,20 @@ def _resampled(sounds: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator
     """The pieces of a sound at another rate."""
     import av
 
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=wanted)
+    resampler, given, made = av.AudioResampler(format="flt", layout="mono", rate=wanted), np.empty(0), 0
     for samples in sounds:
+        given = samples
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="flt", layout="mono")
         frame.sample_rate = rate
         for part in resampler.resample(frame):
+            made += part.samples
             yield part.to_ndarray()[0]
     for part in resampler.resample(None):
+        made += part.samples
         yield part.to_ndarray()[0]
+    if len(given) and not made:  # it is shorter than the filter
+        places = np.arange(max(1, len(given) * wanted // rate)) * (rate / wanted)
+        yield np.interp(places, np.arange(len(given)), given).astype(np.float32)
 
 
 class Sounds(Files):
@@ -261,4 +303,4 @@ class Sounds(Files):
             self.read(row)
             return
         with opened(self._source(row), AUDIO_FORMATS) as container:
-            self._lengths[self._places[row]] = _seconds(_stream(container))
+            self._lengths[self._places[row]] = _seconds(container, _stream(container))

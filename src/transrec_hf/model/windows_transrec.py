@@ -53,7 +53,7 @@ def as_clips(windows: Tensor, real: Tensor, length: int) -> Tensor:
     """Windows `(n, windows, ...)`, of which those at `real` are, as as many of `length` each, taken evenly."""
     counts = real.sum(dim=1, keepdim=True)
     places = torch.arange(length, device=real.device) * counts // length
-    return windows[torch.arange(len(windows), device=real.device)[:, None], places]
+    return windows[torch.arange(windows.shape[0], device=real.device)[:, None], places]
 
 
 def run_windows(tower: PreTrainedModel, values: Tensor, shares: Tensor) -> tuple[Any, Tensor | None]:
