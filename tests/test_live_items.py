@@ -255,6 +255,10 @@ def test_an_index_says_whether_it_is_what_was_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr("transrec_hf.serving.index.MAX_CHECKED", 0)  # as of an index of a gigabyte
     with pytest.raises(DataError, match="have changed since"):
         LiveItems.open(tmp_path, SIZE).base.verify()
+    for broken in (b"", content[:100], content[:-1], b"no safetensors" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="cannot be used"):
+            LiveItems.open(tmp_path, SIZE)
 
 
 def test_vectors_are_mapped_and_not_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow.compute as pc
 import pytest
 import torch
 from testing_utils import make_catalogue, make_config, make_model, make_processor
@@ -145,6 +146,10 @@ def test_unknown_items_are_named_or_skipped(recommender: Recommender) -> None:
     assert ids(found[0]) == ids(recommender.recommend(["item-1"], 3))
     assert [user.skipped for user in found] == [["x"], ["y", "x"]]
     assert found[1].fallback == "popular"
+    chosen = recommender.recommend(
+        ["item-1"], 3, filter=["x", "item-7"], candidates={"item-7", "y"}, on_unknown="skip"
+    )
+    assert ids(chosen) == ["item-7"]
 
 
 # What is recommended
@@ -161,6 +166,7 @@ def test_filters_masks_ids_candidates_and_modalities(recommender: Recommender) -
     ]
     found = recommender.recommend([HISTORY, ["item-0"]], 12, candidates=[["item-0"], ["item-9", "item-2"]])
     assert [sorted(ids(user)) for user in found] == [["item-0"], ["item-2", "item-9"]]
+    assert ids(recommender.recommend(HISTORY, candidates=[["item-0"]])) == ["item-0"]
     assert recommender.recommend(HISTORY, filter="price > 100") == []
     assert recommender.recommend(HISTORY, filter="price < 6", candidates=["item-9"]) == []
     with_image = ids(recommender.recommend(HISTORY, 12, modality="image"))
@@ -204,6 +210,10 @@ def test_answers_become_tables(recommender: Recommender) -> None:
     assert table["user_id"].to_pylist() == ["anna", "anna", "ben", "ben"] and table["rank"].to_pylist() == [1, 2, 1, 2]
     assert found[0].to_pandas()["price"].tolist() == [int(item.item_id[5:]) for item in found[0]]
     assert found.to_dataset()["item_id"] == table["item_id"].to_pylist()
+    nothing = recommender.recommend(HISTORY, filter="price > 100").to_pandas()
+    assert nothing.columns.tolist() == table.column_names and nothing.empty
+    found[1][0].columns["rank"] = "of another kind"
+    assert found[1].to_arrow()["rank"].to_pylist() == [1, 2]
     assert found.versions == found[1].versions == recommender.versions
     assert found[0][0].columns["brand"] in "abc" and "text" not in found[0][0].columns
 
@@ -456,7 +466,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "unknown ids to filter": (lambda of: of.recommend(HISTORY, filter=["zz"]), "unknown item ids"),
     "a filter of no column": (lambda of: of.recommend(HISTORY, filter="colour == 'red'"), "names 'colour'"),
     "unknown candidates": (lambda of: of.recommend(HISTORY, candidates=["zz"]), "unknown item ids"),
-    "candidates of others": (lambda of: of.recommend([HISTORY], candidates=[[], []]), "2 lists of candidates for 1"),
+    "candidates of others": (lambda of: of.recommend(HISTORY, candidates=[[], []]), "2 lists of candidates for 1"),
     "a sound for a model of texts": (lambda of: of.recommend([{"audio": np.ones(9)}]), "shows audio, and this model"),
     "an unknown modality": (lambda of: of.recommend(HISTORY, modality="sound"), "modality is one of text, image"),
     "no content": (lambda of: of.recommend([{}]), "shows nothing"),
@@ -466,6 +476,25 @@ BAD: dict[str, tuple[Any, str]] = {
     "a path for an image": (lambda of: of.recommend([{"image": "/etc/passwd"}]), "give a PIL image"),
     "an image without end": (lambda of: of.recommend([PIL.Image.new("1", (9000, 9000))]), "bomb"),
     "vectors for a model of texts": (lambda of: of.recommend([np.ones(3)]), "shows features, and this model reads"),
+    "a set for a history": (lambda of: of.recommend({"item-1"}), "has no order"),
+    "half a character": (lambda of: of.recommend([{"text": "hat \ud800"}]), "half a character"),
+    "an image without pixels": (lambda of: of.recommend([PIL.Image.new("RGB", (0, 5))]), "0 x 5 pixels"),
+    "a number for a filter": (lambda of: of.recommend(HISTORY, filter=5), "a boolean for each item, or ids, got 5"),
+    "an expression of Arrow": (lambda of: of.recommend(HISTORY, filter=pc.field("price") < 3), "is an expression"),
+    "a function for a filter": (lambda of: of.popular(filter=len), "a boolean for each item, or ids"),
+    "a square mask": (lambda of: of.recommend(HISTORY, filter=np.ones((12, 12), bool)), "an item id is a string"),
+    "values of two kinds": (lambda of: of.recommend(HISTORY, filter="price in [1, 'a']"), "cannot be read.*'a'"),
+    "a text for candidates": (lambda of: of.recommend(HISTORY, candidates="item-1"), "candidates are a list of ids"),
+    "unknown ids to remove": (lambda of: of.remove_items(["zz"]), r"Add them, or leave them out\.$"),
+    "a name for a step": (lambda of: of.recommend(HISTORY, rerank="diversity"), "rerank is a step"),
+    "a number for a step": (lambda of: of.recommend(HISTORY, rerank=[3]), "rerank is a step"),
+    "a weight that is a text": (lambda of: maximal_marginal_relevance("much"), "between 0 and 1"),
+    "a weight without end": (lambda of: dampen_popularity(float("inf")), "finite number"),
+    "a time for all": (lambda of: of.recommend(HISTORY, timestamps=5), "one entry for each item"),
+    "times of one for several": (lambda of: of.recommend([HISTORY] * 2, timestamps=[1, 2]), "one entry for each"),
+    "times that are texts": (lambda of: of.recommend(HISTORY, timestamps=["a"] * 3), "a whole number"),
+    "times that are enormous": (lambda of: of.recommend(HISTORY, timestamps=[10**30] * 3), "of 64 bits"),
+    "no item to add": (lambda of: of.add_items([]), "there is nothing in it"),
     "no history to score by": (lambda of: of.score([], ["item-1"]), "nothing to score by"),
     "a text to score": (lambda of: of.score(HISTORY, "item-1"), "put it in brackets"),
     "a text to remove": (lambda of: of.remove_items("item-1"), "put it in brackets"),
@@ -491,7 +520,7 @@ def test_bad_input_is_named(recommender: Recommender, what: str) -> None:
 
 
 def test_timestamps_belong_to_items(recommender: Recommender) -> None:
-    with pytest.raises(ValueError, match="one entry for each item"):
+    with pytest.raises(DataError, match="one entry for each item"):
         recommender.recommend(HISTORY, timestamps=[1, 2])
     served = Recommender(
         make_model(user_encoder="hstu", time_buckets=8), ItemSource(make_catalogue(), make_processor())

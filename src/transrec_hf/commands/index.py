@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue, load_catalogue
-from ..errors import DataError, bad_input
+from ..errors import DataError, bad_input, shortened
 from ..items.codes import ItemQuantizer
 from ..publishing.checkpoint import check_place, read_config
 from ..serving.index import INDEX_NAME, ItemIndex
@@ -31,6 +31,8 @@ from .tables import as_ids, read_table
 
 logger = logging.get_logger(__name__)
 
+SHOWN = 60  # characters of a text in a table for people
+
 
 def open_recommender(
     checkpoint: str | None,
@@ -43,8 +45,6 @@ def open_recommender(
     if not checkpoint:
         raise DataError("no model: give the folder or Hub id of a TransRec model")
     check_place(checkpoint)
-    if items is None and index is not None and not has_index(index):
-        raise DataError(f"{index}: there is no item index here. Give --data or --items, and it is made.")
     if items is None and index is None and ItemIndex.from_pretrained(checkpoint) is None:
         raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     device = Accelerator(cpu=use_cpu).device
@@ -258,6 +258,7 @@ def similar(argv: Sequence[str] | None = None) -> Recommendations:
         print(json.dumps(ranked, indent=2))
         return found
     rows = [["", "item", "text", "cosine"]]
-    rows += [[f"{rank}.", item.item_id, item.text or "", f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
+    for rank, item in enumerate(found, 1):
+        rows.append([f"{rank}.", item.item_id, shortened(item.text or "", SHOWN), f"{item.score:.3f}"])
     print(format_table(rows, flush_left=3))
     return found

@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
-from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
+from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects, shortened
 from ..files import whole_file
 from ..serving.recommender import Recommender
 from ..serving.results import SCHEMA, Recommendations
-from .index import open_recommender
+from .index import SHOWN, open_recommender
 from .options import DataArguments, option
 from .parsing import parse_arguments
 from .reporting import format_table
@@ -189,7 +189,7 @@ def _known(histories: list[History], recommender: Recommender, args: Recommendat
         raise DataError(f"{args.histories}: {len(kept) - len(left)} empty histories. Add items, or --on_unknown skip.")
     if lost or len(left) < len(kept):
         logger.warning(
-            "%s unknown items were skipped; %s users are left without a history", len(lost), len(kept) - len(left)
+            "%s unknown items were skipped, and %s users left out who have no others", len(lost), len(kept) - len(left)
         )
     return left
 
@@ -251,7 +251,9 @@ def _print(history: History, found: Recommendations, recommender: Recommender) -
     snapshot, chosen = recommender.items, history.items[-3:]
     columns = snapshot.take_columns(snapshot.find(chosen)).to_pylist() if chosen else []
     rows = [["", "item", "text", "score"]]
-    rows += [["chosen", item_id, of.get("text") or "", ""] for item_id, of in zip(chosen, columns, strict=True)]
-    rows += [[f"{rank}.", item.item_id, item.text or "", f"{item.score:.3f}"] for rank, item in enumerate(found, 1)]
+    for item_id, of in zip(chosen, columns, strict=True):
+        rows.append(["chosen", item_id, shortened(of.get("text") or "", SHOWN), ""])
+    for rank, item in enumerate(found, 1):
+        rows.append([f"{rank}.", item.item_id, shortened(item.text or "", SHOWN), f"{item.score:.3f}"])
     said = " (no history: the popular items)" if found.fallback else ""
     print(f"\n{history.user}{said}\n{format_table(rows, flush_left=3)}")

@@ -41,7 +41,8 @@ def read_table(path: Path, separator: str = ",", encoding: str = "utf-8") -> pa.
             return _read_csv(path, separator, encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not {encoding} ({error.reason}). Give its encoding, e.g. --encoding latin-1."
+            f"{path}: not {encoding} ({error.reason}). Write it so, or tell `transrec prepare` its --encoding, e.g. "
+            "latin-1."
         ) from None
     except (pa.ArrowException, OSError, LookupError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
@@ -54,7 +55,10 @@ def _read_csv(path: Path, separator: str, encoding: str) -> pa.Table:
         for _ in file:  # Arrow would name neither the file nor the way out
             pass
     if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
-        raise DataError(f"{path}: one column, named {header[0]!r}. Give the separator: --separator {other!r}.")
+        raise DataError(
+            f"{path}: one column, named {header[0]!r}. Write {separator!r} between the cells, or "
+            f"tell `transrec prepare` the --separator {other!r}."
+        )
     ragged: dict[int, str] = {}
 
     def note(row: pa.csv.InvalidRow) -> str:

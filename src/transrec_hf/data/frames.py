@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +38,8 @@ def as_table(source: Any, name: str) -> pa.Table:
     else:
         columns = {}
     if not columns:
+        if isinstance(source, Sized) and not isinstance(source, (str, bytes)) and not len(source):
+            raise DataError(f"{name}: there is nothing in it. Give one row at least.")
         raise DataError(
             f"{name}: cannot read a {type(source).__name__}. Pass a file, a folder, an id of the Hub, a "
             "datasets.Dataset, a DataFrame, an Arrow table, a dictionary of columns or a list of dictionaries."

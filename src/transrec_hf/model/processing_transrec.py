@@ -39,7 +39,9 @@ class UnusableImage(ValueError):
 
 
 def check_image_size(width: int, height: int) -> None:
-    """Raise [`UnusableImage`] for an image that would need too much memory."""
+    """Raise [`UnusableImage`] for an image that would need too much memory, or has no pixel."""
+    if min(width, height) < 1:
+        raise UnusableImage(f"{width} x {height} pixels: there is none")
     if width * height > MAX_IMAGE_PIXELS:
         raise UnusableImage(f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
     if max(width, height) > MAX_ASPECT * min(width, height):

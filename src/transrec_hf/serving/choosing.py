@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,11 @@ POOL = (10, 100)  # items that are ordered anew: so many times as are wanted, at
 
 
 def allowed_rows(
-    snapshot: Snapshot, modalities: Sequence[str], chosen: Any = None, modality: str | None = None
+    snapshot: Snapshot,
+    modalities: Sequence[str],
+    chosen: Any = None,
+    modality: str | None = None,
+    skips: bool | None = None,
 ) -> Tensor | None:
     """
     The rows that may be recommended, `(n_rows,)`, bool; `None` if nothing restricts them.
@@ -31,6 +35,7 @@ def allowed_rows(
         modalities (`Sequence[str]`): Which the model reads.
         chosen (`str`, mask or ids, *optional*): An expression over columns, a boolean for each item, or ids.
         modality (`str`, *optional*): One that they have to show.
+        skips (`bool`, *optional*): What to do about unknown ids, see [`find_items`].
 
     Raises:
         [`DataError`]: If one of these is none.
@@ -39,7 +44,7 @@ def allowed_rows(
     if isinstance(chosen, str):
         allowed = snapshot.matching(chosen) & snapshot.offered
     elif chosen is not None:
-        allowed = among(snapshot, None, _chosen_rows(snapshot, chosen))
+        allowed = among(snapshot, None, _chosen_rows(snapshot, chosen, skips))
     if modality is None:
         return allowed
     if modality not in modalities:
@@ -50,14 +55,19 @@ def allowed_rows(
     return present[:, COLUMNS[modality]] & (snapshot.offered if allowed is None else allowed)
 
 
-def _chosen_rows(snapshot: Snapshot, chosen: Any) -> np.ndarray:
+def _chosen_rows(snapshot: Snapshot, chosen: Any, skips: bool | None) -> np.ndarray:
     """The rows of a mask or of ids."""
     if isinstance(chosen, Tensor):
-        chosen = chosen.cpu().numpy()
-    values = chosen if isinstance(chosen, np.ndarray) else list(chosen)
+        chosen = chosen.cpu()
+    if isinstance(chosen, (bytes, Mapping)) or not isinstance(chosen, Iterable):
+        raise DataError(
+            "a filter is an expression over columns, a boolean for each item, or ids, got "
+            f"{shortened(repr(chosen), 40)}"
+        )
+    values = np.asarray(chosen) if hasattr(chosen, "__array__") else list(chosen)
     is_mask = len(values) > 0 and all(isinstance(value, (bool, np.bool_)) for value in values)
     if not is_mask:
-        return find_items(snapshot, values)
+        return find_items(snapshot, values, skips)
     known = snapshot.known_rows
     if len(values) != len(known):
         raise DataError(f"the filter has {len(values):,} entries, and there are {len(known):,} items")
@@ -72,15 +82,16 @@ def among(snapshot: Snapshot, allowed: Tensor | None, rows: np.ndarray) -> Tenso
 
 
 def candidate_rows(
-    snapshot: Snapshot, candidates: Any, num_users: int, is_one: bool, skips: bool
+    snapshot: Snapshot, candidates: Any, num_users: int, skips: bool
 ) -> np.ndarray | list[np.ndarray] | None:
     """The rows of which to choose, for all users or for each. Raises [`DataError`]."""
     if candidates is None:
         return None
-    lists, is_shared = as_histories(candidates)
+    candidates = list(candidates) if isinstance(candidates, (set, frozenset)) else candidates
+    lists, is_shared = as_histories(candidates, "candidates are a list of ids")
     if is_shared:
         return find_items(snapshot, lists[0], skips)
-    if is_one or len(lists) != num_users:
+    if len(lists) != num_users:
         raise DataError(f"{len(lists)} lists of candidates for {num_users} users: give one for all, or one for each")
     return [find_items(snapshot, of_user, skips) for of_user in lists]
 

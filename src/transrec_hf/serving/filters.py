@@ -73,7 +73,7 @@ def parse_filter(expression: str, names: tuple[str, ...]) -> pc.Expression:
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        said = getattr(error, "msg", None) or type(error).__name__
+        said = getattr(error, "msg", None) or shortened(one_line(error), 200)
         raise DataError(f"the filter {shortened(expression)!r} cannot be read ({said}). {MEND}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from .raw import HOW, is_id
 from .snapshot import Snapshot
 
 
-MEND = "Add them, leave them out, or skip them: on_unknown='skip'."
+MENDS = {None: "Add them, or leave them out.", False: "Add them, leave them out, or skip them: on_unknown='skip'."}
 
 
 @dataclass
@@ -39,18 +40,18 @@ class History:
         return [row for row in self.rows if row >= 0]
 
 
-def as_histories(given: Any) -> tuple[list[list[Any]], bool]:
+def as_histories(given: Any, what: str = "a history is a list of items, oldest first") -> tuple[list[list[Any]], bool]:
     """
     The histories of several users, and whether it was that of one. A list whose elements are lists, or arrays of ids,
     is of several; any other list is of one.
 
     Raises:
-        [`DataError`]: If it is none of both.
+        [`DataError`]: If it is none of both; the message begins with `what`.
     """
+    if isinstance(given, (set, frozenset)):
+        raise DataError(f"{what}, got a set, which has no order: make it a list")
     if isinstance(given, (str, bytes, int, dict, PIL.Image.Image, Tensor)) or not isinstance(given, Iterable):
-        raise DataError(
-            f"a history is a list of items, oldest first, got {shortened(repr(given), 40)}: put it in brackets"
-        )
+        raise DataError(f"{what}, got {shortened(repr(given), 40)}: put it in brackets")
     if is_ids(given):
         return [list(given)], True
     elements = list(given)
@@ -81,8 +82,8 @@ def check_on_unknown(on_unknown: str) -> bool:
     return on_unknown == "skip"
 
 
-def find_items(snapshot: Snapshot, item_ids: Iterable[Any], skips: bool = False) -> np.ndarray:
-    """Rows of ids `(n,)`; of unknown ones none if that is wanted. Raises [`DataError`]."""
+def find_items(snapshot: Snapshot, item_ids: Iterable[Any], skips: bool | None = None) -> np.ndarray:
+    """Rows of ids `(n,)`; of unknown ones none if that is wanted (`None`: cannot be). Raises [`DataError`]."""
     if isinstance(item_ids, (str, bytes)) or not isinstance(item_ids, Iterable):
         raise DataError(f"item ids are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
     ids = []
@@ -92,7 +93,7 @@ def find_items(snapshot: Snapshot, item_ids: Iterable[Any], skips: bool = False)
         ids.append(str(item_id))
     rows = snapshot.find(ids)
     if not skips and (rows < 0).any():
-        raise UnknownItems([ids[i] for i in np.flatnonzero(rows < 0)], MEND)
+        raise UnknownItems([ids[i] for i in np.flatnonzero(rows < 0)], MENDS[skips])
     return rows[rows >= 0]
 
 
@@ -126,15 +127,19 @@ def read_histories(
             history.places.append(place)
         read.append(history)
     if not skips and (unknown := [item_id for history in read for item_id in history.skipped]):
-        raise UnknownItems(unknown, MEND)
+        raise UnknownItems(unknown, MENDS[False])
     return read, raw
 
 
 def read_times(timestamps: Any, histories: list[list[Any]], is_one: bool) -> list[list[int]] | None:
-    """When each item of each history was chosen. Raises `ValueError`."""
+    """When each item of each history was chosen. Raises [`DataError`]."""
     if timestamps is None:
         return None
-    times = [list(timestamps)] if is_one else [list(user) for user in timestamps]
+    try:
+        users = [timestamps] if is_one else timestamps
+        times = [np.array([operator.index(time) for time in of], dtype=np.int64).tolist() for of in users]
+    except (TypeError, OverflowError):
+        times = []
     if [len(user) for user in times] != [len(history) for history in histories]:
-        raise ValueError("timestamps must have one entry for each item of each history")
+        raise DataError("timestamps must have one entry for each item of each history, a whole number of 64 bits")
     return times

@@ -262,7 +262,7 @@ class ItemIndex:
                 raise ValueError("its ids are not a list of strings")
             parts = (tensors["item_embeds"], tensors.get("item_modalities"))
             return cls(np.array(ids), *parts, *hashes, index_format, state=state)
-        except (LookupError, RecursionError, TypeError, ValueError, pa.ArrowException) as error:
+        except (LookupError, RecursionError, SafetensorError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{pretrained_model_name_or_path}: {INDEX_NAME} cannot be used ({one_line(error)})"
             ) from error

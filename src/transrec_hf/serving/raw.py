@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..data.clips import decode_clip
-from ..data.images import IMAGE_FORMATS
+from ..data.images import decode_image
 from ..data.sounds import decode_sound
 from ..errors import BadContent, DataError, one_line, shortened
 from ..items.encoding import packed_linears
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
-from ..model.processing_transrec import TransRecProcessor, check_image_size, to_rgb
+from ..model.processing_transrec import TransRecProcessor, to_rgb
 
 
 BATCH = 64  # items that are encoded at a time
@@ -74,19 +73,20 @@ def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
 def _text(text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"the text of a raw item is {shortened(repr(text))}: give a string that is not blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text of a raw item holds half a character ({shortened(error)})") from error
     return text
 
 
 def _image(image: Any) -> PIL.Image.Image:
+    if not isinstance(image, (bytes, bytearray, memoryview, PIL.Image.Image)):
+        raise DataError(f"the image of a raw item is {type(image).__name__}: give a PIL image or its bytes")
     try:
-        if isinstance(image, (bytes, bytearray, memoryview)):
-            image = PIL.Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
-        if not isinstance(image, PIL.Image.Image):
-            raise DataError(f"the image of a raw item is {type(image).__name__}: give a PIL image or its bytes")
-        check_image_size(*image.size)
-        return to_rgb(image)
-    except DataError:
-        raise
+        decoded = to_rgb(image) if isinstance(image, PIL.Image.Image) else decode_image(pa.py_buffer(image))
+        assert decoded is not None
+        return decoded
     except Exception as error:  # whatever decoders raise
         raise DataError(f"the image of a raw item cannot be read ({shortened(one_line(error), 200)})") from error
 

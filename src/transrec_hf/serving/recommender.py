@@ -29,7 +29,7 @@ from .index import FORMAT, INDEX_NAME, ItemIndex, read_encoder_hash
 from .light import load_without_towers
 from .live import LiveItems
 from .raw import is_id
-from .rerank import Step
+from .rerank import Step, as_steps
 from .results import Recommendations, UserRecommendations, Versions
 from .search import search
 from .served import ServedItems
@@ -100,6 +100,8 @@ class Recommender(ServedItems, PushToHubMixin):
             [`HubError`]: If the checkpoint cannot be had, or a file of it is damaged.
             [`DataError`]: If the items are not given and not in the checkpoint, or have defects.
         """
+        if index is not None and items is None and not has_index(index):
+            raise DataError(f"{index}: there is no item index here. Give the items, and it is made.")
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
         with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
@@ -183,8 +185,8 @@ class Recommender(ServedItems, PushToHubMixin):
             candidates (`list[str]` or `list[list[str]]`, *optional*): Ids of which to choose, for all users or for
                 each.
             modality (`str`, *optional*): Recommend only items that show it, e.g. `"image"`.
-            on_unknown (`"raise"` or `"skip"`, *optional*): What to do about unknown ids in histories and candidates;
-                the answer names those of a history that were skipped.
+            on_unknown (`"raise"` or `"skip"`, *optional*): What to do about unknown ids in histories, candidates
+                and filters; the answer names those of a history that were skipped.
             rerank (`Callable` or list of them, *optional*): Steps that order the best items anew, e.g.
                 [`maximal_marginal_relevance`] and [`cap_per_attribute`].
             explain (`bool`, *optional*, defaults to `False`): Tell which items of the history, and which modality,
@@ -197,7 +199,7 @@ class Recommender(ServedItems, PushToHubMixin):
 
         Raises:
             [`UnknownItems`]: For ids that are not in the catalogue.
-            [`DataError`]: If a history, `k` or a filter is none, or scores are not finite.
+            [`DataError`]: If a history, `k`, a filter or timestamps are none, or scores are not finite.
             `ValueError`: If the model needs the timestamps of all its items.
         """
         k, skips = check_k(k), check_on_unknown(on_unknown)
@@ -206,11 +208,11 @@ class Recommender(ServedItems, PushToHubMixin):
         times = read_times(timestamps, given, is_one)
         read, raw = read_histories(given, snapshot, skips)
         vectors, present = self._encode_raw(raw)
-        allowed = allowed_rows(snapshot, self.model.config.modalities, filter, modality)
-        chosen = candidate_rows(snapshot, candidates, len(read), is_one, skips)
+        allowed = allowed_rows(snapshot, self.model.config.modalities, filter, modality, skips)
+        chosen = candidate_rows(snapshot, candidates, len(read), skips)
         if isinstance(chosen, np.ndarray):
             allowed, chosen = among(snapshot, allowed, chosen), None
-        steps: Sequence[Step] = [] if rerank is None else [rerank] if callable(rerank) else list(rerank)
+        steps = as_steps(rerank)
         wanted = max(POOL[0] * k, POOL[1]) if steps else k
         contents = self._contents(raw) if explain else None
         answers: dict[int, Recommendations] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..errors import DataError
+from ..errors import DataError, shortened
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ Step = Callable[[Pool, int], np.ndarray]
 """From a pool and how many are wanted to places in the pool, in the new order."""
 
 
+def as_steps(rerank: Any) -> list[Step]:
+    """None, one or several steps as a list. Raises [`DataError`]."""
+    steps = [] if rerank is None else [rerank] if callable(rerank) else rerank
+    if not isinstance(steps, (list, tuple)) or not all(map(callable, steps)):
+        raise DataError(
+            "rerank is a step such as maximal_marginal_relevance(0.3), or a list of them, got "
+            f"{shortened(repr(rerank), 40)}"
+        )
+    return list(steps)
+
+
 def maximal_marginal_relevance(weight: float = 0.3) -> Step:
     """
     Diversity (Carbonell and Goldstein, 1998): the next item is the one with the best
@@ -42,7 +56,7 @@ def maximal_marginal_relevance(weight: float = 0.3) -> Step:
     Args:
         weight (`float`, *optional*, defaults to 0.3): From 0, the order of the scores, to 1.
     """
-    if not 0 <= weight <= 1:
+    if not isinstance(weight, numbers.Real) or not 0 <= weight <= 1:
         raise DataError(f"the weight of diversity is between 0 and 1, got {weight!r}")
 
     def step(pool: Pool, k: int) -> np.ndarray:
@@ -70,7 +84,7 @@ def cap_per_attribute(column: str, most: int = 2) -> Step:
         column (`str`): Name of the column.
         most (`int`, *optional*, defaults to 2): Items of one value.
     """
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+    if isinstance(most, bool) or not isinstance(most, numbers.Integral) or most < 1:
         raise DataError(f"the most items of one {column!r} are a whole number from 1 on, got {most!r}")
 
     def step(pool: Pool, k: int) -> np.ndarray:
@@ -95,6 +109,8 @@ def dampen_popularity(weight: float = 0.5) -> Step:
     Args:
         weight (`float`, *optional*, defaults to 0.5): In the unit of scores.
     """
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise DataError(f"the weight of popularity is a finite number, got {weight!r}")
 
     def step(pool: Pool, k: int) -> np.ndarray:
         if pool.counts is None:

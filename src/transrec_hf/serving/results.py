@@ -97,8 +97,13 @@ class Recommendations(list[Recommendation]):
         ]
 
     def to_arrow(self) -> pa.Table:
-        """One row an item, with its text and columns."""
-        return pa.Table.from_pylist([{**row, **_details(item)} for row, item in zip(self.rows(), self, strict=True)])
+        """One row an item: user_id, item_id, rank, score, its text, and its columns of other names than these."""
+        table = pa.Table.from_pylist(self.rows(), SCHEMA)
+        details = pa.Table.from_pylist([{"text": item.text, **item.columns} for item in self])
+        for name in details.column_names:
+            if name not in SCHEMA.names:
+                table = table.append_column(name, details[name])
+        return table
 
     def to_dataset(self) -> datasets.Dataset:
         """As [`~Recommendations.to_arrow`], as a data set."""
@@ -137,7 +142,3 @@ class UserRecommendations(list[Recommendations]):
     def to_pandas(self, user_ids: Iterable[str] | None = None) -> pd.DataFrame:
         """As [`~UserRecommendations.to_arrow`], as a DataFrame."""
         return self.to_arrow(user_ids).to_pandas()
-
-
-def _details(item: Recommendation) -> dict[str, Any]:
-    return {"text": item.text, **item.columns}
