@@ -170,6 +170,35 @@ def test_a_video_that_cannot_be_used_is_named_with_row_and_mend(clip, reason):
         clips_of(mp4(pictures(2)), clip).check_contents()
 
 
+def test_of_a_damaged_video_the_frames_that_are_left_are_read():
+    """Checked, it is refused; read nevertheless, it is shown as far as it goes."""
+    clip = mp4([frame.resize((64, 48)) for frame in pictures()] * 60, codec="libx264")
+    start, size = 10_000, 20_000  # of about 36,000 before the index
+    broken = clip[:start] + bytes(size) + clip[start + size :]
+    gif = animated(pictures())
+    for clip, expected in ((broken, [2, 2]), (gif[: len(gif) * 3 // 4], [0, 1, 3])):
+        catalogue = clips_of(clip)
+        with pytest.raises(DataError, match="unusable video.*row 1.*damaged"):
+            catalogue.check_contents()
+        assert lightness(catalogue.read(0, num_frames=5, at=0.1)["video"])[: len(expected)] == expected
+
+
+def test_a_clock_that_starts_late_is_followed():
+    late = mp4(pictures(), [3_600_000 + 100 * place for place in range(10)], container="matroska")
+    assert lightness(clips_of(late).read(0, num_frames=5)["video"]) == [1, 3, 5, 7, 9]
+
+
+def test_an_image_of_large_frames_is_decoded_in_bounded_time():
+    started = time.perf_counter()
+    frames = [Image.new("P", (6000, 4000), shade) for shade in range(0, 200, 4)]
+    assert len(clips_of(animated(frames)).read(0, num_frames=8)["video"]) == 8
+    absurd = bytearray(animated(pictures()))
+    absurd[6:10] = struct.pack("<HH", 65535, 65535)
+    with pytest.raises(DataError, match="decompression bomb"):
+        clips_of(bytes(absurd))
+    assert time.perf_counter() - started < 30
+
+
 def test_a_video_without_pictures_is_refused():
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import PIL.Image
 import pyarrow as pa
 
 from ..errors import BadContent, shortened
-from ..model.processing_transrec import UnusableImage, check_image_size, to_rgb
+from ..model.processing_transrec import MAX_IMAGE_PIXELS, UnusableImage, check_image_size, to_rgb
 from .images import decode_image
 from .media import Files
-from .sounds import frames_of, opened
+from .sounds import frames_of, opened, seconds_of
 
 
 if TYPE_CHECKING:
@@ -28,9 +29,12 @@ FRAME_PIXELS = 500_000
 """Of a frame; larger ones are shrunk, lest those of a batch fill the memory."""
 MAX_DECODED = 600
 """Frames that are decoded to reach one: further from the last key frame, a nearer one is taken."""
+MAX_ANIMATED = 500_000_000
+"""Pixels of the frames of an animated image, each of which needs those before it, that are decoded."""
 MAX_KEPT = 64
 """Frames at the beginning of a video that does not say how long it is, of which some are taken."""
 CHECKED_FRAMES = 2
+"""Of a video that are decoded when it is checked, the last one near its end."""
 
 
 def evenly(count: int, wanted: int, at: float = 0.5) -> list[int]:
@@ -39,28 +43,32 @@ def evenly(count: int, wanted: int, at: float = 0.5) -> list[int]:
     return [min(count - 1, int((part + at) * count / wanted)) for part in range(wanted)]
 
 
-def decode_clip(source: pa.Buffer | str, num_frames: int = 8, at: float = 0.5) -> list[PIL.Image.Image]:
+def decode_clip(
+    source: pa.Buffer | str, num_frames: int = 8, at: float = 0.5, is_check: bool = False
+) -> list[PIL.Image.Image]:
     """
-    Frames of a moving picture, evenly spaced in time; fewer if it has fewer. No more of the file is decoded than is
-    needed to reach them.
+    Frames of a moving picture, evenly spaced in time; fewer if it has fewer, or some are damaged. No more of the file
+    is decoded than is needed to reach them.
 
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
         num_frames (`int`, *optional*, defaults to 8): Frames.
         at (`float`, *optional*, defaults to 0.5): Where in its part of the time each frame is, from 0 to 1.
+        is_check (`bool`, *optional*, defaults to `False`): None of them may be damaged.
 
     Raises:
         [`BadContent`]: If it cannot be used.
     """
-    if (frames := _animated(source, num_frames, at)) is not None:
+    if (frames := _animated(source, num_frames, at, is_check)) is not None:
         return frames
     with opened(source, VIDEO_FORMATS) as container:
-        stream = _stream(container)
-        length = stream.duration * stream.time_base if stream.duration else 0
-        length = float(length or (container.duration or 0) / 1_000_000)
+        stream, chosen = _stream(container), []
+        length = seconds_of(container, stream)
         if length and not 0 < stream.frames <= num_frames:
-            chosen = _at_times(container, stream, length, num_frames, at)
-        else:
+            chosen = _at_times(container, stream, length, num_frames, at, is_check)
+        if not chosen:  # it does not say how long it is, or not the truth
+            with suppress(OSError):
+                container.seek(0)
             found = list(islice(frames_of(container, stream), MAX_KEPT))
             chosen = [found[place] for place in evenly(len(found), num_frames, at)]
         if not chosen:
@@ -68,18 +76,23 @@ def decode_clip(source: pa.Buffer | str, num_frames: int = 8, at: float = 0.5) -
         return [_image(frame) for frame in chosen]
 
 
-def _at_times(container: InputContainer, stream: Any, length: float, num_frames: int, at: float) -> list[VideoFrame]:
+def _at_times(
+    container: InputContainer, stream: Any, length: float, num_frames: int, at: float, is_check: bool
+) -> list[VideoFrame]:
     """The frames that are seen at one time in each of so many parts of a video, `length` seconds long; each once."""
     first = float((stream.start_time or 0) * stream.time_base)
     chosen: dict[int | None, VideoFrame] = {}
     for part in range(num_frames):
-        time = first + length * (part + at) / num_frames
-        container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
-        seen = None
-        for frame in islice(frames_of(container, stream), MAX_DECODED):
-            if seen is not None and frame.time is not None and frame.time > time:
-                break
-            seen = frame
+        time, seen = first + length * (part + at) / num_frames, None
+        try:
+            container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
+            for frame in islice(frames_of(container, stream), MAX_DECODED):
+                if seen is not None and frame.time is not None and frame.time > time:
+                    break
+                seen = frame
+        except (BadContent, OSError):
+            if is_check:
+                raise
         if seen is not None:
             chosen[seen.pts] = seen
     return list(chosen.values())
@@ -104,24 +117,31 @@ def _image(frame: VideoFrame) -> PIL.Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
-def _animated(source: pa.Buffer | str, num_frames: int, at: float = 0.5) -> list[PIL.Image.Image] | None:
+def _animated(
+    source: pa.Buffer | str, num_frames: int, at: float = 0.5, is_check: bool = True
+) -> list[PIL.Image.Image] | None:
     """As many frames of an image, animated or not; `None` if it is none."""
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
     try:
         image = PIL.Image.open(file, formats=ANIMATED)
+    except PIL.Image.DecompressionBombError as error:
+        raise BadContent(f"more than {MAX_IMAGE_PIXELS} pixels (decompression bomb? {error})") from error
     except Exception:  # whatever decoders raise: another one will say what is wrong
         return None
     frames = []
     try:
         with image:
             check_image_size(*image.size)
-            for place in evenly(min(getattr(image, "n_frames", 1), MAX_DECODED), num_frames, at):
+            reached = min(MAX_DECODED, max(1, MAX_ANIMATED // (image.width * image.height)))
+            for place in evenly(min(getattr(image, "n_frames", 1), reached), num_frames, at):
                 image.seek(place)
                 frames.append(shrunk(to_rgb(image)))
     except UnusableImage as error:
         raise BadContent(str(error)) from error
     except Exception as error:
-        raise BadContent(f"truncated or damaged image ({type(error).__name__}: {shortened(error, 200)})") from error
+        if is_check or not frames:
+            reason = f"{type(error).__name__}: {shortened(error, 200)}"
+            raise BadContent(f"truncated or damaged image ({reason})") from error
     return frames
 
 
@@ -163,7 +183,7 @@ class Clips(Files):
             return
         source = self._source(row)
         if full:
-            decode_clip(source, CHECKED_FRAMES)
+            decode_clip(source, CHECKED_FRAMES, 0.98, is_check=True)
         elif _animated(source, 0) is None:
             with opened(source, VIDEO_FORMATS) as container:
                 _stream(container)

@@ -157,7 +157,7 @@ def decode_sound(
     wanted = round(sampling_rate * seconds)
     with opened(source, AUDIO_FORMATS) as container:
         stream = _stream(container)
-        length, samples = _seconds(container, stream), np.empty(0, dtype=np.float32)
+        length, samples = seconds_of(container, stream), np.empty(0, dtype=np.float32)
         if windows > 1 and length > seconds:
             starts = window_starts(length, seconds / windows, windows, at)
             samples = _samples(container, stream, sampling_rate, wanted, starts, seconds / windows)
@@ -245,9 +245,12 @@ def _stream(container: InputContainer) -> Any:
     return stream
 
 
-def _seconds(container: InputContainer, stream: Any) -> float:
+def seconds_of(container: InputContainer, stream: Any) -> float:
     """How long a stream is as its header says; 0 if it does not."""
-    return float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    first = float((stream.start_time or 0) * stream.time_base)
+    return max(0.0, (container.duration or 0) / 1_000_000 - max(0.0, first))  # of Matroska, whose clock starts at 0
 
 
 def _mono(frame: AudioFrame) -> np.ndarray:
@@ -303,4 +306,4 @@ class Sounds(Files):
             self.read(row)
             return
         with opened(self._source(row), AUDIO_FORMATS) as container:
-            self._lengths[self._places[row]] = _seconds(container, _stream(container))
+            self._lengths[self._places[row]] = seconds_of(container, _stream(container))
