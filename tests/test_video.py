@@ -178,7 +178,7 @@ def test_of_a_damaged_video_the_frames_that_are_left_are_read():
     gif = animated(pictures())
     for clip, expected in ((broken, [2, 2]), (gif[: len(gif) * 3 // 4], [0, 1, 3])):
         catalogue = clips_of(clip)
-        with pytest.raises(DataError, match="unusable video.*row 1.*damaged"):
+        with pytest.raises(DataError, match=r"unusable video.*row 1.*damaged"):
             catalogue.check_contents()
         assert lightness(catalogue.read(0, num_frames=5, at=0.1)["video"])[: len(expected)] == expected
 
@@ -188,15 +188,13 @@ def test_a_clock_that_starts_late_is_followed():
     assert lightness(clips_of(late).read(0, num_frames=5)["video"]) == [1, 3, 5, 7, 9]
 
 
-def test_an_image_of_large_frames_is_decoded_in_bounded_time():
-    started = time.perf_counter()
-    frames = [Image.new("P", (6000, 4000), shade) for shade in range(0, 200, 4)]
-    assert len(clips_of(animated(frames)).read(0, num_frames=8)["video"]) == 8
+def test_no_more_frames_of_a_large_animated_image_are_decoded_than_take_a_bounded_time(monkeypatch):
+    monkeypatch.setattr("transrec_hf.data.clips.MAX_ANIMATED", 32 * 16 * 4)
+    assert lightness(clips_of(animated(pictures())).read(0, num_frames=2)["video"]) == [1, 3]
     absurd = bytearray(animated(pictures()))
     absurd[6:10] = struct.pack("<HH", 65535, 65535)
     with pytest.raises(DataError, match="decompression bomb"):
         clips_of(bytes(absurd))
-    assert time.perf_counter() - started < 30
 
 
 def test_a_video_without_pictures_is_refused():
