@@ -28,7 +28,7 @@ VERBS = {
     "plan": ("runs", "Predict what a training run takes on this machine."),
     "pretrain": ("runs", "Train a new model on one platform."),
     "finetune": ("runs", "Go on training a model on another platform."),
-    "distill": ("distill", "Make a smaller model that says of items what a larger one says."),
+    "distill": ("distill", "Make a smaller and faster model of a larger one."),
     "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
     "benchmark": ("benchmark", "Run a published benchmark, beside the published numbers."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
@@ -39,7 +39,7 @@ VERBS = {
     "serve": ("serve", "Serve recommendations over HTTP."),
     "demo": ("demo", "Show a recommender in the browser."),
     "export": ("export", "Write a model as graphs that run without this package."),
-    "env": ("env", "Print the versions and the machine, for reports of errors."),
+    "env": ("env", "Print the versions and the machine."),
 }
 """Verbs whose options are dataclasses, the room of each in `transrec_hf.commands`, and its line in `--help`."""
 

@@ -69,6 +69,7 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
     command = [sys.executable, "-c", code, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(transrec_cli.__file__).parent)
     assert done.returncode == 0 and done.stdout.startswith("False False")
+    assert done.stdout.count("...") == 1, "what a verb does is cut short in the list"
     assert all(f"\n  {verb}  " in done.stdout for verb in ("push", "card", "info", *transrec_cli.VERBS))
 
 

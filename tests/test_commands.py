@@ -395,6 +395,27 @@ def test_prepare(exports: tuple[Any, ...], tmp_path: Path, capsys: pytest.Captur
     assert files(tmp_path / "shop") == {"items.parquet", "interactions.parquet"}
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_separator_of_a_table_is_what_its_header_has_most_of(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(f'\ufeffcustomer{mark}"day, or hour"{mark}price\n1{mark}"a, b; c"{mark}9\n', encoding="utf-8")
+    for separator in (None, mark):
+        table = read_table(path, separator)
+        assert table.to_pylist() == [{"customer": "1", "day, or hour": "a, b; c", "price": "9"}]
+    other = ";" if mark == "," else ","
+    if mark != ",":
+        path.write_text(path.read_text(encoding="utf-8").replace(",", ""), encoding="utf-8")
+    with pytest.raises(DataError, match=r"one column, named 'customer.* leave out --separator"):
+        read_table(path, other)
+    with pytest.raises(DataError, match=r"not one character. Leave it out"):
+        read_table(path, "\\t")
+
+
+def test_a_table_of_one_column_has_no_separator(tmp_path: Path) -> None:
+    (tmp_path / "gone.csv").write_text("item_id\n007\n")
+    assert read_table(tmp_path / "gone.csv").to_pylist() == [{"item_id": "007"}]
+
+
 def test_prepare_says_what_it_did(exports: tuple[Any, ...], capsys: pytest.CaptureFixture) -> None:
     run("prepare", *exports, "--drop", *DROP, "double_interactions")
     printed = capsys.readouterr().out
@@ -497,6 +518,8 @@ def test_help_has_an_example_and_our_options_first(verb: str, capsys: pytest.Cap
     assert command(verb, "--help") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: transrec {verb} ") and f"\n    transrec {verb}" in text
+    for file in re.findall(r"\b(?:examples|docs)/\S+\.\w+", text):
+        assert (ROOT / file).exists(), file
     assert not re.search(r"^  --no_", text, re.MULTILINE)
     if verb in ("pretrain", "finetune", "plan"):
         own, stock = text.split("all other options of transformers.TrainingArguments")

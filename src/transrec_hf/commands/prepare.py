@@ -64,7 +64,7 @@ class PreparationArguments:
     interaction_item_id: str | None = option(None, "Column of interactions with the items [as in items, or item_id].")
     timestamp: str = option("timestamp", "Column of interactions with the times: integers, or dates.")
     timestamp_format: str | None = option(None, "How dates are written, as for strptime, e.g. %%d.%%m.%%Y [ISO 8601].")
-    separator: str = option(",", "What is between the cells of CSV files.")
+    separator: str | None = option(None, "What is between the cells of CSV files [what the header has most of].")
     encoding: str = option("utf-8", "Encoding of CSV files.")
     drop: list[str] | None = field(
         default=None, metadata={"help": "What to leave out, where else it is an error.", "choices": tuple(DROPS)}

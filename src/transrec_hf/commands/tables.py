@@ -20,12 +20,13 @@ from ..errors import DataError, describe, raise_defects
 
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
+SEPARATORS = ",;\t|"
 
 
-def read_table(path: Path, separator: str = ",", encoding: str = "utf-8") -> pa.Table:
+def read_table(path: Path, separator: str | None = None, encoding: str = "utf-8") -> pa.Table:
     """
     A Parquet, CSV or JSON Lines file. The cells of a CSV file stay strings, so that `007` is no number; empty ones are
-    null.
+    null. Its separator is what the header has most of, unless it is given.
 
     Raises:
         [`DataError`]: If there is no such file, or it cannot be read.
@@ -49,23 +50,24 @@ def read_table(path: Path, separator: str = ",", encoding: str = "utf-8") -> pa.
     raise DataError(f"{path}: unsupported extension {path.suffix!r}. Save it as one of {', '.join(SUFFIXES)}.")
 
 
-def _read_csv(path: Path, separator: str, encoding: str) -> pa.Table:
+def _read_csv(path: Path, separator: str | None, encoding: str) -> pa.Table:
     with open(path, encoding=encoding, newline="") as file:
-        header = next(csv.reader(file, delimiter=separator), [])
+        found = max(SEPARATORS, key=file.readline().count)
+        separator = separator or found
+        if len(separator) != 1:
+            raise DataError(f"{path}: --separator {separator!r} is not one character. Leave it out: it is {found!r}.")
+        file.seek(0)
+        names = [name.removeprefix("\ufeff") for name in next(csv.reader(file, delimiter=separator), [])]
         for _ in file:  # Arrow would name neither the file nor the way out
             pass
-    if len(header) == 1 and (other := next((mark for mark in ";\t|," if mark in header[0]), None)):
-        raise DataError(
-            f"{path}: one column, named {header[0]!r}. Write {separator!r} between the cells, or "
-            f"tell `transrec prepare` the --separator {other!r}."
-        )
+    if len(names) == 1 and found in names[0]:
+        raise DataError(f"{path}: one column, named {names[0]!r}. Its separator is {found!r}: leave out --separator.")
     ragged: dict[int, str] = {}
 
     def note(row: pa.csv.InvalidRow) -> str:
         ragged[row.number - 2] = f"{row.actual_columns} cells"
         return "skip"
 
-    names = [name.removeprefix("\ufeff") for name in header]
     table = pa.csv.read_csv(
         path,
         pa.csv.ReadOptions(use_threads=False, encoding=encoding),
@@ -77,7 +79,7 @@ def _read_csv(path: Path, separator: str, encoding: str) -> pa.Table:
             quoted_strings_can_be_null=True,
         ),
     )
-    what = f"number of cells other than the {len(header)} of the header"
+    what = f"number of cells other than the {len(names)} of the header"
     raise_defects(str(path), describe(what, list(ragged), "Quote text that holds the separator.", ragged.__getitem__))
     return table
 

@@ -135,7 +135,7 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         transrec transfer-report --sources runs/films runs/products --targets my_shop
         transrec transfer-report --sources runs/films --targets my_shop --fractions 0.01,0.1,1 --seeds 0,1,2
-        transrec transfer-report examples/transfer/mixed.yaml
+        transrec transfer-report examples/transfer/mixed_to_text.yaml
 
     For each source, each target and each share of its training users: popularity, co-occurrence, neighbours by
     content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned
