@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def quality_table(path: str | Path) -> str:
     names = dict(MODELS)
     with open(FOLDER / "published.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            if short(row["data"]) not in DOMAINS:  # of another protocol; for the page of its method
+                continue
             names[row["model"]] = f"published: {row['model']} ({row['source']})"
             values.setdefault((row["model"], short(row["data"])), {})[row["metric"]] = float(row["value"])
     best = {
@@ -134,7 +137,7 @@ def runs_table(file: str, runs: str) -> str:
 
 # Plots: SVG, whose colours turn with those of the reader's screen; letters are large enough for a phone
 
-BLUE, ORANGE, GREEN, GREY = "#2a78b8", "#d97b23", "#3a9a6d", "#9aa3ad"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a78b8", "#d97b23", "#3a9a6d", "#8a63b8", "#9aa3ad"
 PEERS = {
     "throughput": "the paper's recipe",
     "id_baseline": "RecBole's SASRec",
@@ -224,6 +227,99 @@ def plot_quality(path: str | Path, output: Path) -> None:
     save(figure, output / "time_to_quality.svg")
 
 
+COMPRESSED = {
+    "untrained": "untrained",
+    "beauty_teacher": "trained",
+    "ml_teacher": "teacher, 6 blocks",
+    "ml_student2": "student, 2 blocks",
+    "ml_student1": "student, 1 block",
+    "ml_student1_e0": "the same, map fitted only",
+}
+
+
+def plot_compression(path: str | Path, output: Path) -> None:
+    """What is left of hit_rate@10 in fewer bytes, a panel for each data set: codes solid, first parts dashed."""
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for row in rows_of(path, "compression"):
+        model, _, form = row["variant"].partition(", ")
+        if form:
+            models = found.setdefault(row["data"], {})
+            models.setdefault(model, {}).setdefault(form, {})[row["metric"]] = float(row["value"])
+    figure, all_axes = plt.subplots(len(found), 1, figsize=(7, 4.2 * len(found)), squeeze=False)
+    for axes, (data, models) in zip(all_axes[:, 0], found.items(), strict=True):
+        ordered = sorted(models, key=lambda model: [*COMPRESSED, model].index(model))
+        for model, colour in zip(ordered, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE)), strict=False):
+            points = {form: (each["size"], each["hit_rate@10"]) for form, each in models[model].items()}
+            shorter = sorted(point for form, point in points.items() if form == "fp32" or "prefix" in form)
+            others = sorted(point for form, point in points.items() if "prefix" not in form)
+            axes.plot(*zip(*others, strict=True), "o-", color=colour, label=COMPRESSED.get(model, model))
+            axes.plot(*zip(*shorter, strict=True), "x--", color=colour)
+        sizes = {"96": "96\ncodes", "192": "192\ncodes", "384": "384", "768": "768\nint8", "1536": "1536\nfp16"}
+        axes.set_xscale("log")
+        axes.set_xticks([*map(int, sizes), 3072], [*sizes.values(), "3072\nfp32"], fontsize=13)
+        axes.minorticks_off()
+        axes.tick_params(axis="y", labelsize=13)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+        axes.set_title(short(data), fontsize=14)
+        axes.set_ylabel("test hit_rate@10", fontsize=13)
+        axes.legend(fontsize=13, frameon=False, loc="lower right")
+    all_axes[-1, 0].set_xlabel("bytes an item; dashed: the first numbers of each vector alone", fontsize=13)
+    save(figure, output / "compression.svg")
+
+
+def plot_balance(output: Path) -> None:
+    """hit_rate@10 of both modalities and of each alone, by what was done for their balance."""
+    with open(ROOT / "examples" / "results" / "balance.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "hit_rate@10"]
+    values = {(row["variant"], row["shown"]): float(row["value"]) for row in rows}
+    colours = {"both": BLUE, "text": ORANGE, "image": GREEN}
+    names = {"teacher": "a model of each alone", "joint": "joint", "dropout": "modality dropout", "ckd": "CKD"}
+    names["dropout and ckd"] = "dropout and CKD"
+    figure, axes = plt.subplots(figsize=(7, 6))
+    for place, variant in enumerate(reversed(names)):
+        for step, (shown, colour) in enumerate(colours.items()):
+            if (variant, shown) in values:
+                height, value = place + 0.27 * (1 - step), values[variant, shown]
+                axes.barh(height, value, color=colour, height=0.25, label=shown if variant == "joint" else None)
+                axes.text(value + 0.002, height, decimal(value), va="center", fontsize=13)
+    axes.set_yticks(range(len(names)), list(names.values())[::-1], fontsize=13)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=13)
+    axes.set_xlabel("test hit_rate@10, shown both or one alone", fontsize=13)
+    axes.margins(x=0.12)
+    figure.legend(fontsize=13, frameon=False, loc="upper center", ncols=3)
+    save(figure, output / "balance.svg")
+
+
+def plot_quickstart(output: Path) -> None:
+    """The comparison with its intervals, and below it the learning curves."""
+    with open(ROOT / "examples" / "results" / "quickstart.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    colours = {"fine-tuned": BLUE, "zero-shot": PURPLE, "from scratch": ORANGE, "ID baseline": GREEN}
+    figure, (bars, curves) = plt.subplots(2, 1, figsize=(7, 8.5))
+    test = [row for row in rows if row["split"] == "test" and row["metric"] == "hit_rate@10"]
+    for row in sorted(test, key=lambda row: float(row["value"])):
+        value, low, high = (float(row[name]) for name in ("value", "low", "high"))
+        bars.barh(row["model"], value, color=colours.get(row["model"], GREY), height=0.7)
+        bars.errorbar(value, row["model"], xerr=[[value - low], [high - value]], color="black", capsize=3)
+        bars.text(high + 0.008, row["model"], f"{value:.3f}", va="center", fontsize=13)
+    bars.set_xlabel("test hit_rate@10 on the target, with 95 % intervals", fontsize=13)
+    bars.margins(x=0.14)
+    bars.tick_params(axis="y", length=0)
+    for model in ("fine-tuned", "from scratch", "ID baseline"):
+        line = [row for row in rows if row["model"] == model and row["split"] == "validation"]
+        epochs, values = [float(row["metric"].split()[-1]) for row in line], [float(row["value"]) for row in line]
+        curves.plot(epochs, values, color=colours[model], linewidth=2)
+        curves.text(epochs[-1] + 1, values[-1], model, color=colours[model], va="center", fontsize=13)
+    curves.set_xlim(0, 1.3 * curves.dataLim.xmax)  # room for the names
+    curves.set_ylim(0, None)
+    curves.set_xlabel("epochs on the target, until training stopped early", fontsize=13)
+    curves.set_ylabel("validation ndcg@10", fontsize=13)
+    for axes in (bars, curves):
+        axes.tick_params(labelsize=13)
+    save(figure, output / "quickstart.svg")
+
+
 DARK = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.93) hue-rotate(180deg) } }</style>"
 
 
@@ -245,8 +341,10 @@ def main() -> None:
     parser.add_argument("--results", default=FOLDER / "results.csv", help="table to plot")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the plots")
     options = parser.parse_args()
-    for plot in (plot_speedups, plot_ablation, plot_quality):
+    for plot in (plot_speedups, plot_ablation, plot_quality, plot_compression):
         plot(options.results, options.output)
+    plot_balance(ROOT / "examples" / "results")
+    plot_quickstart(ROOT / "docs")
     for page in PAGES:
         page.write_text(fill_tables(page.read_text(encoding="utf-8"), options.results), encoding="utf-8")
 

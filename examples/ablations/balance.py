@@ -13,7 +13,6 @@ intervals over users and seeds.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -123,28 +122,6 @@ class Domain:
         return ranking.ranks
 
 
-def plot(table: str) -> None:
-    """Beside a table, the hit rates of its variants as bars, of both modalities and of each alone, by domain."""
-    from matplotlib.figure import Figure
-
-    values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["metric"] == METRICS[0]:
-                values[row["data"]][row["variant"]][row["shown"]].append(float(row["value"]))
-    figure = Figure(figsize=(4 * len(values), 3.5), layout="constrained")
-    for axes, (data, variants) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
-        for place, shown in enumerate(("both", *MODALITIES)):
-            there = {name: found[shown] for name, found in variants.items() if shown in found}
-            heights = [float(np.mean(found)) for found in there.values()]
-            axes.bar([list(variants).index(name) + 0.27 * place for name in there], heights, 0.25, label=shown)
-        axes.set_xticks(np.arange(len(variants)) + 0.27, list(variants), rotation=20)
-        axes.set(title=data, ylabel=METRICS[0])
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center")
-    figure.savefig(Path(table).with_suffix(".png"), dpi=150)
-
-
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
@@ -191,7 +168,6 @@ def main() -> None:
     if options.results:
         about = {"data": Path(options.data).name, "users": options.users}
         append_rows(options.results, COLUMNS, [row | about for row in rows], options.seeds)
-        plot(options.results)
 
 
 if __name__ == "__main__":
