@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import Results, interleaved, rows_of
+from common import Results, interleaved
+from page import plot_compression
 
 from transrec_hf import (
     ItemSource,
@@ -122,24 +122,4 @@ def run(options: argparse.Namespace, results: Results) -> None:
         source.log_popularity = torch.from_numpy(log_popularity(split.train.item_counts(len(catalogue))))
         name = Path(checkpoint).name if checkpoint else "untrained"
         measure(name, model.eval(), source, evaluator, options, results)
-    plot(results.path, Path(results.path).with_name("compression.png"))
-
-
-def plot(path: str | Path, output: Path) -> None:
-    """Quality over bytes an item of all rows in a table, a line for each model and domain."""
-    values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in rows_of(path, "compression"):
-        model, _, form = row["variant"].partition(", ")
-        if form:
-            points = values.setdefault((row["data"], model), {})
-            points.setdefault(form, {})[row["metric"]] = float(row["value"])
-    figure, axes = plt.subplots(figsize=(9, 6))
-    for (data, model), points in values.items():
-        line = sorted((each["size"], each["hit_rate@10"], form) for form, each in points.items())
-        axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o", label=f"{Path(data).name}: {model}")
-        for x, y, form in line:
-            axes.annotate(form, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set(xscale="log", xlabel="bytes an item", ylabel="test hit_rate@10")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    plot_compression(results.path, Path(results.path).parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -45,11 +46,29 @@ def test_the_pages_show_the_tables():
 
 def test_the_plots_are_drawn_for_light_and_dark(tmp_path):
     module = importlib.import_module("page")
-    for plot, name in ((module.plot_speedups, "speedups"), (module.plot_ablation, "ablation")):
+    for plot in (module.plot_speedups, module.plot_ablation, module.plot_compression):
         plot(FOLDER / "results.csv", tmp_path)
+    for plot in (module.plot_balance, module.plot_quickstart):
+        plot(tmp_path)
+    shown = {"speedups": "x", "ablation": "x", "compression": "student, 1 block", "balance": ".0570"}
+    for name, text in {**shown, "quickstart": "0.407"}.items():
         drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
-        assert "prefers-color-scheme: dark" in drawn and "x</text>" in drawn
-        assert "prefers-color-scheme: dark" in (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+        assert "prefers-color-scheme: dark" in drawn and f"{text}</text>" in drawn
+
+
+def test_pictures_of_pages_have_light_and_dark_colours():
+    root = FOLDER.parent
+    pages = [root / "README.md", *FOLDER.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/*.md")]
+    pictures = {
+        (page.parent / name).resolve()
+        for page in pages
+        for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    }
+    assert len(pictures) > 8
+    photographs = {picture for picture in pictures if picture.name.startswith("demo-")}  # of the demo, in both modes
+    for picture in pictures - photographs:
+        assert picture.suffix == ".svg", f"{picture.name}: draw it as an SVG for light and dark screens"
+        assert "prefers-color-scheme: dark" in picture.read_text(encoding="utf-8"), picture.name
 
 
 def test_every_benchmark_can_be_run():

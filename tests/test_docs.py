@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from local_hub import LocalHub
 from testing_utils import load_example
@@ -107,6 +108,14 @@ def test_every_page_is_in_the_navigation_once() -> None:
     )
 
 
+def test_the_site_that_is_built_is_the_one_that_is_published() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text(encoding="utf-8"))["jobs"]["build"][
+        "steps"
+    ]
+    (built,) = re.findall(r'^site_dir = "(.+)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"), re.M)
+    assert "make docs" in [step.get("run") for step in steps] and steps[-1]["with"]["path"] == built
+
+
 def test_no_block_is_left_out_without_a_reason() -> None:
     for page, text in TEXTS.items():
         for block in BLOCK.finditer(text):
@@ -119,28 +128,46 @@ def test_no_block_is_left_out_without_a_reason() -> None:
 
 def decimals(text: str) -> list[str]:
     """The decimal numbers of a paragraph, without code and references."""
-    text = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|Python [\d.]+|Apache-2\.0|version [\d.]+", "", text)
+    text = re.sub(
+        r"`[^`]*`|\]\([^)]*\)|arXiv\s+\d+\.\d+|License 2\.0|Python [\d.]+|Apache-2\.0|version [\d.]+", "", text
+    )
     return re.findall(r"(?<![\w.\d])\d*\.\d+", text)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/results.md", "docs/quickstart.md", "docs/speed.md", "docs/transfer.md"]
-)
+def numbers_of(source: str) -> list[float]:
+    """The numbers of the rows that `FILE COLUMN=VALUE COLUMN=VALUE; FILE ...` names, without their signs."""
+    numbers = []
+    for entry in source.split(";"):
+        file, _, filters = entry.strip().partition(" ")
+        wanted = re.findall(r"(\w+)=(.+?)(?= \w+=|$)", filters)
+        (path,) = (
+            place for place in (ROOT / "benchmarks" / file, ROOT / "examples" / "results" / file) if place.exists()
+        )
+        with open(path, newline="", encoding="utf-8") as table:
+            rows = [row for row in csv.DictReader(table) if all(row[name] == value for name, value in wanted)]
+        assert rows, f"no row of {entry}"
+        names = [name for name in rows[0] if name in ("value", "difference", "low", "high", "validation_ndcg@10")]
+        numbers += [abs(float(row[name])) for row in rows for name in names if row[name]]
+    return numbers
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md" and "cards/" not in page])
 def test_every_number_of_a_page_is_a_row_of_a_table(page: str) -> None:
-    """Tables are filled by benchmarks/page.py; what a sentence says names its rows in the comment before it."""
+    """
+    Tables are filled by benchmarks/page.py; what a sentence or another table says names its rows in the comment before
+    it: `<!-- numbers: FILE COLUMN=VALUE; FILE COLUMN=VALUE -->`. What is in backticks is a setting.
+    """
     text = re.sub(r"<!-- (quality|runs|table)\b.*?<!-- end -->", "", TEXTS[page], flags=re.S)
-    for paragraph in re.split(r"\n\n", BLOCK.sub("", text)):
-        source = re.match(r"<!-- numbers: (?P<file>\S+) (?P<filter>.+?) -->", paragraph)
+    text = re.sub(r"^(<!-- numbers: .+ -->)\n\n", r"\1\n", BLOCK.sub("", text), flags=re.M)
+    for paragraph in re.split(r"\n\n", text):
+        source = re.match(r"<!-- numbers: (.+) -->\n", paragraph)
         if source is None:
             assert not decimals(paragraph), f"{page}: name the rows of\n{paragraph}"
             continue
-        wanted = re.findall(r"(\w+)=(.+?)(?= \w+=|$)", source["filter"])
-        with open(ROOT / "benchmarks" / source["file"], newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if all(row[name] == value for name, value in wanted)]
-        values = [float(row["value"]) for row in rows]
-        for number in decimals(paragraph):
-            places = len(number.partition(".")[2])
-            assert any(round(value, places) == float(number) for value in values), f"{page}: {number} is in no row"
+        values = numbers_of(source[1])
+        for number in decimals(paragraph.removeprefix(source[0])):
+            half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-12
+            assert any(abs(value - float(number)) <= half for value in values), f"{page}: {number} is in no row"
 
 
 # Code
