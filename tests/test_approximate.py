@@ -76,6 +76,8 @@ def test_a_recommender_that_does_not_look_at_all_items() -> None:
     found = served.recommend(["item-3", "item-1"], 10)
     same = {item.item_id for item in found} & {item.item_id for item in expected}
     assert len(same) >= 9 and not {"item-3", "item-1"} & {item.item_id for item in found}
+    with pytest.raises(DataError, match="above 0 and at most 1"):
+        served.approximate(recall=99)
     served.remove_items([found[0].item_id])
     assert found[0].item_id not in [item.item_id for item in served.recommend(["item-3", "item-1"], 10)]
 

@@ -453,6 +453,19 @@ def test_workers_are_told_where_the_vectors_are(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("transrec_hf.commands.serve.run_workers", lambda *arguments: told.append(arguments[-1]))
     serve([str(checkpoint), "--index", str(tmp_path), "--workers", "2", "--use_cpu"])
     assert told == ["cpu"]
+    with pytest.raises(DataError, match="4 items are too few for an approximate index"):
+        serve([str(checkpoint), "--index", str(tmp_path), "--approximate", "0.9"])
+
+
+def test_towers_are_loaded_at_once_if_that_is_wanted(tmp_path: Path) -> None:
+    make_recommender().save_pretrained(tmp_path)
+    for load_towers in (False, True):
+        served = Recommender.from_pretrained(tmp_path)
+        with TestClient(create_app(served, Settings(load_towers=load_towers))) as client:
+            assert client.get("/readyz").json()["towers"] is load_towers
+            raw = {"histories": [[{"text": "a red hat"}]]}
+            assert client.post("/recommend", json=raw).status_code == 200
+            assert client.get("/readyz").json()["towers"] is True
 
 
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

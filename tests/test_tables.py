@@ -363,7 +363,7 @@ def test_missing_cells_of_frames() -> None:
 
 @pytest.mark.parametrize("source", [5, None, b"x", object(), [1], {}, [], np.zeros(3), {"item_id": 5}, pd.Series([1])])
 def test_what_is_no_table(source: Any) -> None:
-    with pytest.raises(DataError, match="cannot (read a|be read)|columns of different|there is nothing in it"):
+    with pytest.raises(DataError, match=r"cannot (read a|be read)|columns of different|there is nothing in it"):
         load_catalogue(source)
 
 

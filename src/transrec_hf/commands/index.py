@@ -31,6 +31,7 @@ from .tables import as_ids, read_table
 
 logger = logging.get_logger(__name__)
 
+APPROXIMATE = "Look through part of the items: as many as find this share of the best, e.g. 0.99. For millions."
 SHOWN = 60  # characters of a text in a table for people
 
 
@@ -39,6 +40,7 @@ def open_recommender(
     items: Catalogue | None,
     index: str | None,
     use_cpu: bool = False,
+    approximate: float | None = None,
     **kwargs: Any,
 ) -> Recommender:
     """A recommender as the options of a verb ask for it. Raises [`DataError`]."""
@@ -48,7 +50,11 @@ def open_recommender(
     if items is None and index is None and ItemIndex.from_pretrained(checkpoint) is None:
         raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
     device = Accelerator(cpu=use_cpu).device
-    return Recommender.from_pretrained(checkpoint, items, index=index, device=device, **kwargs)
+    recommender = Recommender.from_pretrained(checkpoint, items, index=index, device=device, **kwargs)
+    if approximate is not None:
+        found = recommender.approximate(approximate)
+        logger.info("Not all items are looked at: %.3f of the ten best are found", found)
+    return recommender
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects, shortened
 from ..files import whole_file
 from ..serving.recommender import Recommender
 from ..serving.results import SCHEMA, Recommendations
-from .index import SHOWN, open_recommender
+from .index import APPROXIMATE, SHOWN, open_recommender
 from .options import DataArguments, option
 from .parsing import parse_arguments
 from .reporting import format_table
@@ -63,6 +63,7 @@ class RecommendationArguments:
     json: bool = option(False, "Print JSON, a list of user_id, item_id, rank, score.")
     filter: str | None = option(None, "Which items may come: an expression over their columns, e.g. 'stock > 0'.")
     index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    approximate: float | None = option(None, APPROXIMATE)
     use_cpu: bool = option(False, "Leave the accelerator alone.")
     batch_size: int = option(256, "Users at a time.")
 
@@ -98,7 +99,7 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     elif data_args.items or data_args.data:
         catalogue = data_args.load_items()
     histories = _histories(args, catalogue, sequences)
-    recommender = open_recommender(args.checkpoint, catalogue, args.index, args.use_cpu)
+    recommender = open_recommender(args.checkpoint, catalogue, args.index, args.use_cpu, args.approximate)
     if recommender.model.config.time_buckets and any(history.times is None for history in histories):
         raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
     histories = _known(histories, recommender, args)

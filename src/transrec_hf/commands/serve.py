@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..errors import DataError
 from ..serving.recommender import Recommender
-from .index import open_recommender
+from .index import APPROXIMATE, open_recommender
 from .options import DataArguments, option
 from .parsing import parse_arguments
 
@@ -40,6 +40,8 @@ class ServiceArguments:
     token_file: str | None = option(None, f"File with the token that clients have to show [that of {TOKEN}, or none].")
     allow_anonymous: bool = option(False, "Serve other machines without a token.")
     read_only: bool = option(False, "Refuse changes to the items.")
+    load_towers: bool = option(False, "Load the towers at once [with the first item that they have to read].")
+    approximate: float | None = option(None, APPROXIMATE)
     timeout: float = option(10.0, "Seconds until a request is given up.")
     max_waiting: int = option(256, "Requests that may wait; others are told to come later.")
     max_megabytes: int = option(16, "Size of a request.")
@@ -88,7 +90,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
             f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or "
             "--allow_anonymous"
         )
-    recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu)
+    recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu, args.approximate)
     logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
     if args.workers == 1:
         return run_alone(recommender, data_args, args, token)
@@ -105,7 +107,11 @@ def require(*libraries: str, extra: str) -> None:
 
 
 def load_recommender(
-    checkpoint: str | None, data_args: DataArguments, index: str | None, use_cpu: bool = False
+    checkpoint: str | None,
+    data_args: DataArguments,
+    index: str | None,
+    use_cpu: bool = False,
+    approximate: float | None = None,
 ) -> Recommender:
     """A model and its items, with their popularity if the interactions are given. Raises [`DataError`]."""
     catalogue = counts = None
@@ -114,7 +120,7 @@ def load_recommender(
         counts = dict(zip(catalogue.item_ids.tolist(), sequences.item_counts(len(catalogue)).tolist(), strict=True))
     elif checkpoint and data_args.items:
         catalogue = data_args.load_items()
-    return open_recommender(checkpoint, catalogue, index, use_cpu, counts=counts)
+    return open_recommender(checkpoint, catalogue, index, use_cpu, approximate, counts=counts)
 
 
 def is_loopback(host: str) -> bool:
@@ -131,6 +137,7 @@ def limits(data_args: DataArguments, args: ServiceArguments) -> dict:
     folders = [form for place in places if place for form in (place, os.path.abspath(place))]
     return {
         "read_only": args.read_only,
+        "load_towers": args.load_towers,
         "timeout": args.timeout,
         "max_waiting": args.max_waiting,
         "max_body": args.max_megabytes * 2**20,
@@ -167,7 +174,8 @@ def run_workers(data_args: DataArguments, args: ServiceArguments, token: str | N
     import uvicorn
 
     threads = max(1, (os.cpu_count() or 1) // args.workers)
-    places: dict = {"checkpoint": args.checkpoint, "index": args.index, "device": device}
+    places: dict = {name: getattr(args, name) for name in ("checkpoint", "index", "approximate")}
+    places["device"] = device
     places["threads"] = min(threads, torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="transrec-metrics-") as counters:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..evaluation.ranking import precise
-from .search import GATHERED, NOT_FINITE, SHARE, Matrix, search
+from .search import SHARE, Matrix, best_of, largest, search
 
 
 SAMPLE = 256  # queries by which the recall is measured
@@ -53,14 +52,16 @@ class ApproximateIndex:
         Raises:
             [`DataError`]: If faiss is not there, or there are too few items for it.
         """
+        if not 0 < recall <= 1:
+            raise DataError(f"the recall is a share of the best items, above 0 and at most 1, got {recall!r}")
+        n = len(matrix)
+        if n < 39 * 16:
+            raise DataError(f"{n} items are too few for an approximate index: search them exactly")
         try:
             import faiss
         except ImportError as error:
             raise DataError("an approximate index needs faiss: pip install 'transrec-hf[faiss]'") from error
-        n = len(matrix)
         num_cells = int(4 * n**0.5)
-        if n < 39 * 16:
-            raise DataError(f"{n} items are too few for an approximate index: search them exactly")
         vectors = np.ascontiguousarray(matrix.exact.cpu().numpy())
         rng = np.random.default_rng(seed)
         drawn = np.sort(rng.permutation(n)[: min(n, TRAINED * num_cells)])
@@ -116,36 +117,15 @@ class ApproximateIndex:
         if allowed is not None:
             bits = np.packbits(allowed.cpu().numpy(), bitorder="little")
             parameters.sel = faiss.IDSelectorBitmap(bits)
-        most = 0 if excluded is None or not len(excluded[0]) else int(excluded[0].bincount().max())
-        wanted = min(CANDIDATES * k + most, len(self.matrix))
-        estimates, rows = self.cells.search(np.ascontiguousarray(queries.cpu().numpy()), wanted, params=parameters)
-        missing = rows < 0
-        scores = torch.from_numpy(np.where(missing, -np.inf, estimates).astype(np.float32))
-        found = torch.from_numpy(np.where(missing, 0, rows))
-        if most and excluded is not None:
-            pairs = torch.stack(excluded).cpu()
-            places = torch.cat([torch.arange(int(n)) for n in pairs[0].bincount(minlength=len(queries))])
-            mine = torch.full((len(queries), most), -1)
-            order = pairs[0].argsort(stable=True)
-            mine[pairs[0][order], places] = pairs[1][order]
-            seen = (found[:, :, None] == mine[:, None]).any(dim=2)
-            scores = scores.masked_fill(seen, -torch.inf)
-        device = queries.device
-        return _decide(self.matrix, queries, scores.to(device), found.to(device), min(k, wanted))
-
-
-def _decide(matrix: Matrix, queries: Tensor, estimates: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` best candidates by their scores in full precision; those without an estimate stay without a score."""
-    candidates, order = candidates.sort(dim=1)
-    estimates = estimates.gather(1, order)
-    scores = torch.empty_like(estimates)
-    size = max(1, GATHERED // max(1, candidates.shape[1] * queries.shape[1]))
-    for start in range(0, len(queries), size):
-        users = slice(start, start + size)
-        vectors = precise(matrix.exact[candidates[users]])
-        scores[users] = (vectors @ precise(queries[users]).unsqueeze(2)).squeeze(2).float()
-    scores = torch.where(estimates == -torch.inf, estimates, scores)
-    if scores.isnan().any() or scores.isposinf().any():
-        raise DataError(NOT_FINITE)
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return scores.gather(1, best), candidates.gather(1, best)
+        users = queries.cpu().numpy()
+        largest(self.matrix, users)
+        seen = [np.empty(0, dtype=np.int64)] * len(users)
+        if excluded is not None:
+            of, rows = (part.cpu().numpy() for part in excluded)
+            order = of.argsort(kind="stable")
+            seen = np.split(rows[order], np.bincount(of, minlength=len(users)).cumsum()[:-1])
+        wanted = min(CANDIDATES * k + max(map(len, seen), default=0), len(self.matrix))
+        _, found = self.cells.search(np.ascontiguousarray(users), wanted, params=parameters)
+        candidates = (np.setdiff1d(mine[mine >= 0], had) for mine, had in zip(found, seen, strict=True))
+        scores, rows = best_of(self.matrix, users, candidates, min(k, wanted))
+        return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)

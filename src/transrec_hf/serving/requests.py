@@ -226,10 +226,11 @@ class ChangedOut(BaseModel):
 
 
 class Health(BaseModel):
-    """That it runs, or that it answers requests."""
+    """That it runs, or that it answers requests; without `towers` the first that has contents to read loads them."""
 
     status: str
     items: int | None = None
+    towers: bool | None = None
     versions: VersionsOut | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -199,9 +199,7 @@ def _search(
     matrix: Matrix, queries: Tensor, k: int, allowed: Tensor | None, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     n, users = len(matrix), queries.cpu().numpy()
-    most = _lengths(users) * matrix.whole  # that a score can be
-    if not np.isfinite(most).all():
-        raise DataError(NOT_FINITE)
+    most = largest(matrix, users)
     with _room(len(queries), -(-n // BLOCK) * BLOCK, queries.device) as estimates:
         errors = most * (users.shape[1] * 2.0**-23)  # of sums in fp32
         errors = _estimate(matrix, queries, users, errors, estimates[:, :n], allowed)
@@ -212,8 +210,16 @@ def _search(
         if np.isnan(highest[:, 0]).any():  # which `topk` puts first
             raise DataError(NOT_FINITE)
         least = np.maximum(highest[:, -1] - 2 * errors, np.finfo(np.float32).min)  # of any that can be among the best
-        scores, rows = _decide(matrix, users, estimates, least, k)
+        scores, rows = best_of(matrix, users, _possible(estimates, least), k)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
+
+
+def largest(matrix: Matrix, users: np.ndarray) -> np.ndarray:
+    """What a score of each user's can be at most, `(n_users,)`. Raises [`DataError`] if it is not finite."""
+    most = _lengths(users) * matrix.whole
+    if not np.isfinite(most).all():
+        raise DataError(NOT_FINITE)
+    return most
 
 
 def _estimate(
@@ -245,20 +251,36 @@ def _estimate(
     return errors
 
 
-def _decide(
-    matrix: Matrix, users: np.ndarray, estimates: Tensor, least: np.ndarray, k: int
+def _possible(estimates: Tensor, least: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows whose estimates are `least` or more, of each user."""
+    for of_user, bound in zip(estimates, least, strict=True):
+        if of_user.device.type == "cpu":
+            yield np.flatnonzero(of_user.numpy() >= bound)
+        else:
+            yield (of_user >= bound).nonzero().squeeze(1).cpu().numpy()
+
+
+def best_of(
+    matrix: Matrix, users: np.ndarray, candidates: Iterable[np.ndarray], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best rows by their scores in full precision, of those whose estimates are `least` or more."""
-    on_cpu = estimates.device.type == "cpu"
+    """
+    The `k` best of a few rows for each user, by their scores in full precision; equal ones as they come.
+
+    Args:
+        matrix ([`Matrix`]): The vectors.
+        users (`np.ndarray` of shape `(n_users, width)`): Those of the users.
+        candidates (`Iterable[np.ndarray]`): The rows for each user.
+        k (`int`): How many.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Scores, minus infinity where there are fewer rows, and rows, `(n_users, k)`.
+    """
+    on_cpu = matrix.exact.device.type == "cpu"
     vectors = matrix.exact.numpy() if on_cpu else np.empty(0)
     size = max(1, GATHERED // users.shape[1])
     scores = np.full((len(users), k), -np.inf, dtype=np.float32)
     rows = np.zeros((len(users), k), dtype=np.int64)
-    for number, (user, bound) in enumerate(zip(users.astype(np.float64), least, strict=True)):
-        if on_cpu:
-            possible = np.flatnonzero(estimates[number].numpy() >= bound)
-        else:
-            possible = (estimates[number] >= bound).nonzero().squeeze(1).cpu().numpy()
+    for number, (user, possible) in enumerate(zip(users.astype(np.float64), candidates, strict=True)):
         exact = np.empty(len(possible), dtype=np.float32)
         for start in range(0, len(possible), size):
             some = slice(start, start + size)

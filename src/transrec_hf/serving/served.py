@@ -140,6 +140,11 @@ class ServedItems:
             return self.model
 
     @property
+    def has_towers(self) -> bool:
+        """Whether contents of items can be read without loading the towers first."""
+        return self._load_all is None
+
+    @property
     def items(self) -> Snapshot:
         """The items now, with what other processes have changed in the folder of the index."""
         self.live.refresh()

@@ -75,6 +75,8 @@ class Settings:
         max_waiting (`int`, *optional*, defaults to 256): Requests that may wait; others are refused.
         max_batch (`int`, *optional*, defaults to 64): Requests that are computed together.
         max_body (`int`, *optional*, defaults to 16 MiB): Bytes of a request.
+        load_towers (`bool`, *optional*, defaults to `False`): Whether the towers of a model that an index has spared
+            are loaded before the first request, not by the first that needs them.
         secrets (`tuple[str]`, *optional*): What no answer may tell, such as folders.
     """
 
@@ -85,6 +87,7 @@ class Settings:
     max_waiting: int = 256
     max_batch: int = 64
     max_body: int = 2**24
+    load_towers: bool = False
     secrets: tuple[str, ...] = ()
 
 
@@ -110,6 +113,8 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if settings.load_towers:
+            recommender.whole_model()
         for lane in (quick, slow):
             lane.start()
         yield
@@ -162,7 +167,8 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
     async def readyz() -> Response:
         if quick.is_full() or slow.is_full():
             raise Busy
-        return as_json({"status": "ready", "items": len(recommender), "versions": recommender.versions})
+        state = {"items": len(recommender), "versions": recommender.versions, "towers": recommender.has_towers}
+        return as_json({"status": "ready", **state})
 
     @guarded.get(
         "/metrics",
@@ -376,6 +382,8 @@ def app_of_worker() -> FastAPI:
     settings, places = told["settings"], told["places"]
     torch.set_num_threads(places["threads"])
     recommender = Recommender.from_pretrained(places["checkpoint"], index=places["index"], device=places["device"])
+    if places["approximate"] is not None:
+        recommender.approximate(places["approximate"])
     settings["secrets"] = tuple(settings["secrets"])
     return create_app(recommender, Settings(token=os.environ.get("TRANSREC_TOKEN") or None, **settings))
 
