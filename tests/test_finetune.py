@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from testing_utils import QUICK
 
 from transrec_hf import DataError
 from transrec_hf.commands.runs import finetune
 from transrec_hf.publishing.checkpoint import load_checkpoint
+from transrec_hf.training.transfer import AUTO_INITS
 
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -18,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("workplace")
 def test_validation_chooses_the_start(capsys):
     report = finetune(["source", "--data", "demo:target", "--hybrid", "--output_dir", "auto", *QUICK])
     start = report["start"]
-    assert set(start["values"]) == {"none", "half", "user_encoder", "item_encoder", "all"}
-    assert start["values"][start["init"]] == max(start["values"].values())
+    assert set(start["values"]) == set(AUTO_INITS)
+    assert start["init"] == "none" or start["values"][start["init"]] == max(start["values"].values())
     assert start["standardized"] == ["text", "image"]
     printed = capsys.readouterr().out
     assert f"Started from {start['init']}: from the checkpoint" in printed and "On validation" in printed
@@ -28,6 +30,24 @@ def test_validation_chooses_the_start(capsys):
     assert model.config.num_items == 40
     resumed = finetune(["source", "--data", "demo:target", "--hybrid", "--output_dir", "auto", "--resume", *QUICK])
     assert resumed["start"] == start
+
+
+def test_without_training_validation_chooses_what_is_kept():
+    """Zero-shot, as far as the source helps: nothing is trained, and the model that is saved is a start."""
+    quick = [*QUICK, "--num_train_epochs", "0"]
+    report = finetune(["source", "--data", "demo:target", "--output_dir", "chosen", *quick])
+    values, init = report["start"]["values"], report["start"]["init"]
+    asked = finetune(["source", "--data", "demo:target", "--output_dir", "asked", "--init", init, *quick])
+    assert asked["metrics"] == report["metrics"] and set(values) == {
+        "none",
+        "half",
+        "user_encoder",
+        "item_encoder",
+        "all",
+    }
+    source, chosen = load_checkpoint("source")[0], load_checkpoint("chosen")[0]
+    same = torch.equal(source.user_encoder.final_norm.weight, chosen.user_encoder.final_norm.weight)
+    assert same == (init in ("all", "user_encoder"))
 
 
 def test_a_start_can_be_asked_for():
@@ -49,7 +69,7 @@ def test_starts_of_a_model_with_adapters(tuning, starts):
     [
         (("--init", "some"), "invalid choice: 'some'"),
         (("--init", "features"), "init is 'features', but must be one of 'all', 'half'"),
-        (("--init_epochs", "0"), "init_epochs must be above 0"),
+        (("--init_epochs", "-1"), "init_epochs must be at least 0"),
     ],
 )
 def test_bad_starts_are_refused_before_anything_runs(options, message, tmp_path):

@@ -296,11 +296,28 @@ def test_the_start_that_validation_prefers_wins(tmp_path):
     start = choose_start(model, lambda folder: make_trainer(folder, model=model, **options))
     values, best = start.values, start.init
     assert set(values) == set(AUTO_INITS)
-    assert values[best] == max(values.values()) and best != "all"
+    assert (best == "none" or values[best] == max(values.values())) and best != "all"
     assert start.standardized == ["text", "image"] and f"On validation {best} {values[best]:.4f}, " in str(start)
     expected = trained(tmp_path)
     start_from(expected, best)
     assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize(("half", "best"), [(0.51, "half"), (0.509, "none"), (0.4, "none")])
+def test_a_source_has_to_be_worth_more_than_chance(tmp_path, monkeypatch, half, best):
+    """One per cent on validation is not enough; and with no epochs the starts are compared as they are."""
+    model = trained(tmp_path)
+    said = {"none": 0.5, "half": half}
+
+    def compared(folder):
+        trainer = make_trainer(folder, model=model, num_train_epochs=0)
+        value = said.pop(next(iter(said)))
+        monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_ndcg@10": value})
+        monkeypatch.setattr(trainer, "train", None)
+        return trainer
+
+    start = choose_start(model, compared, ("none", "half"))
+    assert start.init == best and start.values == {"none": 0.5, "half": half}
 
 
 @pytest.mark.parametrize(

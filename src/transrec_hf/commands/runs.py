@@ -125,12 +125,14 @@ class FinetuneArguments(RunArguments):
         "What of the checkpoint the run starts from: auto tries several starts, and validation chooses.",
         choices=("auto", *INITS),
     )  # adapters of PEFT, which are saved without the checkpoint, go on all of it
-    init_epochs: float = option(1, "Epochs of the short run from each start that auto tries.")
+    init_epochs: float = option(
+        1, "Epochs of the short run from each start that auto tries; 0 compares them as they are."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_epochs <= 0:
-            raise ValueError(f"init_epochs must be above 0, got {self.init_epochs}")
+        if self.init_epochs < 0:
+            raise ValueError(f"init_epochs must be at least 0, got {self.init_epochs}")
         if self.tuning in PEFT_TUNINGS and self.init not in ("auto", "all"):
             raise ValueError(
                 f"tuning={self.tuning!r} puts an adapter on the checkpoint as it is, and init={self.init!r} changes "
@@ -186,6 +188,7 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         transrec finetune runs/my_source --data my_target --output_dir runs/my_target
         transrec finetune runs/my_source --data my_target --user_fraction 0.1
+        transrec finetune runs/my_source --data my_target --num_train_epochs 0     # zero-shot, as far as it helps
         transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
         transrec finetune runs/my_source --data my_target --balance_every 1 --ckd_teachers runs/text runs/image
 
@@ -288,7 +291,8 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
 
     def short_run(folder: str) -> TransRecTrainer:
         short = copy.copy(args)
-        short.output_dir, short.num_train_epochs, short.max_steps = folder, args.init_epochs, -1
+        epochs = args.init_epochs if args.max_steps > 0 else min(args.init_epochs, args.num_train_epochs)
+        short.output_dir, short.num_train_epochs, short.max_steps = folder, epochs, -1
         short.eval_strategy, short.save_strategy = IntervalStrategy.EPOCH, SaveStrategy.NO
         short.eval_on_start, short.load_best_model_at_end, short.early_stopping_patience = True, False, None
         short.report_to, short.push_to_hub = [], False

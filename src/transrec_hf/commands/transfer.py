@@ -73,7 +73,7 @@ class TransferArguments:
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
     epochs: float = option(10, "Epochs of a training run at most; the best one on validation counts.")
     patience: int = option(3, "Evaluations without gain after which it stops.")
-    init_epochs: float = option(1, "Epochs of the short run from each start.")
+    init_epochs: float = option(1, "Epochs of the short run from each start; 0 for none.")
     batch_size: int = option(128, "Users per step; fewer where there are few users, but 16.")
     learning_rate: float = option(1e-3, "Peak learning rate.")
     trainable_blocks: int = option(0, "Blocks trained at the top of each tower; 0 freezes them.")
@@ -91,8 +91,8 @@ class TransferArguments:
         wrong = [share for share in self.shares if not 0 < share <= 1]
         if wrong:
             raise ValueError(f"fractions must be above 0 and at most 1, got {wrong[0]:g}")
-        if self.epochs <= 0 or self.init_epochs <= 0:
-            raise ValueError("epochs and init_epochs must be above 0")
+        if self.epochs <= 0 or self.init_epochs < 0:
+            raise ValueError("epochs must be above 0, and init_epochs at least 0")
         unknown = [model for model in self.models if model not in MODELS]
         if unknown:
             raise ValueError(f"models: {unknown[0]!r} is none of {', '.join(MODELS)}")
@@ -138,9 +138,10 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec transfer-report examples/transfer/mixed_to_text.yaml
 
     For each source, each target and each share of its training users: popularity, co-occurrence, neighbours by
-    content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned
-    from the start that validation prefers, and both again with ID vectors. All are tested on the same users; the
-    verdict is helps or negative where the 95 % interval of the difference, over users and seeds, is without zero.
+    content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned,
+    and both again with ID vectors. Validation chooses how much of a source is kept, also where nothing is trained. All
+    are tested on the same users; the verdict is helps or negative where the 95 % interval of the difference, over
+    users and seeds, is without zero.
 
     The folder output_dir holds a file per cell with the ranks of all users. What is there is not computed again.
     """

@@ -277,7 +277,7 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:
         logger.debug("The items are like those of the model's statistics (shift of the mean: %s)", said)
         return False
-    logger.info("Another catalogue (shift of the mean: %s): the model takes its statistics", said)
+    logger.info_once("Another catalogue (shift of the mean: %s): the model takes its statistics", said)
     standardize_projections(model, source, seed=seed)
     return True
 

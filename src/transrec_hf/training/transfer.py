@@ -26,6 +26,8 @@ What of a checkpoint a run starts from: all of it; half way between it and a new
 encoder; what it learned of one modality; or nothing but its towers.
 """
 AUTO_INITS = ("none", "half", "user_encoder", "item_encoder", "all")
+GAIN = 1.02
+"""What a source has to be worth on validation, as a multiple of nothing of it: less is as likely chance as gain."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,13 @@ def choose_start(
 ) -> Start:
     """
     A guard against negative transfer: train from each start for a short while, and leave the model at the start that
-    the validation targets prefer. What a start is worth before any training counts too.
+    the validation targets prefer. What a start is worth before any training counts too. `"none"` wins unless another
+    is better by a fiftieth.
 
     Args:
         model ([`TransRecModel`]): Loaded from a checkpoint; it ends at the best start.
-        make_trainer (`Callable`): Makes a trainer of this model, for a short run in the folder that it is given.
+        make_trainer (`Callable`): Makes a trainer of this model, for a short run in the folder that it is given. With
+            `num_train_epochs=0` the starts are compared as they are.
         inits (`Sequence[str]`, *optional*): Of `INITS`. The first of equal ones wins.
         seed (`int`, *optional*, defaults to 0): Of new weights.
 
@@ -140,18 +144,34 @@ def choose_start(
         model.load_state_dict(checkpoint)
         start_from(model, init, seed)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(folder)
-            trainer.train()
-            values[init] = best_value(trainer)
+            values[init] = value_of(make_trainer(folder))
         logger.info("Short run from %s: %.4f on validation", init, values[init])
     model.load_state_dict(checkpoint)
     best = max(values, key=values.__getitem__)
+    if "none" in values and values[best] < GAIN * values["none"]:
+        best = "none"
     return replace(start_from(model, best, seed), values=values)
+
+
+def value_of(trainer: TransRecTrainer) -> float:
+    """What validation says of a short run or, with no epochs, of the model as it starts."""
+    if trainer.args.num_train_epochs > 0:
+        trainer.train()
+        return best_value(trainer)
+    if not trainer.is_prepared:
+        trainer.fill_store()
+        trainer.prepare_model()
+    return trainer.evaluate()[metric_of(trainer)]
+
+
+def metric_of(trainer: TransRecTrainer) -> str:
+    """The name of the metric by which validation chooses."""
+    return f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
 
 
 def best_value(trainer: TransRecTrainer) -> float:
     """The best validation metric of a run, its start included."""
-    metric = f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
+    metric = metric_of(trainer)
     return max(entry[metric] for entry in trainer.state.log_history if metric in entry)
 
 

@@ -153,21 +153,27 @@ class Target:
         seed = cell.seed or 0
         if cell.model.startswith("untrained") or cell.model in ("from_scratch", "scratch_hybrid"):
             start_from(model, "none", seed)
-        if cell.model.startswith(("untrained", "zero_shot")):
+        is_trained = not cell.model.startswith(("untrained", "zero_shot"))
+
+        def prepared(trainer: TransRecTrainer) -> TransRecTrainer:
             if cell.model in WITHOUT_USERS:
                 trainer.source.log_popularity, trainer.is_prepared = None, True
                 standardize_projections(model, trainer.source, seed=seed)
-            else:
-                trainer.prepare_model()
-            return self._test(trainer, split), facts
-        if cell.model in ("fine_tuned", "hybrid"):
+            return trainer
+
+        if cell.model in ("fine_tuned", "hybrid") or cell.model.startswith("zero_shot"):
+            epochs = self.init_epochs if is_trained else 0
 
             def short_run(place: str) -> TransRecTrainer:
-                return self.trainer(model, source, split, place, seed, short=True)
+                return prepared(self.trainer(model, source, split, place, seed, epochs))
 
             start = choose_start(model, short_run, seed=seed)
             facts = {"start": start.init, "starts": start.values}
             set_seed(seed)
+        if not is_trained:
+            if not prepared(trainer).is_prepared:
+                trainer.prepare_model()
+            return self._test(trainer, split), facts
         trainer.train()
         return self._test(trainer, split), {**facts, "validation": best_value(trainer)}
 
@@ -194,16 +200,19 @@ class Target:
         split: Split,
         folder: str,
         seed: int | None,
-        short: bool = False,
+        epochs: float | None = None,
     ) -> TransRecTrainer:
-        """A trainer of a model on a part of the users, with items that are read and encoded already."""
+        """
+        A trainer of a model on a part of the users, with items that are read and encoded already; with `epochs`, of a
+        short run that saves nothing.
+        """
         args = copy.copy(self.args)
         args.output_dir, args.seed = folder, seed or 0
         args.per_device_train_batch_size = max(16, min(args.per_device_train_batch_size, len(split.train) // 8))
         if source is None or not model.item_encoder.towers:
             args.activation_store = args.trainable_blocks = None
-        if short:
-            args.num_train_epochs, args.early_stopping_patience = self.init_epochs, None
+        if epochs is not None:
+            args.num_train_epochs, args.early_stopping_patience = epochs, None
             args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
         trainer = TransRecTrainer(
             model,
@@ -226,7 +235,7 @@ class Target:
         return trainer
 
     def _test(self, trainer: TransRecTrainer, split: Split) -> torch.Tensor:
-        with trainer.autocast_smart_context_manager():
+        with trainer.quiet(), trainer.autocast_smart_context_manager():
             return trainer.ranking_evaluator(split.test).rank_model(trainer.model).ranks
 
 
