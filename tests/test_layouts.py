@@ -7,6 +7,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +291,33 @@ def test_missing_parts_are_named_before_anything_runs(name: str, said: str, tmp_
     with pytest.raises(DataError, match=said):
         prepared(tmp_path, "ninerec", domain="TN")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            "",
+            "TN_pair.csv: none of its first rows has 3 cells .user, item, timestamp. of which one is",
+        ),
+        ("<html>Sign in</html>\n", "the first one is '<html>Sign in</html>'. Download it again"),
+        ("u1,x1,1600000000\nu1,x2,1600000001\n", "the first one is 'u1,x1,1600000000'"),
+        ("user,item,timestamp\n", "no interaction is left: none has a user, an item and a time"),
+    ],
+    ids=["empty", "page", "other items", "header"],
+)
+def test_a_log_without_interactions_is_named(log: str, said: str, tmp_path: Path) -> None:
+    ninerec(tmp_path)
+    (tmp_path / "TN_pair.csv").write_text(log)
+    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path))}.*{said}"):
+        prepared(tmp_path, "ninerec", domain="TN")
+
+
+def test_that_no_folder_of_media_is_there_is_said(tmp_path: Path, capsys: Any) -> None:
+    ninerec(tmp_path)
+    shutil.rmtree(tmp_path / "TN_cover")
+    prepared(tmp_path, "ninerec", domain="TN")
+    assert "no images: there is no folder of files named by item (unpack archives)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError, one_line, printable, shortened
+from .media import KINDS
 
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open}
@@ -61,6 +62,7 @@ class Published:
         media (`tuple[str, ...]`): Of which modalities there are files.
         notes (`list[str]`): What was found out about the files.
         left_out ([`LeftOut`]): Rows that cannot be read.
+        place (`str`): The folder that they are in, for messages.
     """
 
     items: Callable[[], Iterator[dict[str, Any]]]
@@ -69,6 +71,7 @@ class Published:
     media: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+    place: str = ""
 
 
 class Parts:
@@ -152,12 +155,15 @@ class Parts:
     def published(self, items: Callable, interactions: Callable, text: Sequence[str], **media: Any) -> Published:
         """The data set; `media` are what [`media_of`] found of each modality."""
         found = tuple(name for name, files in media.items() if files)
+        for name in media.keys() - {*found}:
+            self.notes.append(f"no {KINDS[name]}: there is no folder of files named by item (unpack archives)")
 
         def with_media() -> Iterator[dict[str, Any]]:
             for item in items():
                 yield {**item, **{name: media[name].get(item["item_id"]) for name in found}}
 
-        return Published(with_media, interactions, tuple(text), found, self.notes, self.left_out)
+        place = printable(self.root)
+        return Published(with_media, interactions, tuple(text), found, self.notes, self.left_out, place)
 
 
 def media_of(folder: Path | None) -> dict[str, str]:
@@ -270,6 +276,12 @@ def open_table(
             f"{printable(path)}: no column {', '.join(missing)}; found {shortened(first, 300)}. Download it again."
         )
     sample = [row for row in islice(cells_of(path, delimiter, encoding), SAMPLE) if len(row) >= len(order)]
+    if known and not any(cell in known for row in sample for cell in row):
+        line = shortened(next(lines_of(path, encoding), "").strip(), 100)
+        raise DataError(
+            f"{printable(path)}: none of its first rows has {len(order)} cells ({', '.join(order)}) of which one is "
+            f"the id of an item; the first one is {line!r}. Download it again."
+        )
     found = _told_apart(sample, order, known) if known else dict(zip(order, range(len(order)), strict=True))
     in_order = ", ".join(sorted(found, key=found.__getitem__))
     how = "as their cells tell" if known else "as they are published"

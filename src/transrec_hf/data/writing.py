@@ -61,12 +61,17 @@ def write_published(
     left_out = published.left_out
     log = _Log(published, min_value)
     users, wanted = log.core(k_core) if k_core > 1 else (None, log.items())
+    if not wanted:
+        raise DataError(f"{published.place}: no interaction is left: none has a user, an item and a time")
     columns = [name for name in published.media if modalities is None or name in modalities]
     fields = list(text or published.text) if modalities is None or "text" in modalities else []
     items = _Items(published, wanted, fields, separator, columns)
     known = items.write(folder / "items.parquet")
     if not known:
-        raise DataError("no item is left: none of those that interactions name has a title or a file that can be read")
+        raise DataError(
+            f"{published.place}: no item is left: none of those that interactions name has a title or a file that can "
+            "be read"
+        )
     log.write(folder / "interactions.parquet", known, users)
     left_out.counts["items that no interaction names"] = items.unused
     if left_out.listed:
