@@ -39,6 +39,7 @@ from transrec_hf import (
     load_catalogue,
     load_domain,
 )
+from transrec_hf.commands.index import line_of
 from transrec_hf.commands.options import SplitArguments, as_time
 from transrec_hf.commands.recommend import read_histories
 from transrec_hf.commands.tables import read_table
@@ -271,6 +272,11 @@ def test_recommend_to_all_users(suffix: str, workplace: Path, tmp_path: Path) ->
         mine = [row for row in rows if row["user_id"] == sequences.user_ids[user]]
         assert [row["item_id"] for row in mine] == [item.item_id for item in found]
         assert [float(row["score"]) for row in mine] == pytest.approx([item.score for item in found], abs=1e-4)
+
+
+def test_texts_of_several_lines_are_shown_on_one() -> None:
+    assert line_of("red hat,\n  of wool\t") == "red hat, of wool" and line_of(None) == ""
+    assert len(line_of("x" * 99)) < 70
 
 
 def test_recommend_in_print(workplace: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ from transrec_hf.training.calibration import (
     simulate_steps,
 )
 from transrec_hf.training.collator import DataCollatorForNextItem, TrainingWindows
-from transrec_hf.training.planning import Plan, encoding_bytes, make_forecast, plan_run, training_bytes
+from transrec_hf.training.planning import (
+    Plan,
+    advise_batch,
+    advise_store,
+    encoding_bytes,
+    make_forecast,
+    plan_run,
+    training_bytes,
+)
 
 
 DEMO = ("--data", "demo:target", "--report_to", "none")
@@ -158,6 +167,25 @@ def test_a_plan_of_both_ways(tmp_path: Path) -> None:
     assert [sentence.split(":")[0] for sentence in plan.advice] == [
         *("activation_store", "batch", "item_chunk_size", "dataloader_num_workers")
     ]
+
+
+def test_advice_goes_out_from_the_store_if_it_pays(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, make_model(), trainable_blocks=0, num_train_epochs=2)
+    assert plan.with_store is not None and not plan.uses_store and plan.forecast is plan.without_store
+    slow = replace(plan.without_store, epoch_seconds=100.0, step_seconds=10.0)
+    fast = replace(plan.with_store, epoch_seconds=9.0, memory_gb=0.1)
+    faster = replace(fast, epoch_seconds=4.0)
+    batches = dict.fromkeys(plan.larger_batches, faster)
+    plan = replace(
+        plan, without_store=slow, with_store=fast, larger_batches=batches, available_gb=8.0, fill_seconds=1.0
+    )
+    paid = replace(plan, store_pays=True)
+    assert paid.advised is fast and "for 4 s an epoch with the store and 0.1 GB" in advise_batch(paid)
+    arguments = make_arguments(tmp_path, num_train_epochs=2)
+    assert advise_store(paid, arguments).startswith("activation_store: yes, an epoch takes")
+    unpaid = replace(plan, store_pays=False)
+    assert unpaid.advised is slow and "with the store" not in advise_batch(unpaid)
+    assert advise_store(unpaid, arguments).startswith("activation_store: no")
 
 
 def test_what_is_trained_whole_has_no_store(tmp_path: Path) -> None:

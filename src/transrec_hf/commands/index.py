@@ -241,6 +241,11 @@ class SimilarArguments:
     use_cpu: bool = option(False, "Leave the accelerator alone.")
 
 
+def line_of(text: str | None) -> str:
+    """A text for a cell of a table, its line breaks as spaces."""
+    return shortened(" ".join((text or "").split()), SHOWN)
+
+
 def similar(argv: Sequence[str] | None = None) -> Recommendations:
     """
     Find items that are like another one, or like a text or an image.
@@ -265,6 +270,6 @@ def similar(argv: Sequence[str] | None = None) -> Recommendations:
         return found
     rows = [["", "item", "text", "cosine"]]
     for rank, item in enumerate(found, 1):
-        rows.append([f"{rank}.", item.item_id, shortened(item.text or "", SHOWN), f"{item.score:.3f}"])
+        rows.append([f"{rank}.", item.item_id, line_of(item.text), f"{item.score:.3f}"])
     print(format_table(rows, flush_left=3))
     return found

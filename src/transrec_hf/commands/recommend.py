@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Sequences
-from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects, shortened
+from ..errors import MAX_EXAMPLES, DataError, describe, raise_defects
 from ..files import whole_file
 from ..serving.recommender import Recommender
 from ..serving.results import SCHEMA, Recommendations
-from .index import APPROXIMATE, SHOWN, open_recommender
+from .index import APPROXIMATE, line_of, open_recommender
 from .options import DataArguments, option
 from .parsing import parse_arguments
 from .reporting import format_table
@@ -253,8 +253,8 @@ def _print(history: History, found: Recommendations, recommender: Recommender) -
     columns = snapshot.take_columns(snapshot.find(chosen)).to_pylist() if chosen else []
     rows = [["", "item", "text", "score"]]
     for item_id, of in zip(chosen, columns, strict=True):
-        rows.append(["chosen", item_id, shortened(of.get("text") or "", SHOWN), ""])
+        rows.append(["chosen", item_id, line_of(of.get("text")), ""])
     for rank, item in enumerate(found, 1):
-        rows.append([f"{rank}.", item.item_id, shortened(item.text or "", SHOWN), f"{item.score:.3f}"])
+        rows.append([f"{rank}.", item.item_id, line_of(item.text), f"{item.score:.3f}"])
     said = " (no history: the popular items)" if found.fallback else ""
     print(f"\n{history.user}{said}\n{format_table(rows, flush_left=3)}")

@@ -72,6 +72,7 @@ class Plan:
         without_store ([`Forecast`]): Where frozen blocks run in every step.
         with_store ([`Forecast`], *optional*): Where an [`ActivationStore`] has their states; `None` if there are none.
         uses_store (`bool`): Which of the two the run is.
+        store_pays (`bool`): Whether the run would save more time by a store than it takes to fill.
         fill_seconds, store_gb (`float`): To fill the store once, and its size on the disk in 2^30 bytes.
         available_gb (`float`): Memory of the device that the run could have.
         calibration_seconds (`float`): That it took to find out.
@@ -87,6 +88,7 @@ class Plan:
     without_store: Forecast
     with_store: Forecast | None
     uses_store: bool
+    store_pays: bool
     fill_seconds: float
     store_gb: float
     available_gb: float
@@ -97,6 +99,11 @@ class Plan:
     def forecast(self) -> Forecast:
         """Of the run as it was asked for."""
         return self.with_store if self.uses_store and self.with_store is not None else self.without_store
+
+    @property
+    def advised(self) -> Forecast:
+        """Of the run with a store if that pays: what the other pieces of advice go out from."""
+        return self.with_store if self.store_pays and self.with_store is not None else self.forecast
 
 
 def side_by_side(prepare: float, compute: float, workers: int, device: torch.device) -> float:
@@ -266,7 +273,7 @@ def plan_run(
 
     costs = replace(costs, base_bytes=base_bytes)
     without_store = make_forecast(args, num_steps(), step, everything, costs)
-    used, used_pooled, filling = costs, list[str](), 0.0
+    used, used_pooled, filling, store_pays = costs, list[str](), 0.0, False
     if stored_costs is not None:
         filling = encoding_bytes(everything, costs, args.per_device_eval_batch_size)
         stored_costs = replace(stored_costs, base_bytes=base_bytes)
@@ -274,7 +281,9 @@ def plan_run(
         with_store = make_forecast(args, num_steps(), *counts, stored_costs, filling)
         # what evaluations are spared later; not less than nothing where the clock is coarser than the tower
         fill_seconds = max(0.0, without_store.evaluation_seconds - with_store.evaluation_seconds)
-        if args.activation_store is not None:
+        saved = epoch_seconds(without_store, args) - epoch_seconds(with_store, args)
+        store_pays = saved * args.num_train_epochs > fill_seconds
+        if args.activation_store is not None or store_pays:
             used, used_pooled = stored_costs, pooled
     larger_batches = {
         factor: make_forecast(
@@ -291,7 +300,8 @@ def plan_run(
         larger_batches=larger_batches,
         without_store=without_store,
         with_store=with_store,
-        uses_store=used is stored_costs,
+        uses_store=args.activation_store is not None and stored_costs is not None,
+        store_pays=store_pays,
         fill_seconds=fill_seconds,
         store_gb=store_bytes / 2**30,
         available_gb=(base_bytes + free_bytes) / 2**30,
@@ -302,40 +312,43 @@ def plan_run(
     return replace(plan, advice=advice if depths else advice[-1:])
 
 
+def epoch_seconds(way: Forecast, args: TransRecTrainingArguments) -> float:
+    """Seconds of an epoch with the evaluation after it, if there is one."""
+    return way.epoch_seconds + (args.eval_strategy == "epoch") * way.evaluation_seconds
+
+
 def advise_store(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether the states of the frozen blocks are worth storing."""
     if plan.with_store is None:
         return "activation_store: no, a tower is trained whole; lower trainable_blocks to store what is below them."
-    without, stored = (
-        way.epoch_seconds + (args.eval_strategy == "epoch") * way.evaluation_seconds
-        for way in (plan.without_store, plan.with_store)
-    )
+    without, stored = (epoch_seconds(way, args) for way in (plan.without_store, plan.with_store))
     facts = f"an epoch takes {stored:.0f} s instead of {without:.0f} s"
     facts += f", and filling it {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB"
-    if (without - stored) * args.num_train_epochs <= plan.fill_seconds:
+    if not plan.store_pays:
         return f"activation_store: no, {facts}, not paid back within {args.num_train_epochs:g} epochs."
     return f"activation_store: yes, {facts}, paid back after {plan.fill_seconds / (without - stored):.1f} epochs."
 
 
 def advise_batch(plan: Plan) -> str:
     """Whether a larger batch, in which more items are repeats, is worth it."""
-    best, now = 1, plan.forecast
+    best, now = 1, plan.advised
     for factor, way in plan.larger_batches.items():
         if way.epoch_seconds > WORTH * now.epoch_seconds or way.memory_gb > ROOM * plan.available_gb:
             break
         best, now = factor, way
     share = f"{plan.step.distinct_share:.0%} of a step's items are distinct"
+    with_store = " with the store" if plan.store_pays else ""
     if best == 1:
         return f"batch: as it is; {share}, and a larger one would save little time or take too much memory."
     return (
-        f"batch: {best} times as many users if the metrics bear it, for {now.epoch_seconds:.0f} s an epoch and "
-        f"{now.memory_gb:.1f} GB; {share}, {plan.larger_steps[best].distinct_share:.0%} would be."
+        f"batch: {best} times as many users if the metrics bear it, for {now.epoch_seconds:.0f} s an epoch"
+        f"{with_store} and {now.memory_gb:.1f} GB; {share}, {plan.larger_steps[best].distinct_share:.0%} would be."
     )
 
 
 def advise_chunk(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether memory makes it necessary to encode fewer items at a time."""
-    now, room = plan.forecast, ROOM * plan.available_gb
+    now, room = plan.advised, ROOM * plan.available_gb
     memory = f"the run takes {now.memory_gb:.1f} of {plan.available_gb:.1f} GB"
     if now.memory_gb < room:
         return f"item_chunk_size: {args.item_chunk_size or 'none'}, {memory}."
@@ -347,7 +360,7 @@ def advise_chunk(plan: Plan, args: TransRecTrainingArguments) -> str:
 
 def advise_workers(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether batches should be prepared by other processes."""
-    now, cores = plan.forecast, os.cpu_count() or 1
+    now, cores = plan.advised, os.cpu_count() or 1
     if args.dataloader_num_workers:
         return f"dataloader_num_workers: as it is, {args.dataloader_num_workers}."
     compute = now.step_seconds - now.prepare_seconds
