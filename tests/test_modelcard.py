@@ -218,6 +218,13 @@ def test_licence_is_that_of_the_towers_own_card_or_unknown(hub: LocalHub, tmp_pa
     assert read_licence(str(tmp_path.parent)) == UNKNOWN_LICENCE
 
 
+def test_the_card_of_a_hybrid_says_that_it_reads_content(tmp_path: Path) -> None:
+    make_config(("text",), num_items=12).save_pretrained(tmp_path)
+    text = checked(model_card(tmp_path)).text
+    assert "reads the **text** of items" in text and "each of the 12 items of its training has a" in text
+    assert "number only" not in text and "cannot be recommended" not in text and "Transfer can hurt" in text
+
+
 @pytest.mark.parametrize("kind", ["text", "image", "id"])
 def test_card_of_other_models(kind: str, tmp_path: Path) -> None:
     config = make_config((), num_items=12) if kind == "id" else make_config((kind,))
