@@ -136,8 +136,10 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     ]
     report = pretrain(options)
     assert report["protocol"]["num_users"] == 70 and "domain: other" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Trained on unnamed data and other." in card and "| data | other |" in card and "| items | 40:" in card
     told = json.loads((tmp_path / "run" / "data_statistics.json").read_text())
-    assert told["num_items"] == 88 and len(told["sources"]) == 2
+    assert told["num_items"] == 88 and [domain["num_items"] for domain in told["domains"]] == [48, 40]
     with pytest.raises(DataError, match="was trained on it"):
         check_no_source("run", "other", load_catalogue("other"), np.ones(40))
     (tmp_path / "empty").mkdir()

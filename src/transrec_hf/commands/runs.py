@@ -418,8 +418,8 @@ def run_training(
             if balance is not None:
                 plot_balance(trainer.state.log_history, folder / "modality_balance.png")
             if args.results_csv:
-                record_results(args.results_csv, args, data_args, split_args, report, trainer)
-        print(f"\nTest targets of {data_args.name}\n\n{format_report(report)}\n")
+                record_results(args.results_csv, args, " and ".join(domains), split_args, report, trainer)
+        print(f"\nTest targets of {' and '.join(domains)}\n\n{format_report(report)}\n")
         if "gradient_cosines" in report:
             print(f"Cosines of gradients\n\n{format_cosines(report['gradient_cosines'])}\n")
         if start is not None:
@@ -431,7 +431,7 @@ def run_training(
 def record_results(
     path: str,
     args: RunArguments,
-    data_args: DataArguments,
+    data: str,
     split_args: SplitArguments,
     report: dict[str, Any],
     trainer: TransRecTrainer,
@@ -448,7 +448,7 @@ def record_results(
         run=args.run_name or Path(args.output_dir).name,
         command=command_line(),
         seed=args.seed,
-        data=data_args.name,
+        data=data,
         machine=device["device"],
         protocol=split_args.protocol,
         split="test",

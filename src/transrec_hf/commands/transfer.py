@@ -239,7 +239,7 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: 
         varied = theirs.std() > 0 and ours.std() > 0
         is_source = not varied or np.corrcoef(theirs, ours)[0, 1] > LIKE_COUNTS
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
-    sources = told.get("sources") or [told.get("source")]
+    sources = [domain.get("source") for domain in told.get("domains") or [told]]
     if is_source or (catalogue.source in sources and not DataArguments(data=target).is_demo):  # which have one name
         raise DataError(f"{target}: the source {checkpoint} was trained on it. Leave one of the two out.")
 

@@ -166,6 +166,7 @@ def _render(folder: Path, config: TransRecConfig, files: Mapping[str, Mapping[st
         "elsewhere": other_weights(folder),
         "data": name,
         "statistics": statistics,
+        "data_of": lambda domain: data_name({}, domain)[0],
         "split": split,
         "report": report,
         "interval": (report or {}).get("interval", BOOTSTRAP),
@@ -264,7 +265,8 @@ def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
             files["config.json"][tower]["_name_or_path"] = named_source(name)["name"]
     files[TRAINING_ARGS_NAME] = dict(_arguments(evaluation, files[TRAINING_ARGS_NAME]))
     if files[STATISTICS_NAME]:
-        files[STATISTICS_NAME]["source"] = data_name({}, files[STATISTICS_NAME])[0]
+        for part in (*files[STATISTICS_NAME].get("domains", ()), files[STATISTICS_NAME]):
+            part["source"] = data_name({}, part)[0]
     return {name: values for name, values in files.items() if values}
 
 

@@ -165,6 +165,8 @@ def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> t
         return given[0], True
     if evaluation.get("data"):
         return evaluation["data"], False
+    if statistics.get("domains"):
+        return " and ".join(data_name({}, domain)[0] for domain in statistics["domains"]), False
     source = statistics.get("source", "catalogue")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+) \(items\)", source)
     if hub:

@@ -225,10 +225,10 @@ class MixedTrainer(TransRecTrainer):
 
     @functools.cached_property
     def statistics(self) -> dict[str, Any]:
-        """Those of the first domain, the counts of all, and their names."""
-        of = [part.statistics for part in self.parts.values()]
-        counts = {name: sum(part[name] for part in of) for name in of[0] if name.startswith("num_")}
-        return {**of[0], **counts, "source": ", ".join(self.parts), "sources": [part["source"] for part in of]}
+        """The counts of all domains, and the statistics of each."""
+        domains = [part.statistics for part in self.parts.values()]
+        counts = {name: sum(domain[name] for domain in domains) for name in domains[0] if name.startswith("num_")}
+        return {"source": ", ".join(self.parts), **counts, "domains": domains}
 
 
 def check_similarity(
