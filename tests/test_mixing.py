@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from testing_utils import make_catalogue, make_config, make_processor, make_split
@@ -143,8 +145,13 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     with pytest.raises(DataError, match="was trained on it"):
         check_no_source("run", "other", load_catalogue("other"), np.ones(40))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty"):
-        pretrain([*options[:3], "empty", "--output_dir", "none", *options[6:]])
+    (tmp_path / "short").mkdir()
+    shutil.copy(tmp_path / "other" / "items.parquet", tmp_path / "short")
+    events = pd.read_parquet(tmp_path / "other" / "interactions.parquet").drop_duplicates("user_id")
+    events.to_parquet(tmp_path / "short" / "interactions.parquet")
+    for name, said in (("empty", "empty"), ("short", "^short: no user has 3 interactions")):
+        with pytest.raises(DataError, match=said):
+            pretrain([*options[:3], name, "--output_dir", "none", *options[6:]])
     assert not (tmp_path / "none").exists()
 
 

@@ -324,8 +324,11 @@ def prepare_domain(
     """Read and check a further domain of a run. Raises [`DataError`]."""
     catalogue, sequences = dataclasses.replace(data_args, data=name, items=None, interactions=None).load()
     check_fits(model, catalogue)
-    with bad_input(f"{name}: bad options"):
-        split = split_args.apply(sequences, model.config.max_position_embeddings)
+    try:
+        with bad_input("bad options"):
+            split = split_args.apply(sequences, model.config.max_position_embeddings)
+    except DataError as error:  # of which of several domains
+        raise DataError(f"{name}: {error}") from error
     catalogue.check_contents(model.config.modalities)
     return catalogue, split
 
