@@ -174,7 +174,7 @@ def test_wrong_vectors_and_codes_are_refused(tmp_path):
         quantizer.decode(torch.zeros(3, 5, dtype=torch.long))
     with pytest.raises(DataError, match="smaller codebook_size"):
         ItemQuantizer.fit(vectors[:7], 2, 8)
-    with pytest.raises(DataError, match="3 equal parts"):
+    with pytest.raises(DataError, match=r"3 equal parts: make num_codebooks [24] or [24]"):
         ItemQuantizer.fit(vectors, 3, 8, "product")
     with pytest.raises(DataError, match="Fit one"):
         ItemQuantizer.from_pretrained(tmp_path)

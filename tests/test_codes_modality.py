@@ -247,7 +247,7 @@ def write_texts(folder: Path, num_items: int = 24, seed: int = 0) -> Path:
     return folder
 
 
-def test_the_command_shares_codes_between_platforms(tmp_path, capsys):
+def test_the_command_shares_codes_between_platforms(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tower = TransRecModel(TransRecConfig(**{**USER_ENCODER, "text_config": TEXT_TOWERS["bert"]()}))
     tower.item_encoder.text_model.save_pretrained(tmp_path / "bert")
@@ -255,6 +255,15 @@ def test_the_command_shares_codes_between_platforms(tmp_path, capsys):
     options = ["--text_model", str(tmp_path / "bert"), "--use_cpu"]
     source, target = write_texts(tmp_path / "source"), write_texts(tmp_path / "target", seed=1)
     sizes = ["--num_codebooks", "2", "--codebook_size", "8"]
+    with monkeypatch.context() as patch:
+        patch.delattr("transrec_hf.commands.codes.encode_catalogue")  # said before anything is encoded
+        for wrong in (
+            ["--codebook_size", "500"],
+            ["--method", "product", "--num_codebooks", "7"],
+            ["--num_codebooks", "0"],
+        ):
+            with pytest.raises(DataError, match=r"smaller codebook_size|equal parts|must be 1 or more"):
+                codes_command([str(source), "--output_dir", str(tmp_path / "s"), *options, *sizes[2:], *wrong])
     report = codes_command([str(source), "--output_dir", str(tmp_path / "s"), *options, *sizes])
     assert 0 < report["usage_entropy"] <= 1 and report == json.loads((tmp_path / "s/item_quantizer.json").read_text())
     quantizer = ItemQuantizer.from_pretrained(tmp_path / "s")

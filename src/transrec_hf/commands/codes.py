@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..data.contents import QUANTIZER_NAME
 from ..errors import DataError, bad_input
 from ..files import write_json, written_whole
-from ..items.codes import ItemQuantizer
+from ..items.codes import ItemQuantizer, check_codebooks
 from ..items.encoding import encode_catalogue
 from ..items.meeting import standardize_for
 from ..items.preparing import ItemSource
@@ -80,6 +80,10 @@ def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
     made_by = encoder_hash(model, processor)
     if given is not None:
         check_encoder(given, made_by, str(args.quantizer))
+    else:
+        width = model.config.hidden_size
+        with bad_input("bad options"):
+            check_codebooks(len(catalogue), width, args.num_codebooks, args.codebook_size, args.method)
     catalogue.check_contents(model.config.modalities)
     source = ItemSource(catalogue, processor)
     if torch.accelerator.is_available() and not args.use_cpu:

@@ -253,18 +253,8 @@ class ItemQuantizer:
             [`DataError`]: If there are fewer items than values of a code, vectors are not finite, or their width is
                 not a multiple of `num_codebooks` (`"product"`).
         """
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         check_vectors(vectors)
-        if num_codebooks < 1 or not 2 <= codebook_size <= MAX_CODES:
-            raise ValueError(
-                f"num_codebooks must be 1 or more and codebook_size from 2 to 65,536, got {num_codebooks} and "
-                f"{codebook_size}"
-            )
-        if len(vectors) < codebook_size:
-            raise DataError(f"{len(vectors)} items for codebooks of {codebook_size}: take a smaller codebook_size")
-        if method == "product" and vectors.shape[1] % num_codebooks:
-            raise DataError(f"vectors of {vectors.shape[1]} numbers do not fall into {num_codebooks} equal parts")
+        check_codebooks(len(vectors), vectors.shape[1], num_codebooks, codebook_size, method)
         generator = torch.Generator().manual_seed(seed)
         vectors = vectors.detach().float().cpu()
         hashes: Any = {"vectors_hash": hash_of_vectors(vectors), "encoder_hash": encoder_hash}
@@ -449,6 +439,28 @@ def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
         )
     table.vectors.weight.copy_(vectors)
     model.config.quantizer_hash = quantizer.hash
+
+
+def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_size: int, method: str) -> None:
+    """
+    Raises `ValueError` or [`DataError`] for codebooks that cannot be fitted on so many vectors of this width, which
+    are not needed for that.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if num_codebooks < 1 or not 2 <= codebook_size <= MAX_CODES:
+        raise ValueError(
+            f"num_codebooks must be 1 or more and codebook_size from 2 to 65,536, got {num_codebooks} and "
+            f"{codebook_size}"
+        )
+    if num_items < codebook_size:
+        raise DataError(f"{num_items} items for codebooks of {codebook_size}: take a smaller codebook_size")
+    if method == "product" and width % num_codebooks:
+        near = sorted((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - num_codebooks))[:2]
+        raise DataError(
+            f"vectors of {width} numbers do not fall into {num_codebooks} equal parts: make num_codebooks "
+            + " or ".join(map(str, near))
+        )
 
 
 def check_vectors(vectors: Tensor, size: int | None = None) -> None:
