@@ -494,6 +494,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "times of one for several": (lambda of: of.recommend([HISTORY] * 2, timestamps=[1, 2]), "one entry for each"),
     "times that are texts": (lambda of: of.recommend(HISTORY, timestamps=["a"] * 3), "a whole number"),
     "times that are enormous": (lambda of: of.recommend(HISTORY, timestamps=[10**30] * 3), "of 64 bits"),
+    "a number beyond 64 bits": (
+        lambda of: of.add_items([{**NEW[0], "price": 2**64}]),
+        "'price' of the items cannot be",
+    ),
+    "a column of two kinds": (
+        lambda of: of.add_items([NEW[0], {**NEW[1], "size": 3}, {"item_id": "x", "text": "a", "size": "S"}]),
+        "'size' of the items cannot be kept",
+    ),
     "no item to add": (lambda of: of.add_items([]), "there is nothing in it"),
     "no history to score by": (lambda of: of.score([], ["item-1"]), "nothing to score by"),
     "a text to score": (lambda of: of.score(HISTORY, "item-1"), "put it in brackets"),

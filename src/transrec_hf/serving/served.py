@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue, load_catalogue
-from ..errors import MAX_EXAMPLES, DataError, UnknownItems, shortened
+from ..errors import MAX_EXAMPLES, DataError, UnknownItems, one_line, shortened
 from ..items.encoding import fit_texts
 from ..items.fingerprints import hash_weight
 from ..items.meeting import ItemStatistics, match_items
@@ -300,9 +301,17 @@ def _same_columns(one: ItemIndex, other: ItemIndex) -> bool:
 
 
 def _with_encoded_images(rows: Any) -> Any:
-    """Rows in which images are the bytes of a file, as tables have them."""
+    """Rows in which images are the bytes of a file, as tables have them. Raises [`DataError`] for mixed columns."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         return rows
+    for name in {name for row in rows for name in row} - {"item_id", *MODALITIES}:
+        try:
+            pa.array([row.get(name) for row in rows], from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"the column {shortened(repr(name))} of the items cannot be kept ({shortened(one_line(error), 200)}). "
+                "Give its cells one type of 64 bits."
+            ) from error
 
     def encoded(value: Any) -> Any:
         if not isinstance(value, PIL.Image.Image):
