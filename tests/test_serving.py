@@ -113,8 +113,13 @@ def test_vectors_are_strangers_too() -> None:
     expected = ids(served.recommend(["item-5"], 12, exclude_seen=False))
     for raw in (np.array([1.0, 2, 3, 5]), torch.tensor([1.0, 2, 3, 5]), {"features": [1, 2, 3, 5]}):
         assert ids(served.recommend([raw], 12, exclude_seen=False)) == expected
-    with pytest.raises(DataError, match="finite numbers"):
-        served.recommend([{"features": [1, 2, 3, float("nan")]}])
+    for number in (float("nan"), 1e39):
+        with pytest.raises(DataError, match="finite numbers"):
+            served.recommend([{"features": [1, 2, 3, number]}])
+    for number in (1e20, 3e38):  # no other item could be recommended beside it
+        with pytest.raises(DataError, match=r"'huge'.*so long that no score would be"):
+            served.add_items([{"item_id": "huge", "features": [number, 2, 3, 4]}])
+    assert ids(served.recommend(["item-5"], 12, exclude_seen=False)) == expected
     with pytest.raises(DataError, match="shape"):
         served.recommend([{"features": [1, 2, 3]}])
 

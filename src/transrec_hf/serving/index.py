@@ -30,6 +30,7 @@ INDEX_NAME = "item_index.safetensors"
 IDS_NAME = "item_index.json"
 """The ids of an index of format 1, which had them in a file of their own."""
 FORMAT = 3
+MAX_LENGTH = 2.0**60  # of a vector: the product of two is a number of fp32
 MAX_CHECKED = 2**28  # bytes of vectors that are checked whenever they are read; of more by `verify` only
 
 
@@ -171,9 +172,12 @@ class ItemIndex:
         ids, embeds = self.item_ids, self.item_embeds
         if (unique := len(set(ids.tolist()))) != len(ids):
             return f"only {unique} of {len(ids)} ids differ"
-        if not embeds.is_floating_point() or not (finite := embeds.isfinite().all(dim=1)).all():
-            row = int((~finite).nonzero()[0]) if embeds.is_floating_point() else 0
-            return f"the vector of item {ids[row]!r} (row {row + 1}) is not finite"
+        if not embeds.is_floating_point():
+            return f"its vectors hold {embeds.dtype}"
+        usable = torch.linalg.vector_norm(embeds, dim=1) < MAX_LENGTH
+        if not usable.all():
+            row = int((~usable).nonzero()[0])
+            return f"the vector of item {ids[row]!r} (row {row + 1}) is not finite, or so long that no score would be"
         return None
 
     def verify(self) -> None:

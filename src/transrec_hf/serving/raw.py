@@ -94,7 +94,8 @@ def _image(image: Any) -> PIL.Image.Image:
 def _numbers(values: Any) -> np.ndarray:
     """Values as float32; none if they are no numbers."""
     try:
-        return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return np.empty(0, dtype=np.float32)
 
