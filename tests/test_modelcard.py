@@ -218,6 +218,14 @@ def test_licence_is_that_of_the_towers_own_card_or_unknown(hub: LocalHub, tmp_pa
     assert read_licence(str(tmp_path.parent)) == UNKNOWN_LICENCE
 
 
+def test_info_and_card_count_the_same_parameters(tmp_path: Path) -> None:
+    model = make_model(make_config(num_items=12, item_map="whitened"))
+    model.save_pretrained(tmp_path)
+    assert {"whitening", "axes", "mean", "num_fitted"} <= {name.split(".")[-1] for name in model.state_dict()}
+    counted = {name: count for name, count in describe_checkpoint(tmp_path)["parameters"].items() if name != "total"}
+    assert counted == parameter_counts(model.config)
+
+
 def test_the_card_of_a_hybrid_says_that_it_reads_content(tmp_path: Path) -> None:
     make_config(("text",), num_items=12).save_pretrained(tmp_path)
     text = checked(model_card(tmp_path)).text

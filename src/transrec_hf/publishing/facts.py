@@ -35,6 +35,9 @@ MAX_CARD = 2**20
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 """What libraries raise, besides `ValueError`, on a checkpoint that is damaged or made up."""
 FIRST_USER_ENCODER = "transformer"  # of checkpoints older than the choice
+STATISTICS = re.compile(r"\.(running_mean|running_var|num_batches_tracked|is_new|num_fitted|mean|axes|whitening)$")
+"""Weights of batch norms and of item maps that are not parameters."""
+
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
 PARTS = {
     **{f"item_encoder.{modality.tower}.": f"{name} tower" for name, modality in MODALITIES.items()},
@@ -262,9 +265,9 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _sizes_of_weights(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and size of each parameter in the files of weights; what batch norms count is none."""
+    """Name and size of each parameter in the files of weights; what is counted and not trained is none."""
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, framework="numpy") as weights:
             for name in weights.keys():
-                if not re.search(r"\.(running_mean|running_var|num_batches_tracked)$", name):
+                if not STATISTICS.search(name):
                     yield name, math.prod(weights.get_slice(name).get_shape())
