@@ -172,6 +172,8 @@ def test_filters_masks_ids_candidates_and_modalities(recommender: Recommender) -
     found = recommender.recommend([HISTORY, ["item-0"]], 12, candidates=[["item-0"], ["item-9", "item-2"]])
     assert [sorted(ids(user)) for user in found] == [["item-0"], ["item-2", "item-9"]]
     assert ids(recommender.recommend(HISTORY, candidates=[["item-0"]])) == ["item-0"]
+    rest = ids(recommender.recommend(HISTORY, 12, filter=f"price < 6 and item_id not in {cheap[:2]}"))
+    assert rest == cheap[2:]
     assert recommender.recommend(HISTORY, filter="price > 100") == []
     assert recommender.recommend(HISTORY, filter="price < 6", candidates=["item-9"]) == []
     with_image = ids(recommender.recommend(HISTORY, 12, modality="image"))

@@ -209,6 +209,10 @@ def test_dates_bound_a_temporal_split(unit: int) -> None:
     for part in ("train", "validation", "test"):
         assert getattr(split, part).ends.tolist() == getattr(expected, part).ends.tolist()
     assert temporal_split(sequences, str(start + 2 * day), str(start + 3 * day)).test.ends.tolist() == [4, 8]
+    for kind in (datetime.fromisoformat, np.datetime64):
+        assert temporal_split(sequences, *map(kind, bounds)).validation.ends.tolist() == split.validation.ends.tolist()
+    with pytest.raises(DataError, match="Move the bounds: the validation comes before the test"):
+        temporal_split(sequences, *reversed(bounds))
     with pytest.raises(DataError, match="'spring' is no date"):
         temporal_split(sequences, "spring", bounds[1])
 

@@ -404,7 +404,7 @@ def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: in
     return Split(train, validation, lines, left_out)
 
 
-def temporal_split(sequences: Sequences, validation_from: int | str, test_from: int | str) -> Split:
+def temporal_split(sequences: Sequences, validation_from: Any, test_from: Any) -> Split:
     """Split by time: train before `validation_from`; the target is a user's first event of a period.
 
     A target's history is everything before it. Users without an event before the period have no history and are not
@@ -413,7 +413,7 @@ def temporal_split(sequences: Sequences, validation_from: int | str, test_from: 
     Args:
         sequences ([`Sequences`]):
             One view per user.
-        validation_from, test_from (`int` or `str`):
+        validation_from, test_from (`int`, `str` or `datetime`):
             First timestamp of the validation period `[validation_from, test_from)` and of the test period; or a date
             of ISO 8601 (in UTC) if the timestamps are seconds, milliseconds, microseconds or nanoseconds since 1970,
             which their size tells.
@@ -438,17 +438,18 @@ def temporal_split(sequences: Sequences, validation_from: int | str, test_from: 
             times = sequences.timestamps[sequences.expand()[1]]
             raise DataError(
                 f"temporal split: no user for {name} (validation_from={validation_from}, test_from={test_from}; the "
-                f"data run from {times.min()} to {times.max()}). Move the bounds."
+                f"data run from {times.min()} to {times.max()}). Move the bounds"
+                f"{': the validation comes before the test' if bounds[0] > bounds[1] else ''}."
             )
     left_out = len(sequences) - len(parts["training"])
     return Split(parts["training"], parts["validation"], parts["test"], left_out)
 
 
-def _time(sequences: Sequences, bound: int | str) -> int:
+def _time(sequences: Sequences, bound: Any) -> int:
     """A bound in the unit of the timestamps."""
-    if not isinstance(bound, str):
-        return bound
-    time = Timestamps(pa.chunked_array([[bound]]))
+    if isinstance(bound, (int, np.integer)):
+        return int(bound)
+    time = Timestamps(pa.chunked_array([[str(bound)]]))
     if (time.missing | time.wrong | time.inexact)[0]:
         raise DataError(f"temporal split: {bound!r} is no date. {TIMES}")
     if not time.are_dates:

@@ -212,11 +212,14 @@ class Snapshot:
         return rows if self.counts is None else rows[np.argsort(-self.counts[rows], kind="stable")]
 
     def matching(self, expression: str) -> Tensor:
-        """Which rows an expression over the columns is true of, `(n_rows,)`; see [`matching_rows`]."""
+        """Which rows an expression over the columns and `item_id` is true of, `(n_rows,)`; see [`matching_rows`]."""
         if expression not in self._filters:
             if len(self._filters) > 32:
                 self._filters.clear()
-            rows = torch.from_numpy(matching_rows(expression, self.columns).copy())
+            columns = self.columns
+            if "item_id" in expression and "item_id" not in columns.column_names:
+                columns = columns.append_column("item_id", pa.array(self.ids(np.arange(len(self)))))
+            rows = torch.from_numpy(matching_rows(expression, columns).copy())
             self._filters[expression] = rows.to(self.known.device)
         return self._filters[expression]
 
