@@ -134,6 +134,9 @@ def decimals(text: str) -> list[str]:
     return re.findall(r"(?<![\w.\d])\d*\.\d+", text)
 
 
+NUMBERS = ("value", "difference", "low", "high", "cosine", "validation_ndcg@10")
+
+
 def numbers_of(source: str) -> list[float]:
     """The numbers of the rows that `FILE COLUMN=VALUE COLUMN=VALUE; FILE ...` names, without their signs."""
     numbers = []
@@ -146,7 +149,7 @@ def numbers_of(source: str) -> list[float]:
         with open(path, newline="", encoding="utf-8") as table:
             rows = [row for row in csv.DictReader(table) if all(row[name] == value for name, value in wanted)]
         assert rows, f"no row of {entry}"
-        names = [name for name in rows[0] if name in ("value", "difference", "low", "high", "validation_ndcg@10")]
+        names = [name for name in rows[0] if name in NUMBERS]
         numbers += [abs(float(row[name])) for row in rows for name in names if row[name]]
     return numbers
 
