@@ -144,6 +144,8 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     assert told["num_items"] == 88 and [domain["num_items"] for domain in told["domains"]] == [48, 40]
     with pytest.raises(DataError, match="was trained on it"):
         check_no_source("run", "other", load_catalogue("other"), np.ones(40))
+    with pytest.raises(DataError, match="demo:source is given twice"):
+        pretrain([*options[:3], "demo:source", "--output_dir", "none", *options[6:]])
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").mkdir()
     shutil.copy(tmp_path / "other" / "items.parquet", tmp_path / "short")

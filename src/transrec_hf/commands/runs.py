@@ -357,6 +357,8 @@ def run_training(
         catalogue, split, model, processor = prepare_run(model_args, data_args, split_args, args.seed)
         domains = {data_args.name: (catalogue, split)}
         for name in (args.more_data or []) if isinstance(args, PretrainArguments) else []:
+            if name in domains:
+                raise DataError(f"{name} is given twice: leave it out of more_data")
             domains[name] = prepare_domain(name, data_args, split_args, model)
     try:
         with bad_input("bad options"):
