@@ -23,7 +23,7 @@ import pytest
 from testing_utils import make_catalogue, make_config, make_image, make_model, make_processor
 
 from transrec_hf import DataError, ItemSource, Recommender
-from transrec_hf.commands.serve import ServiceArguments, serve
+from transrec_hf.commands.serve import ServiceArguments, how_to_listen, serve
 
 
 httpx = pytest.importorskip("httpx")
@@ -466,6 +466,10 @@ def test_towers_are_loaded_at_once_if_that_is_wanted(tmp_path: Path) -> None:
             raw = {"histories": [[{"text": "a red hat"}]]}
             assert client.post("/recommend", json=raw).status_code == 200
             assert client.get("/readyz").json()["towers"] is True
+
+
+def test_workers_that_are_busy_are_not_killed() -> None:
+    assert uvicorn.Config("app", **how_to_listen(ServiceArguments())).timeout_worker_healthcheck >= 60
 
 
 def test_a_token_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,7 @@ def how_to_listen(args: ServiceArguments) -> dict:
         "lifespan": "on",
         "limit_concurrency": 4 * args.max_waiting,
         "timeout_graceful_shutdown": max(1, int(np.ceil(args.timeout))),
+        "timeout_worker_healthcheck": 120,  # of 5 seconds, workers that load a model or compute are killed as hung
     }
 
 
