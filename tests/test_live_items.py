@@ -164,6 +164,12 @@ def test_a_torn_record_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -> N
     (folder / JOURNAL_NAME).write_bytes(broken)
     with pytest.raises(DataError, match="a change is damaged"):
         state(folder)
+    for place in (3, 25):  # of what it is, and of the hash of the index that it belongs to
+        broken = bytearray(whole)
+        broken[place] ^= 128
+        (folder / JOURNAL_NAME).write_bytes(broken)
+        with pytest.raises(DataError, match="its head is damaged"):
+            state(folder)
 
 
 def test_a_journal_of_another_index_is_not_read(tmp_path: Path) -> None:
@@ -272,13 +278,13 @@ def test_vectors_are_mapped_and_not_read(tmp_path: Path) -> None:
 
 
 def test_appending_needs_no_whole_record_before(tmp_path: Path) -> None:
-    end = append_record(tmp_path, "state", 0, b"one")
+    end = append_record(tmp_path, "ab12", 0, b"one")
     with open(tmp_path / JOURNAL_NAME, "ab") as file:
         file.write(b"half of")
-    assert append_record(tmp_path, "state", end, b"two") > end
-    assert read_journal(tmp_path, "state")[0] == [b"one", b"two"]
-    assert read_journal(tmp_path, "state", end)[0] == [b"two"]
-    assert read_journal(tmp_path, "other") == ([], 0)
+    assert append_record(tmp_path, "ab12", end, b"two") > end
+    assert read_journal(tmp_path, "ab12")[0] == [b"one", b"two"]
+    assert read_journal(tmp_path, "ab12", end)[0] == [b"two"]
+    assert read_journal(tmp_path, "cd34") == ([], 0)
 
 
 def test_a_recommender_keeps_its_changes(tmp_path: Path) -> None:

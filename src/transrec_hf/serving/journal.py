@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,12 +35,17 @@ def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple
         `tuple[list[bytes], int]`: The records, and where in the file they end.
 
     Raises:
-        [`DataError`]: If a record that is followed by others is damaged.
+        [`DataError`]: If its head is damaged, or a record that is followed by others.
     """
     path, head = Path(folder) / JOURNAL_NAME, _head(state)
     try:
         with open(path, "rb") as file:
-            if file.read(len(head)) != head:
+            found = file.read(len(head))
+            if found != head:
+                if len(found) == len(head) and not re.match(MAGIC + rb"[0-9a-f]*\n", found):
+                    raise DataError(
+                        f"{path}: its head is damaged. Delete it, and all changes with it."
+                    )
                 return [], 0
             file.seek(start or len(head))
             content = file.read()
