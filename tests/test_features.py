@@ -14,6 +14,7 @@ from testing_utils import (
     make_image_processor,
     make_split,
     make_tokenizer,
+    make_trainer,
     train_and_serve,
     weights_of,
 )
@@ -149,6 +150,16 @@ def test_vectors_of_another_size_or_none_are_refused(source):
         encode_catalogue(model, ItemSource(source.catalogue, TransRecProcessor(features_size=SIZE)))
     with pytest.raises(ValueError, match=r"not \(5,\)"):
         source.processor(features=[np.ones(3)])
+
+
+def test_training_refuses_vectors_of_another_size(source, tmp_path):
+    with pytest.raises(DataError, match=r"features have 5 numbers, but this model reads vectors of 4\. Make them as"):
+        make_trainer(
+            tmp_path / "run",
+            model=make_model(features_size=4),
+            catalogue=source.catalogue,
+            processor=source.processor,
+        )
 
 
 def test_slices_name_the_combinations(source):

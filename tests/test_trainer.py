@@ -492,7 +492,7 @@ def test_items_that_the_model_cannot_read_are_refused_before_training(tmp_path):
 
 
 def test_an_id_baseline_of_another_catalogue_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_items is 7, but the catalogue has 12"):
+    with pytest.raises(ValueError, match="12 items, but this ID baseline knows 7"):
         make_trainer(tmp_path, make_config("", num_items=7))
 
 

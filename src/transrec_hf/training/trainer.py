@@ -32,6 +32,7 @@ from ..model.configuration_transrec import TransRecConfig
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.card import non_default_arguments, write_model_card
+from ..publishing.checkpoint import check_fits
 from ..publishing.facts import EVALUATION_NAME, TRAINING_ARGS_NAME, load_evaluation, named_source, towers_of_run
 from ..publishing.results import describe_device, versions
 from .adapters import base_of, check_adapters, has_adapter
@@ -128,17 +129,14 @@ class TransRecTrainer(TrainerBase):
     def adopt(self, model: TransRecModel) -> None:
         """Check that a model, data and arguments fit each other, and set the model up as the arguments say."""
         args, config = self.args, model.config
-        if config.modalities:
-            self.catalogue.require(config.modalities)
-            if self.items.processor is None:
-                raise ValueError("a content model needs its processor: pass it as processing_class")
+        check_fits(model, self.catalogue)
+        if config.modalities and self.items.processor is None:
+            raise ValueError("a content model needs its processor: pass it as processing_class")
         self.source = self.items if config.modalities else ItemSource(self.catalogue)
         check_dropout(args.modality_dropout, self.source)
         self.source.log_popularity = torch.from_numpy(log_popularity(self.train_counts))
         self.store: ActivationStore | None = None
         self.is_prepared = False  # for the items at hand
-        if config.num_items is not None and config.num_items != len(self.catalogue):
-            raise ValueError(f"num_items is {config.num_items}, but the catalogue has {len(self.catalogue)} items")
         self.windows = TrainingWindows(self.split.train, config.max_position_embeddings, config.num_targets)
         if not len(self.windows):
             raise DataError("no training sequence has two items: every user needs a history and a next item")
