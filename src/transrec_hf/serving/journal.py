@@ -43,9 +43,7 @@ def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple
             found = file.read(len(head))
             if found != head:
                 if len(found) == len(head) and not re.match(MAGIC + rb"[0-9a-f]*\n", found):
-                    raise DataError(
-                        f"{path}: its head is damaged. Delete it, and all changes with it."
-                    )
+                    raise DataError(f"{path}: its head is damaged. Delete it, and all changes with it.")
                 return [], 0
             file.seek(start or len(head))
             content = file.read()
