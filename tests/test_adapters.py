@@ -245,6 +245,11 @@ def test_an_adapter_on_a_base_that_was_never_saved_is_refused(tmp_path: Path, wa
         trainer.save_model()
 
 
+def test_tuning_that_would_add_such_an_adapter_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"was never saved, .* as `transrec finetune` does"):
+        trainer_of(make_model(), tmp_path, tuning="lora")
+
+
 def test_an_adapter_of_one_tower_alone_is_refused(base: TransRecModel, tmp_path: Path) -> None:
     base.item_encoder.text_model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ValueError, match=r"an adapter of text_model alone.*text_model\.\*query"):

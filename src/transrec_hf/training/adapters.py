@@ -63,7 +63,8 @@ def check_base(model: nn.Module) -> None:
     if not getattr(base_of(model).config, "_name_or_path", ""):
         raise ValueError(
             "the model under the adapter was never saved, and an adapter is saved alone: save the model with "
-            "save_pretrained, load it with from_pretrained, and add the adapter to that one"
+            "save_pretrained, load it with from_pretrained, and add the adapter to that one, as `transrec finetune` "
+            "does"
         )
 
 

@@ -151,8 +151,8 @@ class TransRecTrainer(TrainerBase):
                 f"item_cache_age saves nothing with objective {config.objective!r}, which scores the items of a "
                 "history as well: leave it out, or train with 'cpc'"
             )
-        check_adapters(model, saves=args.save_strategy != SaveStrategy.NO or args.push_to_hub)
         tune(model, args)
+        check_adapters(model, saves=args.save_strategy != SaveStrategy.NO or args.push_to_hub)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "every parameter of the model is frozen, so there is nothing to train: call model.requires_grad_(True)"
