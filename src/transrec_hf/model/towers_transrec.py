@@ -187,9 +187,8 @@ def compile_each(blocks: Iterable[nn.Module], **kwargs: Any) -> None:
     # a code may be compiled 8 times, but all layers of transformers enter by one, and those of MobileNet are of 27
     # kinds, each of which is compiled with and without gradients and autocast
     config = torch._dynamo.config
-    for name, least in (("recompile_limit", 1024), ("accumulated_recompile_limit", 4096)):
-        name = name if hasattr(config, name) else name.replace("recompile", "cache_size")  # as torch 2.6 calls it
-        setattr(config, name, max(getattr(config, name), least))
+    config.recompile_limit = max(config.recompile_limit, 1024)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=True, **kwargs)
 
