@@ -39,8 +39,10 @@ class EpochCallback(TrainerCallback):
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
-        train_dataloader.dataset.set_epoch(int(state.epoch))
-        give_back_memory()
+        epoch = int(state.epoch)
+        train_dataloader.dataset.set_epoch(epoch)
+        if epoch:  # the system takes its time to give it again
+            give_back_memory()
 
 
 def give_back_memory() -> None:
