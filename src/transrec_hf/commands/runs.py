@@ -410,7 +410,7 @@ def run_training(
             batch_size=args.per_device_eval_batch_size,
             accelerator=trainer.accelerator,
         )
-    report = trainer.report(content_vectors=vectors)
+    report, data = trainer.report(content_vectors=vectors), " and ".join(domains)
     if start is not None:
         report["start"] = dataclasses.asdict(start)
     trainer.create_model_card()
@@ -418,13 +418,13 @@ def run_training(
         with written_whole(args.output_dir) as folder:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            metric = (args.metric_for_best_model or "ndcg@10").removeprefix("eval_")
+            metric = args.best_metric.removeprefix("eval_")
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", metric)
             if balance is not None:
                 plot_balance(trainer.state.log_history, folder / "modality_balance.png")
             if args.results_csv:
-                record_results(args.results_csv, args, " and ".join(domains), split_args, report, trainer)
-        print(f"\nTest targets of {' and '.join(domains)}\n\n{format_report(report)}\n")
+                record_results(args.results_csv, args, data, split_args, report, trainer)
+        print(f"\nTest targets of {data}\n\n{format_report(report)}\n")
         if "gradient_cosines" in report:
             print(f"Cosines of gradients\n\n{format_cosines(report['gradient_cosines'])}\n")
         if start is not None:

@@ -118,7 +118,7 @@ class ApproximateIndex:
             bits = np.packbits(allowed.cpu().numpy(), bitorder="little")
             parameters.sel = faiss.IDSelectorBitmap(bits)
         users = queries.cpu().numpy()
-        largest(self.matrix, users)
+        largest(self.matrix, users)  # refuses users whose scores would not be finite
         seen = [np.empty(0, dtype=np.int64)] * len(users)
         if excluded is not None:
             of, rows = (part.cpu().numpy() for part in excluded)

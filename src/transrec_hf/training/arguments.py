@@ -184,6 +184,11 @@ class TransRecTrainingArguments(TrainingArguments):
         self.check()
 
     @property
+    def best_metric(self) -> str:
+        """What evaluations call `metric_for_best_model`, e.g. `"eval_ndcg@10"`."""
+        return f"eval_{(self.metric_for_best_model or 'ndcg@10').removeprefix('eval_')}"
+
+    @property
     def better(self) -> str:
         """Whether more or less of `metric_for_best_model` is better, `"max"` or `"min"`."""
         return "max" if self.greater_is_better else "min"

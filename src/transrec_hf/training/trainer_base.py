@@ -122,9 +122,8 @@ class TrainerBase(WholeCheckpoints):
             kwargs: see `Trainer`.
         """
         if compute_objective is None:
-            name = f"eval_{(self.args.metric_for_best_model or 'ndcg@10').removeprefix('eval_')}"
             direction = direction or f"{self.args.better}imize"
-            compute_objective = operator.itemgetter(name)
+            compute_objective = operator.itemgetter(self.args.best_metric)
         if direction is None:
             raise ValueError("say in which direction compute_objective is better: 'maximize' or 'minimize'")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
@@ -162,7 +161,7 @@ class TrainerBase(WholeCheckpoints):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
         if self.state.global_step == 0 and self.args.load_best_model_at_end and not self.is_fsdp_enabled:
-            value = metrics[f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"]
+            value = metrics[self.args.best_metric]
             self.start = (value, copy_of(self.accelerator.unwrap_model(self.model).state_dict()))
         return metrics
 

@@ -161,17 +161,12 @@ def value_of(trainer: TransRecTrainer) -> float:
     if not trainer.is_prepared:
         trainer.fill_store()
         trainer.prepare_model()
-    return trainer.evaluate()[metric_of(trainer)]
-
-
-def metric_of(trainer: TransRecTrainer) -> str:
-    """The name of the metric by which validation chooses."""
-    return f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
+    return trainer.evaluate()[trainer.args.best_metric]
 
 
 def best_value(trainer: TransRecTrainer) -> float:
     """The best validation metric of a run, its start included."""
-    metric = metric_of(trainer)
+    metric = trainer.args.best_metric
     return max(entry[metric] for entry in trainer.state.log_history if metric in entry)
 
 

@@ -155,27 +155,29 @@ class Target:
             start_from(model, "none", seed)
         is_trained = not cell.model.startswith(("untrained", "zero_shot"))
 
-        def prepared(trainer: TransRecTrainer) -> TransRecTrainer:
+        def ready(trainer: TransRecTrainer) -> TransRecTrainer:
+            """A trainer whose model, if it is not to be trained, has what it may know of the target."""
             if cell.model in WITHOUT_USERS:
                 trainer.source.log_popularity, trainer.is_prepared = None, True
                 standardize_projections(model, trainer.source, seed=seed)
+            elif not is_trained:
+                trainer.prepare_model()
             return trainer
 
         if cell.model in ("fine_tuned", "hybrid") or cell.model.startswith("zero_shot"):
             epochs = self.init_epochs if is_trained else 0
 
             def short_run(place: str) -> TransRecTrainer:
-                return prepared(self.trainer(model, source, split, place, seed, epochs))
+                return ready(self.trainer(model, source, split, place, seed, epochs))
 
             start = choose_start(model, short_run, seed=seed)
             facts = {"start": start.init, "starts": start.values}
             set_seed(seed)
-        if not is_trained:
-            if not prepared(trainer).is_prepared:
-                trainer.prepare_model()
-            return self._test(trainer, split), facts
-        trainer.train()
-        return self._test(trainer, split), {**facts, "validation": best_value(trainer)}
+        ready(trainer)
+        if is_trained:
+            trainer.train()
+            facts["validation"] = best_value(trainer)
+        return self._test(trainer, split), facts
 
     def _id_baseline(
         self, source: Source, cell: Cell, split: Split, folder: str
