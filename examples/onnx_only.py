@@ -22,9 +22,9 @@ about, rules = (json.load(open(f"{folder}/{name}.json")) for name in ("export", 
 graphs, size = about["graphs"], (rules["size"]["width"], rules["size"]["height"])  # images are stretched to one size
 
 
-def run(name: str, *inputs: np.ndarray) -> np.ndarray:
+def run(name: str, **inputs: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(f"{folder}/{graphs[name]['file']}")
-    return session.run(None, dict(zip(graphs[name]["inputs"], inputs, strict=False)))[0]
+    return session.run(None, {of: inputs[of] for of in graphs[name]["inputs"]})[0]  # not all models ask for `present`
 
 
 ids, texts, images = pyarrow.parquet.read_table(items, columns=["item_id", "text", "image"]).to_pydict().values()
@@ -33,14 +33,18 @@ tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 tokenizer.enable_truncation(about["max_text_length"])
 tokenizer.enable_padding()
 tokens = [(of.ids, of.attention_mask) for of in tokenizer.encode_batch([text or "" for text in texts])]
+input_ids, attention_mask = np.array(tokens).swapaxes(0, 1)
+of_text = run("text", input_ids=input_ids, attention_mask=attention_mask)
 blank = Image.new("RGB", size)  # where an item lacks a modality, its vector does not count
 drawn = [Image.open(pa.BufferReader(image["bytes"])) if image else blank for image in images]
 pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) / 255 for image in drawn])
 pixels = ((pixels - rules["image_mean"]) / rules["image_std"]).transpose(0, 3, 1, 2).astype(np.float32)
-vectors = run("items", run("text", *np.array(tokens).swapaxes(0, 1)), run("image", pixels), present)
+of_image = run("image", pixel_values=pixels)
+vectors = run("items", text_vectors=of_text, image_vectors=of_image, present=present)
 
 rows = [ids.index(item) for item in history][-about["max_history"] :]
-scores = vectors @ run("users", vectors[rows][None], np.ones((1, len(rows)), bool), present[rows][None])[0]
+mask = np.ones((1, len(rows)), bool)
+scores = vectors @ run("users", item_vectors=vectors[rows][None], mask=mask, present=present[rows][None])[0]
 scores[rows] = -np.inf
 for row in np.argsort(-scores)[:5]:
     print(f"{ids[row]}  {scores[row]:.3f}")

@@ -105,6 +105,31 @@ def test_cells_are_found_anew_when_the_index_is_written_anew(tmp_path: Path, mon
     assert served.items.cells is None and len(served.recommend(["item-1600"], 10)) == 10
 
 
+def test_processes_share_the_cells_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one writes them, the next ones read them, and one that sees another index finds its own."""
+    model, file = make_model(modalities=("text",)), tmp_path / "cells.faiss"
+
+    def served() -> Recommender:
+        return Recommender(model, index=live.LiveItems.open(tmp_path, model.config.hidden_size))
+
+    first = Recommender(model, index=make_items(2000), folder=tmp_path)
+    recall = first.approximate(0.9, file=file)
+    with monkeypatch.context() as patched:
+        patched.setattr(ApproximateIndex, "build", None)
+        second = served()
+        assert second.approximate(0.9, file=file) == recall
+    histories = [["item-3", "item-1"], ["item-40"]]
+    assert first.recommend(histories, 10).to_arrow() == second.recommend(histories, 10).to_arrow()
+    written = file.read_bytes()
+    first.remove_items(["item-7"])
+    first.live.compact()
+    wait()
+    third = served()
+    third.approximate(0.9, file=file)
+    assert third.items.cells is not None and len(third.items.cells.matrix) == 1999
+    assert file.read_bytes() == written
+
+
 def wait() -> None:
     """Until all cells have been found."""
     for thread in threading.enumerate():

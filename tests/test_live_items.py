@@ -305,6 +305,23 @@ def test_a_recommender_keeps_its_changes(tmp_path: Path) -> None:
         Recommender.from_pretrained(tmp_path / "other", index=tmp_path / "index")
 
 
+def test_a_deleted_index_is_served_on_and_not_changed(tmp_path: Path) -> None:
+    """Nothing is written beside an index that is gone; when one is there again, it is read."""
+    served = Recommender(make_model(), ItemSource(make_catalogue(), make_processor()), folder=tmp_path)
+    before = served.recommend(["item-1"], 3)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert served.recommend(["item-1"], 3) == before
+    with pytest.raises(FileNotFoundError, match="the item index is gone"):
+        served.remove_items(["item-2"])
+    assert not (tmp_path / JOURNAL_NAME).exists()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    served.remove_items([before[0].item_id])
+    assert before[0].item_id not in [item.item_id for item in served.recommend(["item-1"], 10)]
+
+
 def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "BLOCK", 3)
     monkeypatch.setattr(building, "RESUMED", 6)

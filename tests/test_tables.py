@@ -420,6 +420,8 @@ def test_several_splits_are_not_dropped() -> None:
 
 # Names of columns
 
+MAPS = pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int64()))
+
 
 @pytest.mark.parametrize(
     ("column", "wanted"),
@@ -448,6 +450,20 @@ def test_columns_that_mean_something_else_are_not(warnings) -> None:
     load_catalogue({**ITEMS, "title": list("xyz"), "description": list("xyz")})  # beside text
     load_catalogue({**ITEMS, "image_count": [1, 2, 3], "cover_type": list("xyz"), "poster_id": list("xyz")})
     assert not warnings.text
+
+
+@pytest.mark.parametrize("form", [dict, pd.DataFrame, lambda columns: pa.table({**columns, "arrow": MAPS})])
+def test_further_columns_that_cannot_be_kept_are_told(form, warnings) -> None:
+    odd = {dict: "dict", pd.DataFrame: "frame"}.get(form, "arrow")  # a warning is given once
+    catalogue = load_catalogue(form({**ITEMS, "price": [1, 2, 3], odd: [1, "x", [2]]}))
+    assert set(catalogue.items.column_names) == {*ITEMS, "price"}
+    assert warnings.text.count(f"the further column {odd!r} is left out") == 1
+
+
+def test_further_columns_of_a_file_are_told_once(tmp_path, warnings) -> None:
+    pq.write_table(pa.table({**ITEMS, "odd": MAPS}), tmp_path / "items.parquet", row_group_size=1)
+    load_catalogue(tmp_path / "items.parquet")
+    assert warnings.text.count("the further column 'odd' is left out (of the type map<") == 1
 
 
 def test_long_lists_of_columns_are_cut() -> None:

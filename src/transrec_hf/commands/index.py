@@ -41,6 +41,7 @@ def open_recommender(
     index: str | None,
     use_cpu: bool = False,
     approximate: float | None = None,
+    cells: str | None = None,
     **kwargs: Any,
 ) -> Recommender:
     """A recommender as the options of a verb ask for it. Raises [`DataError`]."""
@@ -52,7 +53,7 @@ def open_recommender(
     device = Accelerator(cpu=use_cpu).device
     recommender = Recommender.from_pretrained(checkpoint, items, index=index, device=device, **kwargs)
     if approximate is not None:
-        found = recommender.approximate(approximate)
+        found = recommender.approximate(approximate, file=cells)
         logger.info("Not all items are looked at: %.3f of the ten best are found", found)
     return recommender
 

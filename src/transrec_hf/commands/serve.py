@@ -90,13 +90,15 @@ def serve(argv: Sequence[str] | None = None) -> None:
             f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or "
             "--allow_anonymous"
         )
-    recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu, args.approximate)
-    logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
-    if args.workers == 1:
-        return run_alone(recommender, data_args, args, token)
-    device = str(recommender.device)  # of a model without its towers some weights are on "meta"
-    del recommender
-    run_workers(data_args, args, token, device)
+    with tempfile.TemporaryDirectory(prefix="transrec-serve-") as shared:
+        cells = os.path.join(shared, "cells.faiss") if args.workers > 1 else None
+        recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu, args.approximate, cells)
+        logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
+        if args.workers == 1:
+            return run_alone(recommender, data_args, args, token)
+        device = str(recommender.device)  # of a model without its towers some weights are on "meta"
+        del recommender
+        run_workers(data_args, args, token, device, shared, cells)
 
 
 def require(*libraries: str, extra: str) -> None:
@@ -112,6 +114,7 @@ def load_recommender(
     index: str | None,
     use_cpu: bool = False,
     approximate: float | None = None,
+    cells: str | None = None,
 ) -> Recommender:
     """A model and its items, with their popularity if the interactions are given. Raises [`DataError`]."""
     catalogue = counts = None
@@ -120,7 +123,7 @@ def load_recommender(
         counts = dict(zip(catalogue.item_ids.tolist(), sequences.item_counts(len(catalogue)).tolist(), strict=True))
     elif checkpoint and data_args.items:
         catalogue = data_args.load_items()
-    return open_recommender(checkpoint, catalogue, index, use_cpu, approximate, counts=counts)
+    return open_recommender(checkpoint, catalogue, index, use_cpu, approximate, cells, counts=counts)
 
 
 def is_loopback(host: str) -> bool:
@@ -170,18 +173,20 @@ def run_alone(recommender: Recommender, data_args: DataArguments, args: ServiceA
     uvicorn.run(create_app(recommender, Settings(token=token, **limits(data_args, args))), **how_to_listen(args))
 
 
-def run_workers(data_args: DataArguments, args: ServiceArguments, token: str | None, device: str) -> None:
-    """Serve in several processes, which map the same file of the index into their memory."""
+def run_workers(
+    data_args: DataArguments, args: ServiceArguments, token: str | None, device: str, shared: str, cells: str | None
+) -> None:
+    """Serve in several processes, which map the same file of the index, and of its cells, into their memory."""
     import uvicorn
 
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     places: dict = {name: getattr(args, name) for name in ("checkpoint", "index", "approximate")}
-    places["device"] = device
-    places["threads"] = min(threads, torch.get_num_threads())
-    with tempfile.TemporaryDirectory(prefix="transrec-metrics-") as counters:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters
-        os.environ["TRANSREC_SERVE"] = json.dumps({"settings": limits(data_args, args), "places": places})
-        if token is not None:
-            os.environ[TOKEN] = token
-        factory = "transrec_hf.serving.service:app_of_worker"
-        uvicorn.run(factory, factory=True, workers=args.workers, **how_to_listen(args))
+    places |= {"device": device, "threads": min(threads, torch.get_num_threads()), "cells": cells}
+    counters = os.path.join(shared, "metrics")
+    os.mkdir(counters)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = counters
+    os.environ["TRANSREC_SERVE"] = json.dumps({"settings": limits(data_args, args), "places": places})
+    if token is not None:
+        os.environ[TOKEN] = token
+    factory = "transrec_hf.serving.service:app_of_worker"
+    uvicorn.run(factory, factory=True, workers=args.workers, **how_to_listen(args))

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import pyarrow as pa
+from transformers.utils import logging
 
 from ..errors import DataError, one_line, shortened
 from .columns import NEEDED, check_names, plain
 
+
+logger = logging.get_logger(__name__)
 
 DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
 MENDS = {
@@ -24,12 +27,12 @@ def as_table(source: Any, name: str) -> pa.Table:
     if isinstance(source, (str, bytes)) or source is None:
         columns = {}
     elif isinstance(source, pa.Table):
-        return plain_table(source)
+        return plain_table(source, name)
     elif hasattr(source, "iloc") and hasattr(source, "columns"):  # pandas: column by column, for some may be mixed
         check_names(names := [str(column) for column in source.columns], name)
         columns = {column: source.iloc[:, place] for place, column in enumerate(names)}
     elif hasattr(source, "__arrow_c_stream__"):  # Polars, DuckDB, ...
-        return plain_table(pa.table(source))
+        return plain_table(pa.table(source), name)
     elif isinstance(source, Mapping):
         columns = dict(source)
     elif isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
@@ -51,22 +54,31 @@ def as_table(source: Any, name: str) -> pa.Table:
 
 
 def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
-    """An Arrow table of columns of Python or NumPy values. A further column that Arrow cannot type is left out."""
+    """An Arrow table of columns of Python or NumPy values; of further columns those that Arrow can type."""
     arrays = {}
     for column, values in columns.items():
         try:
             array = pa.array(values, from_pandas=True)
             arrays[column] = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
         except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError) as error:
-            if column in NEEDED:
-                why = shortened(one_line(error), 200)
+            why = shortened(one_line(error), 200)
+            if column not in NEEDED:
+                _tell_left_out(name, column, why)
+            else:
                 if (row := _first_odd(values)) is not None:
                     ids = columns.get("item_id")
                     item = "" if ids is None or column == "item_id" else f"item_id {shortened(list(ids)[row])!r}: "
                     why = f"row {row + 1}: {item}{why}"
                 mend = MENDS.get(column, "Give all its cells one type, for example all ids as strings.")
                 raise DataError(f"{name}: column {column!r} is not of one type ({why}). {mend}") from error
-    return plain_table(pa.table(arrays))
+    return plain_table(pa.table(arrays), name)
+
+
+def _tell_left_out(name: str, column: str, why: str) -> None:
+    """Once for a table, which is read in parts."""
+    logger.warning_once(
+        f"{name}: the further column {shortened(repr(column))} is left out ({why}). Give all its cells one plain type."
+    )
 
 
 def _first_odd(values: Iterable[Any]) -> int | None:
@@ -81,14 +93,19 @@ def _first_odd(values: Iterable[Any]) -> int | None:
     return None
 
 
-def plain_table(table: pa.Table) -> pa.Table:
+def plain_table(table: pa.Table, name: str) -> pa.Table:
     """
     A table of columns that `datasets` can hold: dictionaries and views become plain arrays, and further columns of
-    other types, such as maps, are left out.
+    other types, such as maps, are left out with a warning.
     """
-    columns = ((name, plain(table.column(place))) for place, name in enumerate(table.column_names))
-    kept = [(name, column) for name, column in columns if name in NEEDED or can_be_held(column.type)]
-    return pa.Table.from_arrays([column for _, column in kept], names=[name for name, _ in kept])
+    kept = []  # pairs, since a table may have two columns of one name
+    for place, label in enumerate(table.column_names):
+        column = plain(table.column(place))
+        if label in NEEDED or can_be_held(column.type):
+            kept.append((label, column))
+        else:
+            _tell_left_out(name, label, f"of the type {shortened(column.type, 60)}")
+    return pa.Table.from_arrays([column for _, column in kept], names=[label for label, _ in kept])
 
 
 def can_be_held(kind: pa.DataType) -> bool:

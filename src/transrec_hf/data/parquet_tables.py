@@ -128,7 +128,7 @@ def _convert(path: Path, rows: int, target: Path) -> None:
             groups = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
         size = min(10_000, 1 + CONVERTED * rows // max(1, sum(groups)))
         for block in read_blocks(path, rows, None, size):
-            table = plain_table(block)
+            table = plain_table(block, printable(path))
             if writer is None:
                 schema = _with_sound_metadata(table.schema, metadata)
                 writer = pa.ipc.new_stream(str(target), schema)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,27 @@ class ApproximateIndex:
         found = cls(matrix, cells, 1, 0.0)
         found.tune(recall, found.sample(rng) if queries is None else queries)
         return found
+
+    def save(self, file: str | os.PathLike, state: str) -> None:
+        """Keep the cells for other processes, and beside them that they are of an index in this state."""
+        import faiss
+
+        faiss.write_index(self.cells, os.fspath(file))
+        about = {"state": state, "nprobe": self.nprobe, "recall": self.recall}
+        Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, state: str, matrix: Matrix) -> ApproximateIndex | None:
+        """
+        The cells that another process has saved, mapped into memory; none if the index was in another state. Of a file
+        of one's own only: faiss does not check what it reads.
+        """
+        about = json.loads(Path(f"{file}.json").read_text(encoding="utf-8"))
+        if about.pop("state") != state:
+            return None
+        import faiss
+
+        return cls(matrix, faiss.read_index(os.fspath(file), faiss.IO_FLAG_MMAP), **about)
 
     def sample(self, rng: np.random.Generator) -> Tensor:
         """Vectors such as users have: means of an item and some that are near it."""

@@ -132,6 +132,10 @@ class LiveItems:
 
         Returns:
             `bool`: Whether there was anything.
+
+        Raises:
+            `FileNotFoundError`: If the index is gone.
+            [`DataError`]: If it is damaged.
         """
         if self.folder is None or self._stamp() == self._seen:
             return False
@@ -159,7 +163,7 @@ class LiveItems:
             return None
         items = ItemIndex.from_pretrained(self.folder)
         if items is None:
-            raise DataError(f"{self.folder}: the item index is gone ({INDEX_NAME}). Make it again.")
+            raise FileNotFoundError(f"{self.folder}: the item index is gone ({INDEX_NAME}). Make it again.")
         return None if items.state == self.base.state else items
 
     def change(self, make: Callable[[Snapshot], Change | None]) -> Snapshot:

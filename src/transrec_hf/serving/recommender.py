@@ -267,10 +267,17 @@ class Recommender(ServedItems, PushToHubMixin):
         states = torch.cat(parts).cpu().numpy()
         return states[0] if is_one else states
 
-    def approximate(self, recall: float = 0.99, seed: int = 0) -> float:
+    def approximate(self, recall: float = 0.99, seed: int = 0, file: str | os.PathLike | None = None) -> float:
         """
         Search no longer all items, but as many as a recall asks for (needs the extra `faiss`). It is measured by
         histories of five items that are near each other; again, in a thread, when the index is written anew.
+
+        Args:
+            recall (`float`, *optional*, defaults to 0.99): The least share of the ten best items that is found.
+            seed (`int`, *optional*, defaults to 0): Of the samples.
+            file (`str` or `os.PathLike`, *optional*): Of the cells of an index in a folder. The first process writes
+                it, the next ones map it into their memory. faiss does not check what it reads: let nobody else write
+                it.
 
         Returns:
             `float`: The share of the exact ten best items that was found.
@@ -278,14 +285,19 @@ class Recommender(ServedItems, PushToHubMixin):
 
         @torch.no_grad()
         def find_cells(snapshot: Snapshot) -> ApproximateIndex:
-            matrix = snapshot.segments[0].matrix
+            matrix, state = snapshot.segments[0].matrix, snapshot.segments[0].items.state
+            if file is not None and os.path.exists(file) and (cells := ApproximateIndex.load(file, state, matrix)):
+                return cells
             rows = np.random.default_rng(seed).permutation(len(matrix))[:SAMPLE]
             near = search(matrix, matrix.exact[torch.from_numpy(rows)], 5)[1].cpu().numpy()
             histories = [History(of_user.tolist(), list(range(5))) for of_user in near]
             nobody = self._encode_raw([])
             times = None if not self.model.config.time_buckets else [[0] * 5] * len(histories)
             queries = self._states(self._inputs(snapshot, histories, *nobody, times))
-            return ApproximateIndex.build(matrix, recall, queries, seed)
+            cells = ApproximateIndex.build(matrix, recall, queries, seed)
+            if file is not None and state and not os.path.exists(file):
+                cells.save(file, state)
+            return cells
 
         return self.live.search_by(find_cells)
 

@@ -147,8 +147,14 @@ class ServedItems:
 
     @property
     def items(self) -> Snapshot:
-        """The items now, with what other processes have changed in the folder of the index."""
-        self.live.refresh()
+        """
+        The items now, with what other processes have changed in the folder of the index; if that is gone, those that
+        were read from it.
+        """
+        try:
+            self.live.refresh()
+        except FileNotFoundError as error:
+            logger.warning_once(str(error))
         return self.live.snapshot
 
     @property

@@ -383,7 +383,7 @@ def app_of_worker() -> FastAPI:
     torch.set_num_threads(places["threads"])
     recommender = Recommender.from_pretrained(places["checkpoint"], index=places["index"], device=places["device"])
     if places["approximate"] is not None:
-        recommender.approximate(places["approximate"])
+        recommender.approximate(places["approximate"], file=places["cells"])
     settings["secrets"] = tuple(settings["secrets"])
     return create_app(recommender, Settings(token=os.environ.get("TRANSREC_TOKEN") or None, **settings))
 
