@@ -7,6 +7,7 @@ python examples/onnx_only.py runs/onnx items.parquet target-item-0001 target-ite
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -19,12 +20,24 @@ from tokenizers import Tokenizer
 
 folder, items, *history = sys.argv[1:]
 about, rules = (json.load(open(f"{folder}/{name}.json")) for name in ("export", "preprocessor_config"))
-graphs, size = about["graphs"], (rules["size"]["width"], rules["size"]["height"])  # images are stretched to one size
+graphs = about["graphs"]
 
 
 def run(name: str, **inputs: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(f"{folder}/{graphs[name]['file']}")
     return session.run(None, {of: inputs[of] for of in graphs[name]["inputs"]})[0]  # not all models ask for `present`
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """As the image processor says: stretched to one size, or its shorter side resized and the middle cut out."""
+    size, crop = rules["size"], rules.get("crop_size") if rules.get("do_center_crop") else None
+    ratio = size.get("shortest_edge", 0) / min(image.size)
+    width, height = (int(side * ratio) for side in image.size) if ratio else (size["width"], size["height"])
+    image = image.convert("RGB").resize((width, height), rules["resample"])
+    if crop:
+        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+    return ((np.asarray(image) / 255 - rules["image_mean"]) / rules["image_std"]).transpose(2, 0, 1)
 
 
 ids, texts, images = pyarrow.parquet.read_table(items, columns=["item_id", "text", "image"]).to_pydict().values()
@@ -35,12 +48,18 @@ tokenizer.enable_padding()
 tokens = [(of.ids, of.attention_mask) for of in tokenizer.encode_batch([text or "" for text in texts])]
 input_ids, attention_mask = np.array(tokens).swapaxes(0, 1)
 of_text = run("text", input_ids=input_ids, attention_mask=attention_mask)
-blank = Image.new("RGB", size)  # where an item lacks a modality, its vector does not count
+blank = Image.new("RGB", (64, 64))  # where an item lacks a modality, its vector does not count
 drawn = [Image.open(pa.BufferReader(image["bytes"])) if image else blank for image in images]
-pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) / 255 for image in drawn])
-pixels = ((pixels - rules["image_mean"]) / rules["image_std"]).transpose(0, 3, 1, 2).astype(np.float32)
+pixels = np.stack([pixels_of(image) for image in drawn]).astype(np.float32)
 of_image = run("image", pixel_values=pixels)
-vectors = run("items", text_vectors=of_text, image_vectors=of_image, present=present)
+more = {}  # what a model that adds popularity asks for, and one that has ID vectors
+if os.path.exists(statistics := f"{folder}/item_statistics.parquet"):
+    known, counts = pyarrow.parquet.read_table(statistics).to_pydict().values()
+    row_of = {item_id: row for row, item_id in enumerate(known)}
+    chosen = np.array([max(1, counts[row_of[item_id]]) if item_id in row_of else 1 for item_id in ids])
+    more["log_popularity"] = np.log(chosen / sum(counts)).astype(np.float32)
+    more["item_rows"] = np.array([row_of.get(item_id, -1) for item_id in ids])
+vectors = run("items", text_vectors=of_text, image_vectors=of_image, present=present, **more)
 
 rows = [ids.index(item) for item in history][-about["max_history"] :]
 mask = np.ones((1, len(rows)), bool)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from testing_utils import make_catalogue, make_config, make_model, make_processor
+from transformers import MobileNetV1ImageProcessorPil
 
 import transrec_hf.serving.export
 from transrec_hf import DataError, ItemSource, Recommender, TransRecModel
 from transrec_hf.commands.export import export
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.serving.export import export_model, graphs_of, program_of
 
 
@@ -68,21 +70,23 @@ def test_graphs_compute_what_the_model_does(file_format: str, tmp_path: Path) ->
         for rows in ([0, 1, 2, 3, 4, 5, 6], [8], [9, 10, 11, 0, 2]):
             items = [source.read(row, ["text", "image"]) for row in rows]
             inputs = processor([item.get("text") for item in items], [item.get("image") for item in items])
+            popularity = -torch.rand(len(rows))
             expected = model.get_item_features(**inputs, item_rows=torch.tensor(rows))
+            expected = model.with_popularity(expected, popularity)
             vectors = {name: torch.zeros(len(rows), 16) for name in ("text", "image")}
             if "input_ids" in inputs:
                 vectors["text"][inputs["text_index"]] = run("text", inputs["input_ids"], inputs["attention_mask"])
             if "pixel_values" in inputs:
                 vectors["image"][inputs["image_index"]] = run("image", inputs["pixel_values"])
             present = inputs["item_modalities"][:, :2]
-            got = run("items", vectors["text"], vectors["image"], present, torch.tensor(rows))
+            got = run("items", vectors["text"], vectors["image"], present, torch.tensor(rows), popularity)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         for lengths in ([6, 3, 1, 5], [2], [1]):
             histories = torch.full((len(lengths), max(lengths)), -1)
             for user, length in enumerate(lengths):
                 histories[user, :length] = torch.randint(12, (length,))
-            table = torch.randn(12, 16)
-            expected = model.get_user_features(table, histories, torch.ones(12, 3, dtype=torch.bool))
+            table = torch.randn(12, 17)
+            expected = model.get_user_features(table[:, :16], histories, torch.ones(12, 3, dtype=torch.bool))
             last = expected[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
             present = torch.ones(*histories.shape, 2, dtype=torch.bool)
             got = run("users", table[histories.clamp(min=0)], histories >= 0, present)
@@ -140,20 +144,36 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         export_model(make_model(make_config("", num_items=3)), None, tmp_path / "out", "tflite")
 
 
+HYBRID = {"similarity": "cosine", "content_prior": True, "popularity_prior": True, "num_items": 200}
+CUT = MobileNetV1ImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+
+
 @pytest.mark.slow
-def test_the_example_recommends_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("config", "images"), [({}, None), (HYBRID, CUT)], ids=["content", "hybrid, images cut"])
+def test_the_example_recommends_without_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture, config: dict[str, Any], images: Any
+) -> None:
+    """Also items that the checkpoint has no ID vector of."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model, processor, target = TransRecModel(demo_config()).eval(), demo_processor(), demo_world().target
+    model, processor, target = TransRecModel(demo_config(**config)).eval(), demo_processor(), demo_world().target
+    processor.image_processor = images or processor.image_processor
+    statistics = None
+    if config:
+        torch.nn.init.normal_(model.item_encoder.item_embedding.weight, std=0.5)
+        ids, counts = target.catalogue.item_ids, target.sequences.item_counts(len(target.catalogue))
+        statistics = ItemStatistics(ids[:200][::-1], counts[:200][::-1])
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
+    if statistics is not None:
+        statistics.save(tmp_path / "model")
     target.save(tmp_path)
     assert max(export([str(tmp_path / "model"), "--output_dir", str(tmp_path / "onnx")]).values()) < 1e-4
     assert capsys.readouterr().out.count("differs from the model by") == 4
     with pytest.raises(DataError, match="holds an export already"):
         export([str(tmp_path / "model"), "--output_dir", str(tmp_path / "onnx")])
-    history = target.catalogue.item_ids[:3].tolist()
+    history = target.catalogue.item_ids[[0, 1, 250]].tolist()
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "assert not {'torch', 'transformers', 'transrec_hf'} & set(sys.modules)"
@@ -167,6 +187,6 @@ def test_the_example_recommends_without_torch(tmp_path: Path, capsys: pytest.Cap
     )
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    expected = Recommender(model, ItemSource(target.catalogue, processor)).recommend(history, 5)
+    expected = Recommender(model, ItemSource(target.catalogue, processor), statistics=statistics).recommend(history, 5)
     assert [item for item, _ in found] == [item.item_id for item in expected]
     np.testing.assert_allclose([float(score) for _, score in found], [item.score for item in expected], atol=2e-3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import DataError
+from ..items.meeting import ItemStatistics
 from ..publishing.checkpoint import load_checkpoint
 from ..serving.export import MANIFEST_NAME, export_model
 from .options import option
@@ -39,7 +40,8 @@ def export(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise DataError("give the folder or Hub id of a TransRec model first, and --output_dir")
     if (Path(args.output_dir) / MANIFEST_NAME).exists():
         raise DataError(f"{args.output_dir} holds an export already: choose another folder")
-    differences = export_model(*load_checkpoint(args.checkpoint), args.output_dir, args.file_format)
+    statistics = ItemStatistics.from_pretrained(args.checkpoint)
+    differences = export_model(*load_checkpoint(args.checkpoint), args.output_dir, args.file_format, statistics)
     for name, difference in differences.items():
         print(f"{name:<9} differs from the model by {difference:.1e}")
     return differences

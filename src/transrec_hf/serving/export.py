@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from .. import __version__
 from ..errors import DataError
 from ..files import written_whole
+from ..items.meeting import ItemStatistics
 from ..model.modalities_transrec import COLUMNS, MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -58,7 +59,8 @@ class Tower(nn.Module):
 class Items(nn.Module):
     """
     Vectors of the modalities of items `(n, hidden_size)` each, whatever they are where an item lacks it, `present`
-    `(n, n_modalities)` in the order of the model, and the rows of the items if it has ID vectors: to item vectors.
+    `(n, n_modalities)` in the order of the model, the rows of the items if it has ID vectors (-1 for those without),
+    and their log popularity if scores add it: to item vectors `(n, hidden_size)`, with popularity one number wider.
     """
 
     def __init__(self, model: TransRecModel):
@@ -68,9 +70,8 @@ class Items(nn.Module):
         self.encoder = without(model.item_encoder, "text_pooling", *of_contents)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        modalities = self.model.config.modalities
-        encoder, *rest = self.encoder, *inputs[len(modalities) :]
-        vectors = None
+        config, encoder = self.model.config, self.encoder
+        modalities, rest, vectors = config.modalities, list(inputs[len(config.modalities) :]), None
         if modalities:
             present = rest.pop(0)
             slots = torch.arange(present.shape[0], device=present.device)
@@ -79,16 +80,18 @@ class Items(nn.Module):
                 for i, (name, part) in enumerate(zip(modalities, inputs, strict=False))
             }
             vectors = encoder.fuse(parts, all_columns(present, modalities))
-        if rest:
-            of_ids = encoder.item_embedding(rest[0])
+        if config.num_items is not None:
+            rows = rest.pop(0)
+            of_ids = encoder.item_embedding(rows.clamp(min=0)) * (rows >= 0).unsqueeze(1)
             vectors = of_ids if vectors is None else vectors + of_ids
-        return self.model._finished(vectors)  # type: ignore[arg-type]
+        finished = self.model._finished(vectors)  # type: ignore[arg-type]
+        return self.model.with_popularity(finished, rest.pop(0) if config.popularity_prior else None)
 
 
 class Users(nn.Module):
     """
-    Item vectors of histories `(n_users, length, hidden_size)`, oldest first, and their mask: to what a dot product
-    with item vectors ranks them by, `(n_users, hidden_size)`.
+    Item vectors of histories, oldest first, and their mask `(n_users, length)`: to what a dot product with item
+    vectors ranks them by. Both are as wide as the vectors of [`Items`].
     """
 
     def __init__(self, model: TransRecModel):
@@ -101,7 +104,8 @@ class Users(nn.Module):
         present = all_columns(rest.pop(0).flatten(0, 1), modalities) if self.reads_present else None
         slots = torch.arange(vectors.shape[0] * vectors.shape[1], device=vectors.device).view(vectors.shape[:2])
         history = torch.where(mask, slots, -1)
-        states = self.model.get_user_features(vectors.flatten(0, 1), history, present, *rest)
+        vectors = vectors.flatten(0, 1)[:, : self.model.config.hidden_size]
+        states = self.model.get_user_features(vectors, history, present, *rest)
         return last_state(states, history)
 
 
@@ -172,11 +176,14 @@ def graphs_of(model: TransRecModel, processor: TransRecProcessor | None) -> Iter
             inputs["present"] = torch.rand(count, len(inputs), generator=generator) < 0.5
             inputs["present"][:, 0] |= ~inputs["present"].any(dim=1)
         if config.num_items is not None:
-            inputs["item_rows"] = torch.randint(config.num_items, (count,), generator=generator)
+            inputs["item_rows"] = torch.randint(-1, config.num_items, (count,), generator=generator)
+        if config.popularity_prior:
+            inputs["log_popularity"] = numbers(count)
         return inputs
 
     def users(count: int, length: int) -> dict[str, Tensor]:
-        inputs = {"item_vectors": numbers(count, length, config.hidden_size), "mask": mask(count, length)}
+        width = config.hidden_size + config.popularity_prior
+        inputs = {"item_vectors": numbers(count, length, width), "mask": mask(count, length)}
         if hasattr(model.user_encoder, "modality_embedding"):
             inputs["present"] = torch.ones(count, length, len(config.modalities), dtype=torch.bool)
         if config.time_buckets:
@@ -238,17 +245,20 @@ def export_model(
     processor: TransRecProcessor | None,
     folder: str | os.PathLike,
     file_format: str = "onnx",
+    statistics: ItemStatistics | None = None,
 ) -> dict[str, float]:
     """
     Write a graph for each modality of a model, one that fuses their vectors to those of items, and one that reads
-    histories of these; the processor; and `export.json`, which names inputs, outputs and sizes. Each graph is run on
-    another batch and another length than it was made from, and compared with the model.
+    histories of these; the processor; the statistics of the items; and `export.json`, which names inputs, outputs and
+    sizes. Each graph is run on another batch and another length than it was made from, and compared with the model.
 
     Args:
         model ([`TransRecModel`]): The model, exported in fp32.
         processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
         folder (`str` or `os.PathLike`): Where to; it appears as a whole.
         file_format (`str`, *optional*, defaults to `"onnx"`): Or `"torch"`, for `torch.export.load`.
+        statistics ([`ItemStatistics`], *optional*): Of the checkpoint, by which a caller knows the row of an item's ID
+            vector and its popularity.
 
     Returns:
         `dict[str, float]`: By graph, its largest difference to the model.
@@ -301,6 +311,8 @@ def export_model(
                 if part is not None:
                     getattr(processor, part).save_pretrained(partial)
             manifest["max_text_length"] = processor.max_text_length
+        if statistics is not None:
+            statistics.save(partial)
         (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return found
 
