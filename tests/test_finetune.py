@@ -8,7 +8,7 @@ import pytest
 import torch
 from testing_utils import QUICK
 
-from transrec_hf import DataError
+from transrec_hf import DataError, TransRecTrainer
 from transrec_hf.commands.runs import finetune
 from transrec_hf.publishing.checkpoint import load_checkpoint
 from transrec_hf.training.transfer import AUTO_INITS
@@ -30,6 +30,17 @@ def test_validation_chooses_the_start(capsys):
     assert model.config.num_items == 40
     resumed = finetune(["source", "--data", "demo:target", "--hybrid", "--output_dir", "auto", "--resume", *QUICK])
     assert resumed["start"] == start
+
+
+def test_a_short_run_is_no_longer_than_the_run_itself(monkeypatch):
+    """Whose length may be given in steps."""
+    trained = []
+    train = TransRecTrainer.train
+    monkeypatch.setattr(
+        TransRecTrainer, "train", lambda trainer, **kwargs: (train(trainer, **kwargs), trained.append(trainer.state))
+    )
+    finetune(["source", "--data", "demo:target", "--output_dir", "steps", *QUICK, "--max_steps", "2"])
+    assert [state.global_step for state in trained] == [2] * (len(AUTO_INITS) + 1)
 
 
 def test_without_training_validation_chooses_what_is_kept():

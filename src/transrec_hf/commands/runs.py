@@ -126,7 +126,9 @@ class FinetuneArguments(RunArguments):
         choices=("auto", *INITS),
     )  # adapters of PEFT, which are saved without the checkpoint, go on all of it
     init_epochs: float = option(
-        1, "Epochs of the short run from each start that auto tries; 0 compares them as they are."
+        1,
+        "Epochs of the short run from each start that auto tries, and no more than the run itself; 0 compares them as "
+        "they are.",
     )
 
     def __post_init__(self) -> None:
@@ -289,9 +291,12 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
     if file.exists() and (args.resume or args.resume_from_checkpoint):
         return Start(**json.loads(file.read_text(encoding="utf-8")))
 
+    users = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of a step
+    longest = args.max_steps * users / len(trainer.windows) if args.max_steps > 0 else args.num_train_epochs
+    epochs = min(args.init_epochs, longest)
+
     def short_run(folder: str) -> TransRecTrainer:
         short = copy.copy(args)
-        epochs = args.init_epochs if args.max_steps > 0 else min(args.init_epochs, args.num_train_epochs)
         short.output_dir, short.num_train_epochs, short.max_steps = folder, epochs, -1
         short.eval_strategy, short.save_strategy = IntervalStrategy.EPOCH, SaveStrategy.NO
         short.eval_on_start, short.load_best_model_at_end, short.early_stopping_patience = True, False, None
