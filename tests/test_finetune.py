@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_without_training_validation_chooses_what_is_kept():
     source, chosen = load_checkpoint("source")[0], load_checkpoint("chosen")[0]
     same = torch.equal(source.user_encoder.final_norm.weight, chosen.user_encoder.final_norm.weight)
     assert same == (init in ("all", "user_encoder"))
+
+
+@pytest.mark.parametrize("options", [QUICK, QUICK[:-2], QUICK[:-4]], ids=["with store", "frozen", "trained"])
+def test_a_store_is_advised_where_towers_are_frozen(options, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    quick = [*options, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    finetune(["source", "--data", "demo:target", "--init", "all", *quick])
+    assert ("with --activation_store FOLDER" in caplog.text) == (options == QUICK[:-2])
 
 
 def test_a_start_can_be_asked_for():

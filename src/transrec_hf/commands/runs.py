@@ -28,6 +28,7 @@ from ..files import write_json, written_whole
 from ..items.encoding import content_vectors
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
+from ..model.towers_transrec import is_frozen
 from ..publishing.checkpoint import check_fits
 from ..publishing.results import append_results, describe_device
 from ..training.arguments import TransRecTrainingArguments
@@ -393,6 +394,11 @@ def run_training(
         with suppress(OSError):
             Path(args.output_dir).rmdir()  # which `Trainer` has made, if it is empty
         raise
+    towers = model.item_encoder.towers
+    if args.activation_store is None and towers and all(is_frozen(tower) for tower in towers.values()):
+        logger.info(
+            "All towers are frozen: with --activation_store FOLDER they read each item once, not in each epoch"
+        )
     start = find_start(trainer, args) if isinstance(args, FinetuneArguments) else None
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("Training %s of %s parameters", f"{trainable:,}", f"{model.num_parameters():,}")
