@@ -720,6 +720,7 @@ BAD_INPUT: dict[str, Case] = {
     "nothing in YAML": with_yaml("learning_rate:", "learning_rate.* invalid float value"),
     "wrong choice in YAML": with_yaml("modality_policy: sound", "invalid choice: 'sound'"),
     "two YAML": with_arguments("pretrain", "{target}: cannot be read", "demo:source", "{target}"),
+    "no option": with_arguments("pretrain", "'hat' stands without the name of its option", "demo:source", "hat"),
     "missing YAML": with_arguments("pretrain", r"gone\.yaml: cannot be read", "{folder}/gone.yaml"),
     "output folder that is a file": with_arguments(
         "pretrain", "model.safetensors is a file", "--output_dir", "{source}/model.safetensors/run"

@@ -442,3 +442,25 @@ def test_a_large_index_keeps_its_smaller_copy(tmp_path: Path, monkeypatch: pytes
         assert torch.equal(again.snapshot.search(query, 9)[1], live.snapshot.search(query, 9)[1])
         live.change(always(Change(make_index(["item-999"]), ["item-3"])))  # as many as before, and others
         live.compact()
+
+
+@pytest.mark.parametrize("kept", [10, 1000], ids=["with its smaller copy", "without"])
+def test_a_large_index_is_changed_without_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Nobody says how wide its vectors are without the popularity."""
+    from transrec_hf.serving import search, snapshot
+
+    monkeypatch.setattr(snapshot, "MIN_SCANNED", kept)
+    monkeypatch.setattr(search, "SMALL", 10)
+    monkeypatch.setattr(search, "scans_in_int8", lambda device="cpu": True)
+    items = make_index(make_ids(200))
+    items.item_embeds = torch.cat([items.item_embeds, torch.zeros(200, 1)], dim=1)  # with popularity
+    LiveItems(items, SIZE, tmp_path)
+    live = LiveItems.open(tmp_path)
+    live.remove(["item-3"])
+    live.compact()
+    opened = LiveItems.open(tmp_path, SIZE)
+    assert opened.snapshot.find(["item-3", "item-4"]).tolist() == [-1, 3]
+    scan = opened.base.scan
+    assert scan is None if kept > 200 else scan is not None and scan.values.shape == (199, SIZE)

@@ -155,7 +155,7 @@ def _remove(args: IndexArguments) -> int:
         ids += [str(item_id) for item_id in as_ids(table["item_id"])[0] if item_id is not None]
     if not ids:
         raise DataError("nothing to remove: give --ids, or --items with a column item_id")
-    live = LiveItems.of_folder(args.index)
+    live = LiveItems.open(args.index)
     removed = live.remove(ids, args.readable)
     logger.info("%s items were removed, %s are there", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
     return len(removed)
@@ -164,7 +164,7 @@ def _remove(args: IndexArguments) -> int:
 def _pack(args: IndexArguments) -> int:
     if not args.output_dir or not args.checkpoint:
         raise DataError("give --output_dir, a folder, and --checkpoint, the model that made the index")
-    live = LiveItems.of_folder(str(args.index))
+    live = LiveItems.open(str(args.index))
     if live.snapshot.changes:
         raise DataError(f"{args.index}: has changes since it was written. Make it again first: transrec encode.")
     width, quantizer = read_config(args.checkpoint).hidden_size, None
@@ -191,7 +191,7 @@ def _unpack(args: IndexArguments) -> int:
 
 def _info(args: IndexArguments) -> int:
     assert args.index is not None
-    live = LiveItems.of_folder(args.index)
+    live = LiveItems.open(args.index)
     base, snapshot = live.base, live.snapshot
     if args.verify:
         base.verify()

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..errors import DataError, bad_input, one_line
+from ..errors import DataError, bad_input, one_line, shortened
 
 
 SHORT_NAMES = {
@@ -78,7 +78,12 @@ def parse_arguments(
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments and not arguments[0].startswith("-"):
         first = arguments.pop(0)
-        if positional is None or Path(first).suffix in (".yaml", ".yml"):
+        is_yaml = Path(first).suffix in (".yaml", ".yml")
+        if positional is None and not is_yaml and not Path(first).exists():
+            raise DataError(
+                f"{shortened(first)!r} stands without the name of its option: write --NAME VALUE, see --help"
+            )
+        if positional is None or is_yaml:
             parser.set_defaults(**parser.read_yaml(first))
         elif any(argument.partition("=")[0] == f"--{positional}" for argument in arguments):
             raise DataError(f"{first}: {positional} is given twice, first and as --{positional}")

@@ -39,7 +39,8 @@ class LiveItems:
 
     Args:
         items ([`ItemIndex`]): Those to begin with.
-        size (`int`): Numbers of an item vector without the popularity.
+        size (`int`, *optional*): Numbers of an item vector without the popularity, which the model knows; not given
+            where items are looked at and removed, but not searched.
         folder (`str`, *optional*): Where the index is, if changes are to be kept.
         device (`torch.device`, *optional*): Where it is searched.
 
@@ -50,7 +51,7 @@ class LiveItems:
     def __init__(
         self,
         items: ItemIndex,
-        size: int,
+        size: int | None = None,
         folder: str | os.PathLike | None = None,
         device: torch.device | str = "cpu",
         *,
@@ -70,7 +71,7 @@ class LiveItems:
             self.refresh()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, size: int, device: torch.device | str = "cpu") -> LiveItems:
+    def open(cls, folder: str | os.PathLike, size: int | None = None, device: torch.device | str = "cpu") -> LiveItems:
         """
         The items of an index in a folder, with all changes.
 
@@ -81,13 +82,6 @@ class LiveItems:
         if items is None:
             raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one: transrec encode.")
         return cls(items, size, folder, device, _seen=seen)
-
-    @classmethod
-    def of_folder(cls, folder: str | os.PathLike) -> LiveItems:
-        """As [`~LiveItems.open`], to look at and to remove items without the model."""
-        live = cls.open(folder, 0)
-        live.size = live.base.item_embeds.shape[1]
-        return live
 
     def remove(self, item_ids: Iterable[Any], readable: bool = False) -> list[str]:
         """
@@ -116,7 +110,9 @@ class LiveItems:
     def _start(self, items: ItemIndex) -> None:
         version = items.state or f"{items.catalogue_hash[:32]}{items.encoder_hash[:32]}"
         self.base_version = version[:16]
-        self.snapshot = Snapshot.of(items, self.size, self.base_version, self.device)
+        known = 0 if items.scan is None else items.scan.values.shape[1]
+        size = known if self.size is None else self.size
+        self.snapshot = Snapshot.of(items, size, self.base_version, self.device)
         self._end = 0
         if self._find_cells is not None:
             threading.Thread(target=self._renew_cells, name="transrec-cells", daemon=True).start()

@@ -84,8 +84,11 @@ class Matrix:
 
     @classmethod
     def of(cls, exact: Tensor, size: int, scan: Scan | None = None) -> Matrix:
-        """With the smaller copy where it is of use, which is made unless it is given."""
-        is_scanned = len(exact) > SMALL and scans_in_int8(exact.device.type)
+        """
+        With the smaller copy where it is of use, which is made unless it is given. A `size` of 0 says that nothing is
+        searched.
+        """
+        is_scanned = size > 0 and len(exact) > SMALL and scans_in_int8(exact.device.type)
         if is_scanned and scan is not None:
             return cls(exact, size, float(scan.bounds[0]), scan)
         if not is_scanned:
