@@ -80,9 +80,8 @@ def parse_arguments(
         first = arguments.pop(0)
         is_yaml = Path(first).suffix in (".yaml", ".yml")
         if positional is None and not is_yaml and not Path(first).exists():
-            raise DataError(
-                f"{shortened(first)!r} stands without the name of its option: write --NAME VALUE, see --help"
-            )
+            name = shortened(first)
+            raise DataError(f"{name!r} stands without the name of its option: write --NAME VALUE, see --help")
         if positional is None or is_yaml:
             parser.set_defaults(**parser.read_yaml(first))
         elif any(argument.partition("=")[0] == f"--{positional}" for argument in arguments):
