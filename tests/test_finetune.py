@@ -35,13 +35,15 @@ def test_validation_chooses_the_start(capsys):
 
 def test_a_short_run_is_no_longer_than_the_run_itself(monkeypatch):
     """Whose length may be given in steps."""
-    trained = []
-    train = TransRecTrainer.train
-    monkeypatch.setattr(
-        TransRecTrainer, "train", lambda trainer, **kwargs: (train(trainer, **kwargs), trained.append(trainer.state))
-    )
+    steps, train = [], TransRecTrainer.train
+
+    def counted(trainer, **kwargs):
+        train(trainer, **kwargs)
+        steps.append(trainer.state.global_step)
+
+    monkeypatch.setattr(TransRecTrainer, "train", counted)
     finetune(["source", "--data", "demo:target", "--output_dir", "steps", *QUICK, "--max_steps", "2"])
-    assert [state.global_step for state in trained] == [2] * (len(AUTO_INITS) + 1)
+    assert steps == [2] * (len(AUTO_INITS) + 1)
 
 
 def test_without_training_validation_chooses_what_is_kept():

@@ -450,7 +450,7 @@ def test_workers_are_told_where_the_vectors_are(tmp_path: Path, monkeypatch: pyt
     items = [{"item_id": str(row), "text": "red hat"} for row in range(4)]
     Recommender.from_pretrained(checkpoint, items, index=tmp_path)
     told: list[str] = []
-    monkeypatch.setattr("transrec_hf.commands.serve.run_workers", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr("transrec_hf.commands.serve.run_workers", lambda *arguments: told.append(arguments[3]))
     serve([str(checkpoint), "--index", str(tmp_path), "--workers", "2", "--use_cpu"])
     assert told == ["cpu"]
     with pytest.raises(DataError, match="4 items are too few for an approximate index"):

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +91,11 @@ def serve(argv: Sequence[str] | None = None) -> None:
             f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or "
             "--allow_anonymous"
         )
-    with tempfile.TemporaryDirectory(prefix="transrec-serve-") as shared:
-        cells = os.path.join(shared, "cells.faiss") if args.workers > 1 else None
+    with nullcontext() if args.workers == 1 else tempfile.TemporaryDirectory(prefix="transrec-serve-") as shared:
+        cells = shared and os.path.join(shared, "cells.faiss")
         recommender = load_recommender(args.checkpoint, data_args, args.index, args.use_cpu, args.approximate, cells)
         logger.info("Serving %s items at http://%s:%s", f"{len(recommender):,}", args.host, args.port)
-        if args.workers == 1:
+        if shared is None:
             return run_alone(recommender, data_args, args, token)
         device = str(recommender.device)  # of a model without its towers some weights are on "meta"
         del recommender
