@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from testing_utils import QUICK
 
 from transrec_hf import Catalogue, DataError
 from transrec_hf.commands.runs import pretrain
 from transrec_hf.commands.transfer import check_no_source, compare, transfer_report, verdict
 from transrec_hf.evaluation.metrics import paired_bootstrap
 from transrec_hf.items.meeting import ItemStatistics
+from transrec_hf.publishing.checkpoint import load_checkpoint
 from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
 
 
@@ -60,6 +62,23 @@ def test_a_report_of_the_demo_world(capsys, monkeypatch):
     assert len(ran) == 1 and again["rows"] == report["rows"]
     with pytest.raises(DataError, match="its cells were made with epochs 1"):
         transfer_report([*options, "--epochs", "2"])
+
+
+def test_a_hybrid_is_a_source_without_its_item_vectors(workplace):
+    pretrain(["demo:source", "--hybrid", "--output_dir", "hybrid_source", *QUICK])
+    assert load_checkpoint("hybrid_source")[0].config.num_items is not None
+    options = [
+        "--targets",
+        "demo:target",
+        "--output_dir",
+        "of_hybrid",
+        *REPORT,
+        "--models",
+        "from_scratch",
+        "fine_tuned",
+    ]
+    rows = transfer_report(["--sources", "hybrid_source", *options])["rows"]
+    assert [row["model"] for row in rows] == ["from_scratch", "fine_tuned"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ..errors import DataError, bad_input, one_line
 from ..evaluation.metrics import metric_values, paired_bootstrap
 from ..evaluation.protocol import PROTOCOLS
 from ..files import STATISTICS_NAME, whole_file, write_json, write_text
-from ..items.meeting import ItemStatistics
+from ..items.meeting import ItemStatistics, set_item_vectors
 from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..publishing.facts import read_json
@@ -156,7 +156,7 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
     """Compute the cells that are not there yet, and write the report; see [`transfer_report`]."""
     folder = Path(args.output_dir)
     check_settings(folder, args)
-    sources = {name: Source(name, *load_checkpoint(name)) for name in dict.fromkeys(args.sources)}
+    sources = {name: load_source(name) for name in dict.fromkeys(args.sources)}
     models = list(args.models)
     if not all(source.model.config.popularity_prior for source in sources.values()):
         models = [model for model in models if not model.endswith(WITH_POPULARITY)]
@@ -197,6 +197,14 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
     write_text(folder / "report.csv", as_csv(rows))
     plot_curves(rows, folder)
     return report
+
+
+def load_source(checkpoint: str) -> Source:
+    """A source as another platform sees it: the ID vectors of a hybrid stay behind. Raises [`DataError`]."""
+    model, processor = load_checkpoint(checkpoint)
+    if model.config.modalities:
+        set_item_vectors(model, None)
+    return Source(checkpoint, model, processor)
 
 
 def check_settings(folder: Path, args: TransferArguments) -> None:
