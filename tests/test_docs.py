@@ -7,6 +7,7 @@ the names of real ones, and the exports of a shop.
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import inspect
@@ -270,6 +271,18 @@ def run_shell(code: str) -> None:
             transrec(*words)
         else:
             load_example(Path(words[0]).stem).main(*words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_are_programs(page: str) -> None:
+    """Also those that are not run, or by the slow tests alone: lines that an editor has joined are none."""
+    for block in BLOCK.finditer(TEXTS[page]):
+        if block["language"] == "python":
+            ast.parse(block["code"], page)
+            comments = re.findall(r"#.*", block["code"])
+            assert not [comment for comment in comments if re.search(r"\w\.?\w+\(.*\)  # ", comment)]
+        elif block["language"] == "bash":
+            assert not subprocess.run(["bash", "-n", "-c", block["code"]], capture_output=True, check=False).returncode
 
 
 @pytest.mark.parametrize(
