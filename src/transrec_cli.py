@@ -1,7 +1,7 @@
-"""The `transrec` command: prepare data, train, evaluate, recommend, and push, describe and look at checkpoints.
+"""The `transrec` command: prepare data, train, evaluate, recommend, and push, describe and inspect checkpoints.
 
-It is a module of its own, beside the package, because importing the package imports torch: so `transrec --help`
-answers at once. Each verb imports what it needs; those of `VERBS` are functions of `transrec_hf.commands`.
+This module is outside the package, because importing the package imports torch: so `transrec --help` answers at once.
+Each verb imports what it needs; the verbs of `VERBS` are functions of `transrec_hf.commands`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import typer
 
 VERBS = {
     "prepare": ("prepare", "Turn the exports of a shop into a checked data set."),
-    "codes": ("codes", "Give items codes, a few whole numbers for each."),
+    "codes": ("codes", "Describe each item by codes, a few whole numbers."),
     "stats": ("stats", "Show what a data set holds."),
-    "plan": ("runs", "Predict what a training run takes on this machine."),
+    "plan": ("runs", "Predict time, memory and disk space of a training run."),
     "pretrain": ("runs", "Train a new model on one platform."),
     "finetune": ("runs", "Go on training a model on another platform."),
-    "distill": ("distill", "Make a smaller and faster model of a larger one."),
+    "distill": ("distill", "Make a smaller and faster model from a larger one."),
     "transfer-report": ("transfer", "Tell whether models of other platforms help on yours."),
-    "benchmark": ("benchmark", "Run a published benchmark, beside the published numbers."),
+    "benchmark": ("benchmark", "Run a published benchmark and compare with its numbers."),
     "evaluate": ("evaluate", "Rank the held-out items of a data set."),
-    "encode": ("index", "Encode the items of a platform, and keep their vectors."),
+    "encode": ("index", "Compute the vectors of the items of a platform and keep them."),
     "index": ("index", "Add, update and remove items of an index, or look at it."),
     "recommend": ("recommend", "Recommend items to users."),
-    "similar": ("index", "Find items that are like another one."),
+    "similar": ("index", "Find items that are similar to another one."),
     "serve": ("serve", "Serve recommendations over HTTP."),
     "demo": ("demo", "Show a recommender in the browser."),
     "export": ("export", "Write a model as graphs that run without this package."),
     "env": ("env", "Print the versions and the machine."),
 }
-"""Verbs whose options are dataclasses, the room of each in `transrec_hf.commands`, and its line in `--help`."""
+"""Verbs whose options are dataclasses: for each, its module in `transrec_hf.commands` and its line in `--help`."""
 
 app = typer.Typer(
     help="Recommendation that transfers. Every verb has a --help of its own, with an example.",
@@ -53,17 +53,17 @@ app = typer.Typer(
 
 
 def checkpoint_folder(path: Any) -> Any:
-    """Refuse what cannot be the folder of a checkpoint before anything slow is imported."""
+    """Refuse a path that cannot be the folder of a checkpoint, before anything slow is imported."""
     for folder in map(Path, path if isinstance(path, list) else [path]):
         if not folder.is_dir():
             fail(f"{folder}: no such folder (now in {os.getcwd()}). Check the path.", 2)
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            fail(f"{folder}: no config.json here. Give the folder of a checkpoint.", 2)
+            fail(f"{folder}: there is no config.json here. Give the folder of a checkpoint.", 2)
     return path
 
 
 def checkpoint_folder_or_id(place: str) -> str:
-    """As [`checkpoint_folder`], but it may be the id of a Hub repository as well."""
+    """Like [`checkpoint_folder`], but the place may also be the id of a Hub repository."""
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", place) and not Path(place).is_dir()
     return place if is_id else checkpoint_folder(place)
 
@@ -78,7 +78,7 @@ Token = Annotated[str | None, typer.Option(help="Hub token, instead of the one o
 
 @contextmanager
 def without_torch() -> Iterator[None]:
-    """Inside, rooms of the package are imported by themselves: the package, which registers its model, comes later."""
+    """Inside, modules can be imported without the package itself, whose import takes long because of torch."""
     if "transrec_hf" in sys.modules:
         yield
         return
@@ -110,7 +110,7 @@ def root(
 
 
 def add_verb(name: str, room: str, line: str) -> None:
-    """A verb that reads its options itself, `--help` among them."""
+    """Add a verb that parses its own options, `--help` included."""
 
     @app.command(
         name,
@@ -147,8 +147,8 @@ def push(
         transrec push runs/my_target me/my_target
         transrec push runs/my_target me/my_target --private --revision second
 
-    With its processor, statistics, index and card. The card is rendered under the new name, unless somebody has
-    edited it.
+    The processor, the statistics, the index and the model card are pushed too. The card is written again for the new
+    name, unless somebody has edited it.
     """
     from huggingface_hub import HfApi
 
@@ -183,7 +183,9 @@ def card(
     model: Annotated[str | None, typer.Option(help="Which model of the run.", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="Which targets.")] = "test",
     repo_id: Annotated[str | None, typer.Option("--id", help="Repository on the Hub.", show_default=False)] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="Of the weights.", show_default=False)] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the weights.", show_default=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the card and its data, without weights.", show_default=False)
     ] = None,
@@ -194,8 +196,8 @@ def card(
         transrec card runs/my_target --license mit
         transrec card runs/my_target --id me/my_target --output cards/my_target
 
-    It is rendered from the small files beside the weights, so it needs neither training nor data. A card whose numbers
-    came from a CSV reads it again.
+    The card is made from the small files beside the weights, so the command needs neither training nor data. If the
+    numbers of a card came from a CSV, the CSV is read again.
     """
     from transrec_hf.publishing.card import update_model_card
     from transrec_hf.publishing.results import read_results
@@ -221,13 +223,13 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     token: Token = None,
 ) -> None:
-    """Show what a checkpoint is and what it is worth.
+    """Show what a checkpoint is, and its metrics.
 
     \b
         transrec info runs/my_target
         transrec info me/my_target --json
 
-    Modalities, towers, sizes, parameters, data and metrics. Weights are not downloaded.
+    It prints modalities, towers, sizes, parameters, data and metrics. Weights are not downloaded.
     """
     is_local = Path(path_or_id).is_dir()
     folder = Path(path_or_id) if is_local else download(path_or_id, revision, token)
@@ -258,7 +260,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
 
 
 def format_facts(name: str, facts: dict[str, Any]) -> str:
-    """What [`describe_checkpoint`] found, one fact a line."""
+    """The result of [`describe_checkpoint`] as text, one fact on each line."""
     kind = f"{facts['adapter']} adapter, " if facts["adapter"] else ""
     lines = {"modalities": kind + (", ".join(facts["modalities"]) or "none: an ID baseline")}
     for tower in facts["towers"]:
@@ -266,7 +268,7 @@ def format_facts(name: str, facts: dict[str, Any]) -> str:
         lines[f"{tower['modality']} tower"] = f"{tower['architecture']}, {origin}"
     if facts["elsewhere"]:
         names = (f"{part['name']} ({(part['revision'] or 'a folder')[:8]})" for part in facts["elsewhere"])
-        lines["thin"] = f"other weights are those of {', '.join(names)}"
+        lines["thin"] = f"all other weights are read from {', '.join(names)}"
     lines["objective"] = facts["objective"]
     lines["sizes"] = ", ".join(f"{size} {value:,}" for size, value in facts["sizes"].items())
     lines["parameters"] = ", ".join(f"{part} {count:,}" for part, count in facts["parameters"].items())
@@ -287,7 +289,7 @@ def fail(sentence: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Runs a verb. What goes wrong ends in one sentence: exit code 2 for bad input, 1 for the Hub and the disk."""
+    """Run a verb. Every error ends in one sentence, with exit code 2 for bad input and 1 for the Hub and the disk."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows `?` for it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -300,7 +302,7 @@ def main() -> None:
             from transrec_hf.errors import DataError, HubError, one_line
 
         if isinstance(error, UnicodeEncodeError):
-            fail("a name on the command line is not UTF-8: set LC_ALL=C.UTF-8, or take another name", 2)
+            fail("a name on the command line is not UTF-8: set LC_ALL=C.UTF-8, or use another name", 2)
         if not isinstance(error, (OSError, ValueError, SafetensorError)) or os.environ.get("TRANSREC_DEBUG"):
             raise
         said = str(error) if isinstance(error, (DataError, HubError)) else one_line(error)

@@ -213,7 +213,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "image column of numbers": (items_with(image=[1, 2, 3]), ("column 'image' holds int64", "bytes or file paths")),
     "text tower on an image-only catalogue": (
         lambda folder: image_catalogue().select([1, 2]).require(["text"]),
-        ("shop", "no item has text", "Use a model or policy for the modality it has"),
+        ("shop", "no item has text", "Use a model or policy for the modalities"),
     ),
     "text tower, some items have only an image": (
         lambda folder: image_catalogue().require(["text"]),
@@ -289,15 +289,15 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "ragged CSV row": (
         items_file("items.csv", "item_id,text\na,red\nb,green, light\nc\n"),
-        ("items.csv", "row 2 (3 cells), row 3 (1 cells)", "Quote text"),
+        ("items.csv", "row 2 (3 cells), row 3 (1 cells)", "in quotes"),
     ),
     "malformed JSONL line": (
         items_file("items.jsonl", LINE + '{"item_id": "b", "text": "gre\n' + LINE),
-        ("items.jsonl", "malformed JSON: row 2", "an object a line"),
+        ("items.jsonl", "malformed JSON: row 2", "one object on each line"),
     ),
     "JSONL line that is no object": (items_file("items.jsonl", LINE + "[1]\n"), ("row 2 (not an object)",)),
     "JSON array for JSONL": (items_file("items.jsonl", json.dumps([{"item_id": "a"}])), ("row 1 (not an object)",)),
-    "unreadable Parquet": (items_file("items.parquet", "item_id,text\n"), ("items.parquet", "not a readable Parquet")),
+    "unreadable Parquet": (items_file("items.parquet", "item_id,text\n"), ("items.parquet", "is not a Parquet")),
     "unreadable Parquet interactions": (interactions_file("interactions.parquet", b"PAR1"), ("interactions.parquet",)),
     "damaged Parquet pages": (damaged_pages, ("items.parquet", "cannot be read", "Write it again")),
     "file not found": (lambda folder: load_catalogue(folder / "items.csv"), ("items.csv", "no such file")),

@@ -315,5 +315,5 @@ def test_the_command_measures_and_learns_from_teachers(tmp_path, capsys):
     assert any("ckd" in entry for entry in history)
     with pytest.raises(DataError, match="leave out more_data"):
         pretrain([*common, "--more_data", "demo:source", "--output_dir", str(tmp_path / "two"), *options[:2]])
-    with pytest.raises(DataError, match="are a modality and a number"):
+    with pytest.raises(DataError, match="must be MODALITY=NUMBER"):
         pretrain([*common, "--balance_every", "1", "--balance_references", "text"])

@@ -91,12 +91,12 @@ def test_own_items_and_reasons(recommender: Recommender, tmp_path: Path) -> None
 
 def test_wrong_usage(tmp_path: Path, recommender: Recommender) -> None:
     app = pytest.importorskip("transrec_hf.serving.app")
-    with pytest.raises(DataError, match="say --public if they are meant to"):
+    with pytest.raises(DataError, match="add --public if that is intended"):
         demo([str(tmp_path), "--host", "0.0.0.0"])
     with pytest.raises(DataError, match="give the folder or Hub id"):
         demo([])
     recommender.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="pictures and titles: give --data or --items"):
+    with pytest.raises(DataError, match="which an index does not have: give --data or --items"):
         app.build_demo({"x": Recommender.from_pretrained(tmp_path)})
 
 

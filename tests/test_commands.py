@@ -333,7 +333,9 @@ def test_a_model_that_reads_times_is_given_them(
     assert run("recommend", *place, "--histories", tmp_path / "h.csv", "--on_unknown", "skip") == 1
     before = out.read_bytes()
     assert command("recommend", *place, "--history", "target-item-0003") == 2
-    assert "reads when items were chosen: give --data, or --histories with a timestamp" in capsys.readouterr().err
+    assert (
+        "needs the times of the interactions: give --data, or --histories with a timestamp" in capsys.readouterr().err
+    )
     assert out.read_bytes() == before
 
 
@@ -411,7 +413,7 @@ def test_the_separator_of_a_table_is_what_its_header_has_most_of(mark: str, tmp_
     other = ";" if mark == "," else ","
     if mark != ",":
         path.write_text(path.read_text(encoding="utf-8").replace(",", ""), encoding="utf-8")
-    with pytest.raises(DataError, match=r"one column, named 'customer.* leave out --separator"):
+    with pytest.raises(DataError, match=r"only one column, 'customer.* leave out --separator"):
         read_table(path, other)
     with pytest.raises(DataError, match=r"not one character. Leave it out"):
         read_table(path, "\\t")
@@ -665,14 +667,14 @@ BAD_INPUT: dict[str, Case] = {
     "missing tower": with_data("/no/tower: no such folder", "--text_model", "/no/tower"),
     "unknown tower on the Hub": with_data("text_model nobody/nothing", "--text_model", "nobody/nothing"),
     "two origins of the model": with_data("exclude each other", "--text_model", "bert", "--id_baseline"),
-    "preset of a checkpoint": with_data("leave one out", "--preset", "paper", "--from_checkpoint", "bert"),
-    "preset of IDs for content": with_data("give id_baseline too", "--preset", "esasrec", "--text_model", "bert"),
+    "preset of a checkpoint": with_data("leave one of them out", "--preset", "paper", "--from_checkpoint", "bert"),
+    "preset of IDs for content": with_data("add id_baseline", "--preset", "esasrec", "--text_model", "bert"),
     "missing checkpoint": with_arguments(
         "finetune", "/no/model: no such folder", "--from_checkpoint", "/no/model", "--data", "{target}"
     ),
-    "no checkpoint named": with_arguments("finetune", "nothing to fine-tune: give the folder", "--data", "{target}"),
-    "no checkpoint to evaluate": with_arguments("evaluate", "nothing to evaluate: give the folder"),
-    "no checkpoint to recommend": with_arguments("recommend", "nothing to recommend with: give the folder"),
+    "no checkpoint named": with_arguments("finetune", "no model to fine-tune: give the folder", "--data", "{target}"),
+    "no checkpoint to evaluate": with_arguments("evaluate", "no model: give the folder"),
+    "no checkpoint to recommend": with_arguments("recommend", "no model: give the folder"),
     "no data at all": with_arguments("pretrain", "no data: give --data"),
     "data given twice": with_arguments("pretrain", "data is given twice", "{target}", "--data", "{source}"),
     "a short name": with_data("--lr: did you mean --learning_rate", "--lr", "0.1"),
@@ -712,10 +714,17 @@ BAD_INPUT: dict[str, Case] = {
         "data: demo:source\nlerning_rate: 1", "unknown option lerning_rate: .* learning_rate"
     ),
     "unknown model key": with_yaml("hiden_size: 64", r"options\.yaml: unknown option hiden_size: .* hidden_size\?"),
-    "malformed YAML": with_yaml("data: [demo:source\nseed: 1", r"options\.yaml: not YAML .*line 2"),
+    "malformed YAML": with_yaml("data: [demo:source\nseed: 1", r"options\.yaml: is not YAML .*line 2"),
     "YAML that is a list": with_yaml("- data", "one 'option: value' a line"),
     "wrong type in YAML": with_yaml("hidden_size: wide", "hidden_size.* invalid int value: 'wide'"),
     "wrong number in YAML": with_yaml("num_negatives: 2.5", "num_negatives.* invalid int value: '2.5'"),
+    "several seeds": with_arguments(
+        "pretrain",
+        r"A run has one seed.*for seed in 0 1 2; do transrec pretrain .* --seed \$seed .* transfer-report .*--seeds",
+        *("demo:source", "--seed", "0,1,2"),
+    ),
+    "several seeds in YAML": with_yaml("seed: 0, 1, 2", r"options\.yaml: .*A run has one seed"),
+    "a seed that is no number": with_arguments("pretrain", "invalid int value: 'one'$", "--seed", "one"),
     "list in YAML": with_yaml("hidden_size: [1, 2]", "hidden_size: one value expected"),
     "nothing in YAML": with_yaml("learning_rate:", "learning_rate.* invalid float value"),
     "wrong choice in YAML": with_yaml("modality_policy: sound", "invalid choice: 'sound'"),
@@ -741,7 +750,7 @@ BAD_INPUT: dict[str, Case] = {
         "recommend", "belong together: give both", "{source}", "--items", "{target}"
     ),
     "recommend to another format": with_arguments(
-        "recommend", "name it .parquet", "{source}", "--data", "{target}", "--output_file", "all.xlsx"
+        "recommend", "must end in .parquet", "{source}", "--data", "{target}", "--output_file", "all.xlsx"
     ),
     "recommend from a missing file": with_arguments(
         "recommend", r"gone.csv: no such file", "{source}", "--data", "{target}", "--histories", "{folder}/gone.csv"
@@ -754,12 +763,12 @@ BAD_INPUT: dict[str, Case] = {
     "prepare without files": with_arguments("prepare", "give --items and --interactions and --output_dir"),
     "prepare what is there": with_arguments(
         "prepare",
-        "holds (items|interactions).parquet already",
+        "already holds (items|interactions).parquet",
         *("--items", "x", "--interactions", "x", "--output_dir", "{target}"),
     ),
     "prepare without the column": with_arguments(
         "prepare",
-        "items.parquet: no column 'sku' for --item_id; found",
+        "items.parquet: there is no column 'sku' for --item_id. The columns are",
         *("--items", "{target}/items.parquet", "--interactions", "x", "--output_dir", "{folder}/x"),
         *("--item_id", "sku"),
     ),

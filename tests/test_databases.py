@@ -45,7 +45,7 @@ def test_a_table_has_what_a_search_elsewhere_needs(recommender: Recommender) -> 
 def test_a_column_of_the_same_name_is_refused(recommender: Recommender) -> None:
     index = recommender.index
     index.columns = pa.table({VECTOR: [1.0] * len(index)})
-    with pytest.raises(DataError, match="the items have a column 'vector', which is the name of ids or vectors here"):
+    with pytest.raises(DataError, match="the items have a column 'vector', a name that ids or vectors have"):
         to_arrow(index)
 
 

@@ -171,7 +171,7 @@ def test_the_command_leaves_a_checkpoint(tmp_path, capsys):
     student, own = load_checkpoint(str(tmp_path / "student"))
     assert len(tower_blocks(student.item_encoder.text_model)) == 2 and own.max_text_length == 9
     assert ItemStatistics.from_pretrained(tmp_path / "student").train_counts.tolist() == list(range(30))
-    with pytest.raises(DataError, match="holds a model already"):
+    with pytest.raises(DataError, match="already holds a model"):
         distill([*place, *out, "--num_blocks", "2"])
     with pytest.raises(DataError, match="as large as its teacher"):
         distill([*place, "--output_dir", str(tmp_path / "no"), "--num_blocks", "4"])

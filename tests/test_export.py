@@ -140,7 +140,7 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(transrec_hf.serving.export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"onnx is not installed: pip install 'transrec-hf\[export\]'"):
         export_model(make_model(make_config("", num_items=3)), None, tmp_path / "out")
-    with pytest.raises(DataError, match="no export to 'tflite': choose one of onnx, torch"):
+    with pytest.raises(DataError, match="no file format 'tflite': choose one of onnx, torch"):
         export_model(make_model(make_config("", num_items=3)), None, tmp_path / "out", "tflite")
 
 

@@ -53,13 +53,13 @@ def test_what_a_filter_means(expression: str) -> None:
 
 
 REFUSED = {
-    "": "is an expression",
-    "   ": "is an expression",
-    "colour == 'red'": "names 'colour', and the items have the columns",
+    "": "must be an expression",
+    "   ": "must be an expression",
+    "colour == 'red'": "names the unknown column 'colour'; the items have",
     "price = 3": "cannot be read",
     "price <": "cannot be read",
-    "price": "is not true or false",
-    "price + 1": "is not true or false",
+    "price": "does not give true or false",
+    "price + 1": "does not give true or false",
     "category > 3": "does not fit the columns",
     "text and stock": "does not fit the columns",
     "__import__('os').system('true')": "not understood",

@@ -186,10 +186,10 @@ NO_PATHS: dict[str, tuple[str, str]] = {
     "url-safe": ("QU-_" * 100, "base64"),
     "word": ("nan", "a missing value written as a word"),
     "another word": (" NULL", "a missing value written as a word"),
-    "bytes as Python prints them": (repr(b"\x89PNG\r\n" + bytes(200)), "what Python prints"),
-    "a struct as Python prints it": ("{'bytes': b'x', 'path': None}", "what Python prints"),
-    "an image as Python prints it": ("<PIL.PngImagePlugin.PngImageFile mode=RGB>", "what Python prints"),
-    "pixels as Python prints them": ("[[[1, 2, 3]]]", "what Python prints"),
+    "bytes as Python prints them": (repr(b"\x89PNG\r\n" + bytes(200)), "a printed Python object"),
+    "a struct as Python prints it": ("{'bytes': b'x', 'path': None}", "a printed Python object"),
+    "an image as Python prints it": ("<PIL.PngImagePlugin.PngImageFile mode=RGB>", "a printed Python object"),
+    "pixels as Python prints them": ("[[[1, 2, 3]]]", "a printed Python object"),
 }
 
 

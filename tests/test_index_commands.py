@@ -117,10 +117,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "nothing to remove": (("index", "remove", "{index}"), "give --ids"),
     "an unknown id": (("index", "remove", "{index}", "--ids", "zz"), "unknown item ids: .'zz'"),
     "no place": (("encode", "{place}/model", "--items", "{place}/items.csv"), "give --index"),
-    "like nothing": (("similar", "{place}/model", "--index", "{index}"), "like what"),
+    "like nothing": (("similar", "{place}/model", "--index", "{index}"), "one thing to compare with"),
     "like two things": (
         ("similar", "{place}/model", "--index", "{index}", "--item", "000", "--text", "a"),
-        "like what",
+        "one thing to compare with",
     ),
     "no image": (("similar", "{place}/model", "--index", "{index}", "--image", "no.png"), "no such file"),
     "a filter of no column": (

@@ -322,7 +322,7 @@ def test_that_no_folder_of_media_is_there_is_said(tmp_path: Path, capsys: Any) -
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_empty_folder_lacks_all_parts(layout: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"not all of {layout} is there. Missing: .*Download what is missing"):
+    with pytest.raises(DataError, match=f"files of {layout} are missing: .*Download the missing files"):
         prepared(tmp_path, layout)
     with pytest.raises(DataError, match="no such folder"):
         prepared(tmp_path / "gone", layout)

@@ -142,7 +142,7 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
     assert "Trained on unnamed data and other." in card and "| data | other |" in card and "| items | 40:" in card
     told = json.loads((tmp_path / "run" / "data_statistics.json").read_text())
     assert told["num_items"] == 88 and [domain["num_items"] for domain in told["domains"]] == [48, 40]
-    with pytest.raises(DataError, match="was trained on it"):
+    with pytest.raises(DataError, match="was trained on this data set"):
         check_no_source("run", "other", load_catalogue("other"), np.ones(40))
     with pytest.raises(DataError, match="demo:source is given twice"):
         pretrain([*options[:3], "demo:source", "--output_dir", "none", *options[6:]])

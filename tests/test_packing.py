@@ -85,5 +85,5 @@ def test_a_damaged_or_missing_file_is_refused(workplace, tmp_path):
             unpack_index(tmp_path)
     with pytest.raises(DataError, match="--output_dir"):
         index_command(["pack", str(workplace / "index"), "--checkpoint", str(workplace / "model")])
-    with pytest.raises(DataError, match="holds an index already"):
+    with pytest.raises(DataError, match="already holds an index"):
         index_command(["unpack", str(tmp_path), "--output_dir", str(workplace / "index")])

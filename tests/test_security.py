@@ -593,7 +593,7 @@ def test_an_index_and_a_store_know_the_settings_of_the_towers(folder: Path, sett
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= setting
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="no item index that belongs to this model"):
+    with pytest.raises(DataError, match="no item index of this model"):
         Recommender.from_pretrained(folder)
     changed, _ = load_checkpoint(str(folder))
     assert all(new != old for new, old in zip([encoder_hash(changed, processor), key_of(changed)], keys, strict=True))

@@ -194,9 +194,9 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "no image": ({"histories": [[{"image": "aGVsbG8="}]]}, 422, "cannot be read"),
     "no base64": ({"histories": [[{"image": "abc!"}]]}, 422, "pattern"),
     "vectors to a model of contents": ({"histories": [[{"features": [1.0]}]]}, 422, "features"),
-    "a sound to a model that hears none": ({"histories": [[{"audio": "aGVsbG8="}]]}, 422, "shows audio"),
-    "many raw items": ({"histories": [[{"text": "a hat"}] * 65]}, 422, "64 are the most"),
-    "many to explain": ({"histories": [["item-0"]] * 17, "explain": True}, 422, "16 are the most"),
+    "a sound to a model that hears none": ({"histories": [[{"audio": "aGVsbG8="}]]}, 422, "has audio"),
+    "many raw items": ({"histories": [[{"text": "a hat"}] * 65]}, 422, "at most 64 are allowed"),
+    "many to explain": ({"histories": [["item-0"]] * 17, "explain": True}, 422, "at most 16 are allowed"),
     "times of others": ({"histories": [["item-0"]], "timestamps": [[1, 2]]}, 422, "one entry for each item"),
     "unknown option": ({"histories": [["item-0"]], "on_unknown": "ignore"}, 422, "'raise' or 'skip'"),
 }
@@ -428,11 +428,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "message"),
     [
         (["--host", "0.0.0.0"], "0.0.0.0 can be reached by other machines: give a token in TRANSREC_TOKEN"),
-        (["--workers", "2"], "several workers share the items through a folder: give --index"),
+        (["--workers", "2"], "through the folder of an index: give --index"),
         (["--port", "70000"], "port must be between 0 and 65535"),
         (["--max_waiting", "0"], "must be 1 or more"),
         (["--token_file", "gone"], "gone: the token cannot be read"),
-        (["--token_file", os.devnull], "the file of the token is empty"),
+        (["--token_file", os.devnull], "the file is empty"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_loaded(options: list[str], message: str, checkpoint: Path) -> None:
@@ -479,7 +479,7 @@ def test_a_token_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypa
     assert ServiceArguments().token() == "another"
     for wrong in ("two words", "schl\u00fcssel"):
         monkeypatch.setenv("TRANSREC_TOKEN", wrong)
-        with pytest.raises(DataError, match="a header cannot hold") as error:
+        with pytest.raises(DataError, match="an HTTP header cannot hold") as error:
             ServiceArguments().token()
         assert wrong not in str(error.value)
 

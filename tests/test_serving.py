@@ -117,7 +117,7 @@ def test_vectors_are_strangers_too() -> None:
         with pytest.raises(DataError, match="finite numbers"):
             served.recommend([{"features": [1, 2, 3, number]}])
     for number in (1e20, 3e38):  # no other item could be recommended beside it
-        with pytest.raises(DataError, match=r"'huge'.*so long that no score would be"):
+        with pytest.raises(DataError, match=r"'huge'.*too long for finite scores"):
             served.add_items([{"item_id": "huge", "features": [number, 2, 3, 4]}])
     assert ids(served.recommend(["item-5"], 12, exclude_seen=False)) == expected
     with pytest.raises(DataError, match="shape"):
@@ -336,7 +336,7 @@ def test_items_are_added_updated_and_removed(monkeypatch: pytest.MonkeyPatch) ->
     assert served.versions.index != before.index and served.versions.model == before.model
     assert {"new-1", "new-2"} <= set(ids(served.recommend(HISTORY, 14)))
     assert ids(served.recommend(HISTORY, 3, filter="price > 50")) == ["new-2"]
-    with pytest.raises(DataError, match=r"1 items are there already: .'new-1'"):
+    with pytest.raises(DataError, match=r"1 items exist already: .'new-1'"):
         served.add_items([{"item_id": "new-1", "text": "hat"}, {"item_id": "new-3", "text": "hat"}])
     with pytest.raises(UnknownItems, match="new-3"):
         served.update_items([{"item_id": "new-3", "text": "hat"}])
@@ -376,7 +376,7 @@ def test_an_id_baseline_serves_but_takes_no_strangers() -> None:
     served = Recommender(make_model(modalities=(), num_items=12), ItemSource(make_catalogue()))
     assert len(served.recommend(HISTORY, 3)) == 3
     for act in (lambda: served.add_items(NEW), lambda: served.recommend([{"text": "hat"}])):
-        with pytest.raises(DataError, match="by their ids alone"):
+        with pytest.raises(DataError, match="by their ids only"):
             act()
 
 
@@ -462,39 +462,45 @@ def test_two_processes_of_one_answer(tmp_path: Path) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "a text for a history": (lambda of: of.recommend("item-1"), "put it in brackets"),
     "a number for a history": (lambda of: of.recommend(3), "put it in brackets"),
-    "items beside lists": (lambda of: of.recommend([["item-1"], "item-1"]), "holds lists only"),
-    "none in a history": (lambda of: of.recommend([None]), "is an id or raw"),
-    "true in a history": (lambda of: of.recommend([True]), "is an id or raw"),
+    "items beside lists": (lambda of: of.recommend([["item-1"], "item-1"]), "not a mixture"),
+    "none in a history": (lambda of: of.recommend([None]), "must be an id or a raw item"),
+    "true in a history": (lambda of: of.recommend([True]), "must be an id or a raw item"),
     "k of 0": (lambda of: of.recommend(HISTORY, 0), "k must be a whole number"),
     "negative k": (lambda of: of.similar_items("item-1", -1), "k must be a whole number"),
     "k that is a text": (lambda of: of.popular("3"), "k must be a whole number"),
     "an unknown way": (lambda of: of.recommend(HISTORY, on_unknown="ignore"), "'raise' or 'skip'"),
-    "a short mask": (lambda of: of.recommend(HISTORY, filter=[True]), "1 entries, and there are 12 items"),
+    "a short mask": (lambda of: of.recommend(HISTORY, filter=[True]), "1 entries for 12 items"),
     "unknown ids to filter": (lambda of: of.recommend(HISTORY, filter=["zz"]), "unknown item ids"),
-    "a filter of no column": (lambda of: of.recommend(HISTORY, filter="colour == 'red'"), "names 'colour'"),
+    "a filter of no column": (lambda of: of.recommend(HISTORY, filter="colour == 'red'"), "names the unknown column 'colour'"),
     "unknown candidates": (lambda of: of.recommend(HISTORY, candidates=["zz"]), "unknown item ids"),
     "candidates of others": (lambda of: of.recommend(HISTORY, candidates=[[], []]), "2 lists of candidates for 1"),
-    "a sound for a model of texts": (lambda of: of.recommend([{"audio": np.ones(9)}]), "shows audio, and this model"),
-    "an unknown modality": (lambda of: of.recommend(HISTORY, modality="sound"), "modality is one of text, image"),
-    "no content": (lambda of: of.recommend([{}]), "shows nothing"),
-    "an unknown content": (lambda of: of.recommend([{"title": "hat"}]), "has no 'title'"),
+    "a sound for a model of texts": (lambda of: of.recommend([{"audio": np.ones(9)}]), "has audio, but this model"),
+    "an unknown modality": (lambda of: of.recommend(HISTORY, modality="sound"), "modality must be one of text, image"),
+    "no content": (lambda of: of.recommend([{}]), "has nothing"),
+    "an unknown content": (lambda of: of.recommend([{"title": "hat"}]), "cannot have 'title'"),
     "a blank text": (lambda of: of.recommend([{"text": "  "}]), "not blank"),
     "bytes that are no image": (lambda of: of.recommend([{"image": b"GIF89a"}]), "cannot be read"),
     "a path for an image": (lambda of: of.recommend([{"image": "/etc/passwd"}]), "give a PIL image"),
     "an image without end": (lambda of: of.recommend([PIL.Image.new("1", (9000, 9000))]), "bomb"),
-    "vectors for a model of texts": (lambda of: of.recommend([np.ones(3)]), "shows features, and this model reads"),
+    "vectors for a model of texts": (lambda of: of.recommend([np.ones(3)]), "has features, but this model reads"),
     "a set for a history": (lambda of: of.recommend({"item-1"}), "has no order"),
-    "half a character": (lambda of: of.recommend([{"text": "hat \ud800"}]), "half a character"),
+    "half a character": (lambda of: of.recommend([{"text": "hat \ud800"}]), "a broken character"),
     "an image without pixels": (lambda of: of.recommend([PIL.Image.new("RGB", (0, 5))]), "0 x 5 pixels"),
-    "a number for a filter": (lambda of: of.recommend(HISTORY, filter=5), "a boolean for each item, or ids, got 5"),
-    "an expression of Arrow": (lambda of: of.recommend(HISTORY, filter=pc.field("price") < 3), "is an expression"),
-    "a function for a filter": (lambda of: of.popular(filter=len), "a boolean for each item, or ids"),
-    "a square mask": (lambda of: of.recommend(HISTORY, filter=np.ones((12, 12), bool)), "an item id is a string"),
+    "a number for a filter": (lambda of: of.recommend(HISTORY, filter=5), "a boolean for each item, or a list of ids, got 5"),
+    "one of Arrow": (
+        lambda of: of.recommend(HISTORY, filter=pc.field("price") < 3),
+        "must be an expression",
+    ),
+    "a function for a filter": (lambda of: of.popular(filter=len), "a boolean for each item, or a list of ids"),
+    "a square mask": (lambda of: of.recommend(HISTORY, filter=np.ones((12, 12), bool)), "an item id must be a string"),
     "values of two kinds": (lambda of: of.recommend(HISTORY, filter="price in [1, 'a']"), "cannot be read.*'a'"),
-    "a text for candidates": (lambda of: of.recommend(HISTORY, candidates="item-1"), "candidates are a list of ids"),
+    "text as candidates": (
+        lambda of: of.recommend(HISTORY, candidates="item-1"),
+        "candidates must be a list of ids",
+    ),
     "unknown ids to remove": (lambda of: of.remove_items(["zz"]), r"Add them, or leave them out\.$"),
-    "a name for a step": (lambda of: of.recommend(HISTORY, rerank="diversity"), "rerank is a step"),
-    "a number for a step": (lambda of: of.recommend(HISTORY, rerank=[3]), "rerank is a step"),
+    "a name for a step": (lambda of: of.recommend(HISTORY, rerank="diversity"), "rerank must be a step"),
+    "a number for a step": (lambda of: of.recommend(HISTORY, rerank=[3]), "rerank must be a step"),
     "a weight that is a text": (lambda of: maximal_marginal_relevance("much"), "between 0 and 1"),
     "a weight without end": (lambda of: dampen_popularity(float("inf")), "finite number"),
     "a time for all": (lambda of: of.recommend(HISTORY, timestamps=5), "one entry for each item"),
@@ -510,7 +516,7 @@ BAD: dict[str, tuple[Any, str]] = {
         "'size' of the items cannot be kept",
     ),
     "no item to add": (lambda of: of.add_items([]), "there is nothing in it"),
-    "no history to score by": (lambda of: of.score([], ["item-1"]), "nothing to score by"),
+    "no history to score by": (lambda of: of.score([], ["item-1"]), "no user vector"),
     "a text to score": (lambda of: of.score(HISTORY, "item-1"), "put it in brackets"),
     "a text to remove": (lambda of: of.remove_items("item-1"), "put it in brackets"),
     "a weight beyond 1": (lambda of: maximal_marginal_relevance(2), "between 0 and 1"),
@@ -520,7 +526,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "an item twice": (lambda of: of.add_items([{"item_id": "n", "text": "a"}] * 2), "duplicate item_id"),
     "a price that is a text": (
         lambda of: of.add_items([{**NEW[0], "price": "dear"}]),
-        "holds string, and that of the index int64",
+        "has the type string, but in the index it has int64",
     ),
 }
 
@@ -571,5 +577,5 @@ def test_numbers_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
     assert ids(served.recommend(["c"], filter="price < 4 and code == '007'")) == ["a"]
     served.add_items([{"item_id": "d", "text": "new hat", "price": "2", "code": "12"}])
     assert sorted(ids(served.recommend(["c"], filter="price < 4 or code == '12'"))) == ["a", "b", "d"]
-    with pytest.raises(DataError, match="'price' of the items holds string, and that of the index double"):
+    with pytest.raises(DataError, match="'price' of the items has the type string, but in the index it has double"):
         served.add_items([{"item_id": "e", "text": "new hat", "price": "dear"}])

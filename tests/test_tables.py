@@ -483,7 +483,7 @@ BLANKS = ["", " ", "\t\n", "\u00a0", "\u200b", "\ufeff", "\u2060\u200d", "\u3164
 
 @pytest.mark.parametrize("word", WORDS)
 def test_words_for_missing_values_are_no_ids_and_no_titles(word: str) -> None:
-    with pytest.raises(DataError, match=r"user_id that is a missing value written as a word: row 2 .*every visit"):
+    with pytest.raises(DataError, match=r"user_id that is a missing value written as a word: row 2 .*each visit"):
         load_interactions({**EVENTS, "user_id": ["u", word, "v"]}, SHOP)
     with pytest.raises(DataError, match="item_id that is a missing value written as a word: row 3"):
         load_catalogue({**ITEMS, "item_id": ["a", "b", word]})

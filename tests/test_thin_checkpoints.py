@@ -207,7 +207,7 @@ def test_card_info_and_upload_say_where_the_weights_are(hub: LocalHub, tmp_path)
     assert f"(commit `{commit[:7]}`)" in card
     facts = describe_checkpoint(tmp_path / "thin")
     assert [part["name"] for part in facts["elsewhere"]] == [TEXT, IMAGE]
-    assert f"other weights are those of {TEXT} ({commit[:8]}), {IMAGE} (" in format_facts("x", facts)
+    assert f"all other weights are read from {TEXT} ({commit[:8]}), {IMAGE} (" in format_facts("x", facts)
     hub.create(TARGET)
     upload_checkpoint(tmp_path / "thin", TARGET)
     assert_same_weights(TransRecModel.from_pretrained(TARGET), model)

@@ -123,7 +123,7 @@ def test_floats_that_have_rounded_are_refused(kind: Any, limit: int, form: str, 
     exact = np.array([limit - 1, -(limit - 1), 3], dtype=kind)
     arrow = pa.from_numpy_dtype(np.dtype(kind))
     assert loaded(exact, arrow, tmp_path, form).timestamps.tolist() == [-(limit - 1), 3, limit - 1]
-    with pytest.raises(DataError, match=r"has rounded: it cannot tell neighbouring .*: row 2 .*as int64"):
+    with pytest.raises(DataError, match=r"has rounded, since it cannot hold all integers .*: row 2 .*as int64"):
         loaded(np.array([1, limit, 2], dtype=kind), arrow, tmp_path, form)
 
 
@@ -185,7 +185,7 @@ def test_numbers_and_dates_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for module in (interactions, reading):
         monkeypatch.setattr(module, "BLOCK", 1)
-    with pytest.raises(DataError, match="partly numbers and partly dates"):
+    with pytest.raises(DataError, match="some timestamps are numbers and some are dates"):
         loaded(["2020-01-01", "5"])
 
 
@@ -213,7 +213,7 @@ def test_dates_bound_a_temporal_split(unit: int) -> None:
         assert temporal_split(sequences, *map(kind, bounds)).validation.ends.tolist() == split.validation.ends.tolist()
     with pytest.raises(DataError, match="Move the bounds: the validation comes before the test"):
         temporal_split(sequences, *reversed(bounds))
-    with pytest.raises(DataError, match="'spring' is no date"):
+    with pytest.raises(DataError, match="'spring' is not a date"):
         temporal_split(sequences, "spring", bounds[1])
 
 

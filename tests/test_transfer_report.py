@@ -88,7 +88,7 @@ def test_a_hybrid_is_a_source_without_its_item_vectors(workplace):
         (("--targets", "demo:target", "--fractions", "some"), "fractions: 'some' is no number"),
         (("--targets", "demo:target", "--models", "best"), "models: 'best' is none of popularity"),
         ((), "no targets: give --targets"),
-        (("--targets", "demo:source"), "demo:source: the source source was trained on it"),
+        (("--targets", "demo:source"), "demo:source: the source source was trained on this data set"),
         (("--targets", "nowhere"), "nowhere"),
     ],
 )
@@ -128,7 +128,7 @@ def test_shops_that_number_their_items_alike_are_two(tmp_path):
     catalogue = Catalogue(Dataset.from_dict(items), "shop")
     counts = np.arange(40)
     ItemStatistics(catalogue.item_ids, counts).save(tmp_path)
-    with pytest.raises(DataError, match="was trained on it"):
+    with pytest.raises(DataError, match="was trained on this data set"):
         check_no_source(str(tmp_path), "shop", catalogue, counts + 2)
     check_no_source(str(tmp_path), "shop", catalogue, np.random.default_rng(0).permutation(counts))
 

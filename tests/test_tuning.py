@@ -339,7 +339,9 @@ def test_places_for_peft():
 
 
 def test_an_adapter_of_peft_goes_on_the_base_as_it_is_saved(base, tmp_path):
-    with pytest.raises(ValueError, match=r"tuning='lora' puts an adapter on the checkpoint as it is, and init='none'"):
+    with pytest.raises(
+        ValueError, match=r"tuning='lora' puts an adapter on the unchanged checkpoint, and init='none'"
+    ):
         FinetuneArguments(str(tmp_path), tuning="lora", init="none", use_cpu=True)
     assert FinetuneArguments(str(tmp_path), tuning="lora", use_cpu=True).init == "all"
     set_item_vectors(base, torch.zeros(5, 16))

@@ -185,7 +185,7 @@ def test_a_killed_completion_is_completed(folder: Path, monkeypatch: pytest.Monk
 def test_an_error_leaves_what_was_there(folder: Path, tmp_path: Path) -> None:
     for place in (folder, tmp_path / "a" / "b"):
         with (
-            pytest.raises(OSError, match=r"nothing of it was kept \(full\). Make room"),
+            pytest.raises(OSError, match=r"nothing was kept \(full\). Free disk space"),
             written_whole(place) as partial,
         ):
             (partial / "config.json").write_text("new")

@@ -47,14 +47,14 @@ AutoConfig.register("transrec", TransRecConfig)
 AutoModel.register(TransRecConfig, TransRecModel)
 AutoProcessor.register(TransRecConfig, TransRecProcessor)
 
-# a saved checkpoint carries the modules that read it, for those who have transformers only (`trust_remote_code=True`)
+# a saved checkpoint holds the modules that read it, for users who have only transformers (`trust_remote_code=True`)
 TransRecConfig.register_for_auto_class()
 TransRecModel.register_for_auto_class("AutoModel")
 TransRecProcessor.register_for_auto_class()
 
-TransRecModel.files = TransRecProcessor.files = files  # here, folders are written whole
+TransRecModel.files = TransRecProcessor.files = files  # this package writes folders as a whole
 
-# what pulls in datasets, the trainer or an evaluator is imported when it is first used
+# names that need datasets, the trainer or an evaluator are imported when they are first used
 _LAZY = {
     "ActivationStore": "items.store",
     "Catalogue": "data.catalogue",

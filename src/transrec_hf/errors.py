@@ -1,4 +1,4 @@
-"""What goes wrong with input, with the Hub and on the way there, and the sentences for it."""
+"""Errors of input, of the Hub and of the network, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ MAX_EXAMPLES = 5
 
 
 class DataError(ValueError):
-    """Bad input. The message names the file, the row or the id, and the mend."""
+    """Bad input. The message names the file, the row or the id, and says what to do."""
 
 
 InputError = DataError
-"""The same under a name for input that is no data; tracebacks keep showing the first, which users know."""
+"""The same class, under a name for input that is not data; tracebacks show the first name, which users know."""
 
 
 class BadContent(InputError):
-    """Why the content of one item cannot be used. Who knows the item adds which it is."""
+    """Why the content of one item cannot be used. The caller, which knows the item, adds its id."""
 
 
 class UnknownItems(InputError):
     """
-    Items that are not there. The message names some, and no place on this machine.
+    Unknown items. The message names some of them, and no path of this machine.
 
     Attributes:
-        item_ids (`list[str]`): All of them.
+        item_ids (`list[str]`): The ids of all unknown items.
     """
 
     def __init__(self, item_ids: Iterable[str], mend: str):
@@ -55,25 +55,28 @@ class UnknownItems(InputError):
 
 
 def shortened(value: object, length: int = 80) -> str:
-    """A value for a message: on one line, in characters that print, and not longer than `length`."""
+    """A value for a message: on one line, in printable characters, and not longer than `length`."""
     text = str(value)
     text = text if len(text) <= length else f"{text[:length]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path for messages and for files: bytes that are no UTF-8 and control characters escaped."""
+    """A path for messages and files, with control characters and bytes that are not UTF-8 escaped."""
     return shortened(os.fsencode(path).decode("utf-8", "backslashreplace"), 4096)
 
 
 class NotFinite(ValueError):
-    """Training met a number that is not finite. The message names the step and the mend."""
+    """Training met a number that is not finite. The message names the step and says what to do."""
 
 
 def describe(
     what: str, rows: np.ndarray | list[int], mend: str, label: Callable[[int], str] | None = None
 ) -> list[str]:
-    """The line for one kind of defect with its first rows (0-based here, 1-based there); nothing without rows."""
+    """
+    The line of a message for one kind of defect, with its first rows; an empty list without rows. `rows` count from 0,
+    the message counts from 1.
+    """
     shown = ", ".join(f"row {row + 1}" + (f" ({label(row)})" if label else "") for row in rows[:MAX_EXAMPLES])
     more = f" and {len(rows) - MAX_EXAMPLES} more" if len(rows) > MAX_EXAMPLES else ""
     return [f"{what}: {shown}{more}. {mend}"] if len(rows) else []
@@ -89,7 +92,7 @@ class Defects:
     def add(
         self, what: str, wrong: np.ndarray, mend: str, first_row: int, label: Callable[[int], str] | None = None
     ) -> None:
-        """As in [`describe`], for the rows where `wrong` is true of a block that begins at row `first_row`."""
+        """Like [`describe`], for the rows with `wrong` true in a block that begins at row `first_row`."""
         rows = np.flatnonzero(wrong)
         self._rows.setdefault((what, mend), []).append(rows + first_row)
         if label is not None:
@@ -106,20 +109,20 @@ class Defects:
 
 
 def raise_defects(source: str, defects: list[str]) -> None:
-    """Raise one [`DataError`] for all `defects`, a line each."""
+    """Raise one [`DataError`] for all `defects`, with one line for each."""
     if defects:
         raise DataError("\n".join(f"{source}: {defect}" for defect in defects))
 
 
 class HubError(OSError):
-    """Something is wrong with the Hub, the way there, or a checkpoint. The message is one sentence, with the mend."""
+    """An error of the Hub, of the network, or of a checkpoint. The message is one sentence that says what to do."""
 
 
 def pinned(name_or_path: str | os.PathLike, place: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The keywords that say where a checkpoint is (`revision`, `token`, `cache_dir`, `local_files_only`, ...) with the
-    revision resolved to a commit: whatever is loaded with them comes from one state of the repository. A repository
-    that cannot be had is found out at once, by one request.
+    The keywords that say where a checkpoint is (`revision`, `token`, `cache_dir`, `local_files_only`, ...), with the
+    revision resolved to a commit. So all files that are loaded with them come from one state of the repository. It
+    takes one request, which fails at once if the repository cannot be read.
     """
     if os.path.isdir(name_or_path):
         return dict(place)
@@ -146,15 +149,17 @@ def _unreachable(error: BaseException) -> str:
 
 def _not_cached(error: BaseException) -> str:
     return (
-        "not in the cache, and the Hub was not asked (HF_HUB_OFFLINE or local_files_only): download it once online, "
-        "or give a folder"
+        "not in the cache, and the Hub was not asked because of HF_HUB_OFFLINE or local_files_only: download it once "
+        "while online, or give a folder"
     )
 
 
 _SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
     (
         GatedRepoError,
-        lambda error: f"access is given on request: ask on {constants.ENDPOINT}, then log in with `hf auth login`",
+        lambda error: (
+            f"access needs a permission: request it on {constants.ENDPOINT}, then log in with `hf auth login`"
+        ),
     ),
     (
         RepositoryNotFoundError,
@@ -170,7 +175,7 @@ _SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
         SafetensorError,
         lambda error: (
             f"a weight file is damaged or cut off ({error}): "
-            "get it again with force_download=True, or have it uploaded again"
+            "download it again with force_download=True, or ask its owner to upload it again"
         ),
     ),
     (HfHubHTTPError, _http_sentence),
@@ -183,8 +188,8 @@ _SENTENCES: tuple[tuple[type[BaseException], Callable[[Any], str]], ...] = (
 
 def explain(error: BaseException) -> str | None:
     """
-    What an error of the Hub, of the way there or of a file from it means and how to mend it, in one sentence; `None`
-    for any other error. The error that libraries have wrapped in their own is found as well.
+    One sentence that tells what an error of the Hub, of the network or of a file from the Hub means, and what to do;
+    `None` for any other error. Errors that libraries have wrapped in their own are found too.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -197,17 +202,19 @@ def explain(error: BaseException) -> str | None:
                 return sentence(cause)
     if any(isinstance(cause, OSError) and "`use_safetensors=True`" in str(cause) for cause in chain):
         return (
-            "it has no weights in safetensors (model.safetensors), and pickled ones are not read, since they can run "
-            "code: have it converted"
+            "it has no weights in safetensors (model.safetensors), and pickled weights are not read, since they can "
+            "run code: convert them to safetensors"
         )
     if any(isinstance(cause, ValueError) and "trust_remote_code=True" in str(cause) for cause in chain):
-        return "it brings its own code, which is not run untrusted: read it, then pass trust_remote_code=True"
+        return (
+            "it contains code, which is not run unless you trust it: read the code, then pass trust_remote_code=True"
+        )
     return None
 
 
 @contextmanager
 def hub_errors(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Turn what [`explain`] knows into a [`HubError`] that begins with the checkpoint's id or folder."""
+    """Turn errors that [`explain`] knows into a [`HubError`] that begins with the checkpoint's id or folder."""
     try:
         yield
     except HubError:
@@ -220,7 +227,7 @@ def hub_errors(name_or_path: str | os.PathLike) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; of a configuration error, what its validator said."""
+    """The message of an error on one line; for a configuration error, the message of its validator."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, KeyError):
@@ -231,8 +238,8 @@ def one_line(error: BaseException) -> str:
 @contextmanager
 def bad_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """
-    Turn what libraries raise on bad input, and errors of these `kinds`, into a [`DataError`] that begins with `what`,
-    a file or an option.
+    Turn the errors that libraries raise on bad input, and errors of these `kinds`, into a [`DataError`] that begins
+    with `what`, the name of a file or an option.
     """
     try:
         yield

@@ -1,15 +1,15 @@
 """
-Files and folders that are written whole or not at all, whatever happens meanwhile.
+Files and folders that are written as a whole or not at all, even if the process is killed.
 
-What belongs together is written into a hidden folder inside of its destination and flushed to the disk. One file is
-then renamed; several are listed in a journal first, and if the process dies among them, whoever opens the folder next,
-reader or writer, completes it ([`recover`]). The file without which a folder is no checkpoint (`config.json`) is taken
-away first and put back last: a program that knows no journal finds no checkpoint then, rather than a mixture of two.
+Files that belong together are first written into a hidden folder inside of their destination and flushed to the disk.
+One file is then renamed. Several files are first listed in a journal; if the process dies while it moves them, the
+next reader or writer of the folder completes the move ([`recover`]). `config.json`, which makes a folder a checkpoint,
+is removed first and put back last: until then, programs that know no journal find no checkpoint rather than a mixture.
 
 Locks are those of the operating system, which ends them with the process; a forked child does not inherit them.
 
-On power loss: what a writer has returned from is there; before, the old state is, or the new one, where the file
-system keeps the order of what is flushed (ext4, xfs, btrfs, APFS).
+After a power loss, everything that a writer has finished is there; an unfinished write leaves the old state or the new
+one, if the file system keeps the order of flushed writes (ext4, xfs, btrfs, APFS).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .errors import one_line
 
 try:
     import fcntl
-except ImportError:  # Windows: files are whole there too, but two writers do not know of each other
+except ImportError:  # Windows: files are written as a whole there too, but two writers do not know of each other
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
 PARTIAL = ".partial-"
-"""Begins the name of a folder that holds what is not yet written whole."""
+"""The names of folders with unfinished files begin with this."""
 JOURNAL = ".commit"
 LOCK, TRAINING_LOCK = ".lock", ".training.lock"
 HEADS = ("config.json", "adapter_config.json")
@@ -48,11 +48,12 @@ _locks: set[int] = set()  # descriptors of this process
 
 
 class NotWritten(OSError):
-    """Something could not be written, and nothing of it was kept."""
+    """A file or folder could not be written, and nothing of it was kept."""
 
     def __init__(self, folder: str | os.PathLike, reason: str):
         super().__init__(
-            f"{folder}: could not be written, nothing of it was kept ({reason}). Make room, or choose another folder."
+            f"{folder}: could not be written, and nothing was kept ({reason}). Free disk space, or choose another "
+            "folder."
         )
         self.reason = reason
 
@@ -68,8 +69,9 @@ if hasattr(os, "register_at_fork"):
 
 def _take(path: Path, flags: int, surely: bool = False) -> int | None:
     """
-    A descriptor of `path` with a lock on it; `None` if another process has it, or the path is gone meanwhile. Where
-    the file system has no locks, it counts as taken, unless it must be `surely`.
+    A descriptor of `path` with a lock on it; `None` if another process holds the lock, or the path no longer exists.
+    On
+    a file system without locks this succeeds, unless the lock must be certain (`surely`).
     """
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
@@ -103,21 +105,21 @@ def locked(
     why: str = "another process is writing there",
 ) -> Iterator[None]:
     """
-    Inside, no other process is in a block with the same folder and name.
+    A context in which no other process is inside a block with the same folder and name.
 
     Args:
         folder (`str` or `os.PathLike`): Where the lock file is, for as long as it is held.
         name (`str`, *optional*): The name of the lock file.
         wait (`float`, *optional*): Seconds to wait for another process, `PATIENCE` if not given.
-        why (`str`, *optional*): What is said of that process.
+        why (`str`, *optional*): What the error says about that process.
 
     Raises:
-        `OSError`: If another process still holds it.
+        `OSError`: If another process still holds the lock.
     """
     path, end = Path(folder) / name, time.monotonic() + (PATIENCE if wait is None else wait)
     while (descriptor := _take(path, os.O_RDWR | os.O_CREAT)) is None:
         if time.monotonic() > end:
-            raise OSError(f"{folder}: {why}. Wait for its end, or choose another folder.")
+            raise OSError(f"{folder}: {why}. Wait until it has ended, or choose another folder.")
         time.sleep(0.01)
     try:
         yield
@@ -130,17 +132,17 @@ def locked(
 @contextmanager
 def written_whole(folder: str | os.PathLike, writes: bool = True, replaces_all: bool = False) -> Iterator[Path]:
     """
-    A temporary folder whose files appear in `folder` together at the end of the block, or not at all if it fails. They
-    get the permissions that the umask says. A link of the same name is replaced, not followed.
+    A temporary folder whose files appear in `folder` together at the end of the block, or not at all if the block
+    fails. Files get the permissions that the umask gives. A link of the same name is replaced, not followed.
 
     Args:
-        folder (`str` or `os.PathLike`): Where the files go; what is there already stays, if it has another name and is
-            not a shard of weights that are replaced.
+        folder (`str` or `os.PathLike`): Where the files go. Other files that are already there stay, except shards of
+            weights that are replaced.
         writes (`bool`, *optional*, defaults to `True`): False on the processes that do not write.
-        replaces_all (`bool`, *optional*, defaults to `False`): Whether everything that is there already goes away.
+        replaces_all (`bool`, *optional*, defaults to `False`): Whether all other files of the folder are removed.
 
     Raises:
-        `OSError`: If something cannot be written, and then nothing of it is kept; or if another process writes there.
+        `OSError`: If a file cannot be written (then nothing is kept), or if another process writes there.
     """
     place = Path(folder).resolve()
     if not writes:
@@ -157,7 +159,7 @@ def written_whole(folder: str | os.PathLike, writes: bool = True, replaces_all: 
     except (OSError, SafetensorError) as error:
         if os.path.lexists(place / JOURNAL):
             raise OSError(
-                f"{folder}: could not be written to the end, which is done when it is next opened"
+                f"{folder}: the write could not be finished; the next program that opens the folder finishes it"
             ) from error
         raise NotWritten(folder, error.reason if isinstance(error, NotWritten) else one_line(error)) from error
     finally:
@@ -168,14 +170,14 @@ def written_whole(folder: str | os.PathLike, writes: bool = True, replaces_all: 
 
 @contextmanager
 def partial_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder in `place`, for what is not there for readers; it goes away at the end, or with the process."""
+    """A hidden folder in `place` for unfinished files, which readers ignore; it is removed at the end of the block."""
     partial, descriptor = place / f"{PARTIAL}{os.urandom(6).hex()}", None
     try:
         partial.mkdir(parents=True)
         descriptor = _take(partial, os.O_RDONLY) if os.name == "posix" else None
         yield partial
     finally:
-        if _journal_of(place) != partial.name:  # else whoever opens the folder next completes it
+        if _journal_of(place) != partial.name:  # otherwise the next program that opens the folder completes the move
             shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             _release(descriptor)
@@ -203,10 +205,10 @@ def write_json(file: str | os.PathLike, values: Any) -> Path:
 
 def recover(folder: str | os.PathLike) -> None:
     """
-    Complete what a process was writing when it died, or wait for the end of one that is alive.
+    Complete the write of a process that died, or wait until a living process has finished its write.
 
     Raises:
-        `OSError`: If the folder is written all the time or cannot be written, or was copied while it was written.
+        `OSError`: If the folder is constantly being written, cannot be written, or was copied during a write.
     """
     if os.path.lexists(Path(folder) / JOURNAL):
         with locked(folder):
@@ -215,8 +217,8 @@ def recover(folder: str | os.PathLike) -> None:
 
 def read_whole(folder: str | os.PathLike, read: Callable[[], T]) -> T:
     """
-    What `read()` returns, all of it from one state of a folder: if another process has replaced files meanwhile, it is
-    read again. Of what is no folder, such as a repository of the Hub, just what it returns.
+    The result of `read()`, read from a single state of a folder: if another process replaced files meanwhile, `read`
+    is called again. If `folder` is not a folder, such as a repository of the Hub, `read` is called once.
     """
     place, end = Path(folder), time.monotonic() + PATIENCE
     if not place.is_dir():
@@ -233,11 +235,11 @@ def read_whole(folder: str | os.PathLike, read: Callable[[], T]) -> T:
             if _state(place) == before:
                 return result
         if time.monotonic() > end:
-            raise OSError(f"{folder}: is being written all the time. Read it when that has ended.")
+            raise OSError(f"{folder}: is constantly being written. Read it when the writer has ended.")
 
 
 def _state(folder: Path) -> set[tuple[str, int, int]]:
-    """What tells one state of the files that make a checkpoint from another one."""
+    """A value that changes whenever a file of the checkpoint in a folder is replaced."""
     found = set()
     for entry in os.scandir(folder):
         if entry.name == JOURNAL or (
@@ -250,8 +252,8 @@ def _state(folder: Path) -> set[tuple[str, int, int]]:
 
 
 def _flush(path: str | os.PathLike) -> None:
-    """Write a file, or the names in a folder, to the disk."""
-    if os.name != "posix":  # Windows neither opens folders nor flushes what it has opened to read
+    """Flush a file, or the names in a folder, to the disk."""
+    if os.name != "posix":  # Windows cannot open folders, and cannot flush files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -261,7 +263,7 @@ def _flush(path: str | os.PathLike) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Give all files the permissions that the umask says, and flush everything to the disk."""
+    """Give all files the permissions that the umask gives, and flush everything to the disk."""
     mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
@@ -273,7 +275,7 @@ def _settle(folder: Path) -> None:
 
 
 def _commit(partial: Path, folder: Path, replaces_all: bool) -> None:
-    """Move what is in `partial` to `folder`, by way of a journal if that takes more than one step."""
+    """Move the files of `partial` to `folder`, with a journal if that takes more than one step."""
     new = sorted({path.name for path in partial.iterdir()}, key=lambda name: (name in HEADS, name))
     old = {path.name for path in folder.iterdir() if not path.name.startswith((PARTIAL, LOCK, TRAINING_LOCK))}
     superseded = (old if replaces_all else _superseded(set(new), old)) - set(new)
@@ -289,8 +291,8 @@ def _commit(partial: Path, folder: Path, replaces_all: bool) -> None:
 
 def _superseded(new: set[str], old: set[str]) -> set[str]:
     """
-    Files that would be read with the new ones: weights in another number of shards, the ids of an index of format 1,
-    changes to another index, what other weights knew of their items.
+    Old files that must go because they would be read with the new ones: weights in another number of shards, the ids
+    of an index of format 1, changes to another index, item statistics of other weights.
     """
     gone = {"item_index.json", "item_index.journal"} if "item_index.safetensors" in new else set()
     if "config.json" in new:
@@ -303,7 +305,7 @@ def _superseded(new: set[str], old: set[str]) -> set[str]:
 
 
 def _move(journal: dict[str, Any], folder: Path) -> None:
-    """Take the steps of a journal that are not taken yet, and end it."""
+    """Take the steps of a journal that were not taken yet, and remove the journal."""
     partial = folder / journal["from"]
     waiting = [name for name in journal["move"] if os.path.lexists(partial / name)]
     heads = set(HEADS) & set(waiting) if len(journal["move"]) > 1 else set()
@@ -326,7 +328,7 @@ def _remove(path: Path) -> None:
 
 
 def _journal_of(folder: Path) -> str | None:
-    """The name of the folder that a journal says files come from."""
+    """The name of the folder from which the files of a journal are moved."""
     try:
         return json.loads((folder / JOURNAL).read_text(encoding="utf-8"))["from"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -334,7 +336,7 @@ def _journal_of(folder: Path) -> str | None:
 
 
 def _complete(folder: Path) -> None:
-    """Take the steps that a journal still lists, and remove what processes that died have left; under the lock."""
+    """Take the remaining steps of a journal, and remove files that dead processes left. Needs the lock."""
     path = folder / JOURNAL
     if os.path.lexists(path):
         try:
@@ -342,7 +344,7 @@ def _complete(folder: Path) -> None:
             partial = folder / journal["from"]
             names = (journal["from"], *journal["move"], *journal["remove"])
             valid = all(name == os.path.basename(name) and name not in ("", ".", "..") for name in names)
-            # a journal that came from elsewhere, as with a copy or a clone, is not obeyed
+            # a journal from elsewhere, for example from a copy or a clone, is not obeyed
             valid = valid and partial.lstat().st_ino == journal["inode"] and journal["from"].startswith(PARTIAL)
         except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError):
             valid = False

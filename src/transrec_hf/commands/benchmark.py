@@ -1,4 +1,4 @@
-"""`transrec benchmark ninerec`: ID, from scratch and pre-trained on every target, beside what was published."""
+"""`transrec benchmark ninerec`: compares an ID model, a model from scratch and a pre-trained one."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ PUBLISHED = {
         "DY": (15.92, 14.08, 14.68),
     },
 }
-"""HR@10 in % of SASRec with IDs, with a tower that was not pre-trained on a source, and with one that was."""
+"""Published HR@10 in %: SASRec with IDs, with a tower without pre-training on a source, and with such pre-training."""
 TOWERS = {"text": "BERT base", "image": "Swin base"}
 FOOTNOTES = """\
-hit_rate@10 in %. Of each user with 5 items or more the last one is ranked among all items that are among the last
-L + 3 of anyone, less those of the user. Published: SASRec, one seed, L = 20, towers trained end to end, titles in
-Chinese. Here: the ID baseline is eSASRec, with the best of three settings on validation; from scratch has the towers
-of the source and nothing else of it; pre-trained starts from what of the source validation prefers; the verdict
-compares these two over users and seeds."""
+hit_rate@10 in %. For each user with 5 items or more, the last item is ranked among the items that occur among the last
+L + 3 of any user, except those of this user. Published: SASRec, one seed, L = 20, towers trained end to end, titles in
+Chinese. Here: the ID baseline is eSASRec with the best of three settings on validation; the model from scratch has the
+towers of the source and nothing else of it; the pre-trained model starts from the part of the source that validation
+prefers. The verdict compares these two over users and seeds."""
 
 
 @dataclass
@@ -64,13 +64,13 @@ class BenchmarkArguments(TransferArguments):
 
     _argument_group_name = "benchmark"
     folder: str | None = option(None, "Folder with the targets in NineRec's layout.")
-    language: Literal["en", "zh"] = option("en", "Of the titles.")
+    language: Literal["en", "zh"] = option("en", "Language of the titles.")
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Of {', '.join(MODELS)}."})
     fractions: list[str] = field(
-        default_factory=lambda: ["1"], metadata={"help": "Shares of the target's training users; the table has all."}
+        default_factory=lambda: ["1"], metadata={"help": "Shares of the target's training users; the table shows all."}
     )
     seeds: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "Seeds, separated by commas or spaces."})
-    output_dir: str = option("runs/ninerec", "Folder of the targets, the cells, the table and the JSON.")
+    output_dir: str = option("runs/ninerec", "Folder for the targets, the results, the table and the JSON file.")
     protocol: str = option("ninerec", "Evaluation protocol.", choices=("ninerec",))
 
     def __post_init__(self) -> None:
@@ -89,17 +89,16 @@ class BenchmarkArguments(TransferArguments):
 
 def benchmark(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
-    Run a published benchmark: ID baseline, from scratch and pre-trained, on every target.
+    Run a published benchmark: compare an ID baseline, a model from scratch and a pre-trained one on every target.
 
         transrec benchmark ninerec --folder NineRec --sources runs/bili --output_dir runs/ninerec
         transrec benchmark ninerec --folder NineRec --sources runs/bili --targets TN QB --seeds 0,1,2
 
-    Every D of which the folder has D_item.csv, D_pair.csv and D_cover/ is a target, unless --targets names some. A
-    source is a model that was trained before: prepare --layout ninerec --domain Bili_500K, then pretrain, with
-    --max_position_embeddings 20 for the histories of the protocol.
+    Every data set D of the folder (D_item.csv, D_pair.csv and D_cover/) is a target, unless --targets names some. A
+    source is a trained model. To make one, run `transrec prepare --layout ninerec --domain Bili_500K`, then
+    `transrec pretrain` with --max_position_embeddings 20, the history length of the protocol.
 
-    What is in output_dir is not computed again: targets, and cells of one model, target and seed. table.csv has the
-    numbers beside the published ones.
+    Results that are in output_dir are not computed again. table.csv shows the numbers beside the published ones.
     """
     words = list(argv or ())
     if words[:1] == ["ninerec"]:
@@ -131,7 +130,7 @@ def benchmark(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def rows_of(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a target in the table, one of each source: here, and as they were published, in %."""
+    """The rows of a target in the table, one for each source: our numbers and the published ones, in %."""
     mine = [row for row in rows if Path(row["target"]).name == name and row["fraction"] == 1]
     table = []
     sources = dict.fromkeys(row["source"] for row in mine if row["source"])

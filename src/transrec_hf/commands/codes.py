@@ -1,4 +1,4 @@
-"""`transrec codes`: a domain whose items have codes, fitted on their vectors or shared with another platform."""
+"""`transrec codes`: a data set whose items have codes, fitted on their vectors or shared with another platform."""
 
 from __future__ import annotations
 
@@ -36,38 +36,39 @@ REPORT_NAME = "item_quantizer.json"
 
 @dataclass
 class CodesArguments:
-    """Of which vectors, and which codes."""
+    """Which vectors become codes, and how."""
 
     _argument_group_name = "codes"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model, whose item vectors become codes.")
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, instead of a model.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, instead of a model.")
-    output_dir: str | None = option(None, "Folder for the domain with codes.")
+    output_dir: str | None = option(None, "Folder for the data set with codes.")
     quantizer: str | None = option(None, "Folder of the quantizer of another platform [a new one is fitted].")
     method: Literal["residual", "product", "learned"] = option("residual", "How codes are made; see docs/codes.md.")
-    num_codebooks: int = option(4, "Codes of an item.")
-    codebook_size: int = option(256, "Values that a code can have.")
-    rotations: int = option(5, "Times that product fits its rotation; 0 for none.")
+    num_codebooks: int = option(4, "Number of codes of an item.")
+    codebook_size: int = option(256, "Number of values of a code.")
+    rotations: int = option(5, "For the method product: how often its rotation is fitted; 0 for no rotation.")
     seed: int = option(0, "Seed of the quantizer.")
     batch_size: int = option(128, "Items encoded at a time.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
 
 def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
-    Give the items of a platform codes, a few whole numbers for each, by which models read them and others name them.
+    Describe each item of a platform by codes: a few whole numbers, which models can read instead of content.
 
         transrec codes my_source --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir my_source_codes
         transrec codes my_target --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir my_target_codes \\
             --quantizer my_source_codes                      # the same codes mean the same on both
         transrec pretrain my_source_codes --num_codebooks 4
 
-    The folder output_dir then holds the items with a column `codes`, the interactions, the quantizer, what is lost by
-    it (item_quantizer.json), and semantic_ids.json, in which no two items have the same codes.
+    The folder output_dir then holds the items with a column `codes`, the interactions, the quantizer, a report on how
+    much information the codes lose (item_quantizer.json), and semantic_ids.json, in which no two items have the same
+    codes.
     """
     data_args, args = parse_arguments((DataArguments, CodesArguments), argv, codes, positional="data")
     if not args.output_dir:
-        raise DataError("no place for the codes: give --output_dir, a folder")
+        raise DataError("there is no folder for the codes: give --output_dir")
     folder = Path(args.output_dir)
     if (folder / ITEMS_NAME).exists():
         raise DataError(f"{folder}: holds {ITEMS_NAME} already. Choose another --output_dir, or delete it.")
@@ -119,7 +120,9 @@ def load_encoder(args: CodesArguments) -> tuple[TransRecModel, TransRecProcessor
     towers: dict[str, Any] = {name: getattr(args, name) for name in ("text_model", "vision_model")}
     towers = {name: tower for name, tower in towers.items() if tower}
     if bool(towers) == bool(args.checkpoint):
-        raise DataError("codes of which vectors? Give --checkpoint, or --text_model, --vision_model or both")
+        raise DataError(
+            "there is no model to make vectors with: give --checkpoint, or --text_model, --vision_model or both"
+        )
     if args.checkpoint:
         return load_checkpoint(args.checkpoint)
     for tower in towers.values():
@@ -133,6 +136,6 @@ def check_encoder(quantizer: ItemQuantizer, made_by: str, name: str) -> None:
     if quantizer.encoder_hash not in (None, made_by):
         raise DataError(
             f"{name}: this quantizer was fitted on the vectors of another model ({str(quantizer.encoder_hash)[:12]}) "
-            f"than the one given ({made_by[:12]}): its codes would mean nothing. Give the model that it was fitted "
-            "with, and the same --seed, or leave out --quantizer and fit a new one."
+            f"than the given one ({made_by[:12]}), so its codes would mean nothing. Give the model of the quantizer "
+            "and the same --seed, or leave out --quantizer to fit a new one."
         )

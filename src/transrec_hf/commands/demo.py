@@ -19,16 +19,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class DemoArguments:
-    """What is shown, and where."""
+    """Which models the demo shows, and where it listens."""
 
     _argument_group_name = "demo"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
-    compare: list[str] | None = field(default=None, metadata={"help": "Further checkpoints, shown beside the first."})
-    index: str | None = option(None, "Folder that keeps the items' vectors of the first checkpoint.")
-    host: str = option("127.0.0.1", "Address to listen at.")
-    port: int = option(7860, "Port to listen at.")
-    public: bool = option(False, "Show it to other machines: everybody who reaches --host may use it.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "More checkpoints to show beside the first one."}
+    )
+    index: str | None = option(None, "Folder in which the item vectors of the first checkpoint are kept.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(7860, "Port to listen on.")
+    public: bool = option(False, "Allow other machines: everybody who can reach --host may use the demo.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
 
 def demo(argv: Sequence[str] | None = None) -> None:
@@ -38,13 +40,14 @@ def demo(argv: Sequence[str] | None = None) -> None:
         transrec demo runs/my_target --data my_target
         transrec demo runs/my_target --compare runs/scratch --items my_target/items.parquet --index runs/index
 
-    The catalogue with its pictures, search and filters, histories by clicking or of items of your own, recommendations
-    with scores and reasons, several checkpoints side by side, and a map of the items. It needs no network.
+    The page shows the catalogue with pictures, search and filters. Make a history by clicking, or from items of your
+    own, and see the recommendations of one or more checkpoints with scores and reasons, and a map of the items. The
+    page needs no internet connection.
     """
     data_args, args = parse_arguments((DataArguments, DemoArguments), argv, demo, positional="checkpoint")
     require("gradio", extra="demo")
     if not args.public and not is_loopback(args.host):
-        raise DataError(f"{args.host} can be reached by other machines: say --public if they are meant to")
+        raise DataError(f"{args.host} can be reached by other machines: add --public if that is intended")
     checkpoints = [args.checkpoint, *(args.compare or [])]
     names = [Path(str(checkpoint)).name for checkpoint in checkpoints]
     names = names if len(set(names)) == len(names) else [str(checkpoint) for checkpoint in checkpoints]

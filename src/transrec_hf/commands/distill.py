@@ -1,4 +1,4 @@
-"""`transrec distill`: a smaller model that says of items what a larger one says."""
+"""`transrec distill`: a smaller model that learns the item vectors of a larger one."""
 
 from __future__ import annotations
 
@@ -39,19 +39,17 @@ class DistillationArguments:
     _argument_group_name = "distillation"
     checkpoint: str | None = option(None, "Folder or Hub id of the teacher, a TransRec model.")
     output_dir: str | None = option(None, "Folder for the student.")
-    num_blocks: int | None = option(
-        None, "Blocks of each tower that stay, evenly spaced; of Transformers that have more."
-    )
-    text_model: str | None = option(None, "Folder or Hub id of a smaller text encoder, instead.")
-    vision_model: str | None = option(None, "Folder or Hub id of a smaller image encoder, instead.")
-    max_text_length: int | None = option(None, "Tokens after which the student cuts a text [as the teacher].")
-    epochs: int = option(3, "Passes over the items.")
-    user_epochs: int = option(0, "Passes over the interactions, to learn the user states too.")
-    batch_size: int = option(128, "Items a step.")
+    num_blocks: int | None = option(None, "Number of blocks to keep of each tower, evenly spaced.")
+    text_model: str | None = option(None, "Folder or Hub id of a smaller text encoder, instead of fewer blocks.")
+    vision_model: str | None = option(None, "Folder or Hub id of a smaller image encoder, instead of fewer blocks.")
+    max_text_length: int | None = option(None, "Most tokens that the student reads of a text [as the teacher].")
+    epochs: int = option(3, "Epochs over the items.")
+    user_epochs: int = option(0, "Epochs over the interactions, in which the student learns the user states too.")
+    batch_size: int = option(128, "Items in a step.")
     learning_rate: float = option(1e-3, "Peak learning rate of projections.")
     tower_learning_rate: float = option(1e-4, "Peak learning rate of towers.")
     seed: int = option(0, "Seed of the batches and of new weights.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
     def __post_init__(self) -> None:
         for name, least in (("num_blocks", 1), ("epochs", 0), ("user_epochs", 0), ("batch_size", 2)):
@@ -59,27 +57,27 @@ class DistillationArguments:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
         if not self.output_dir:
-            raise ValueError("no place for the student: give output_dir, a folder")
+            raise ValueError("there is no folder for the student: give output_dir")
         if not (self.num_blocks or self.text_model or self.vision_model):
-            raise ValueError("what is the student? Give num_blocks, or text_model, vision_model or both")
+            raise ValueError("the student needs smaller towers: give num_blocks, or text_model, vision_model or both")
 
 
 def distill(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
-    Make a smaller and faster model that says of items what a larger one says.
+    Make a smaller and faster model (the student) that learns the item vectors of a larger one (the teacher).
 
         transrec distill runs/my_target --data my_target --num_blocks 2 --output_dir runs/my_student
         transrec distill runs/my_target --items all_items.csv --text_model prajjwal1/bert-tiny --output_dir runs/tiny
         transrec distill runs/my_target --data my_target --num_blocks 2 --user_epochs 1 --output_dir runs/my_student
 
-    The student keeps some blocks of the teacher's towers, or gets smaller towers; all else is the teacher's. It learns
-    the item vectors from a catalogue, for which no interactions are needed. Its folder is a checkpoint like any other.
+    The student keeps some blocks of the teacher's towers, or gets smaller towers; all other parts are copied from the
+    teacher. It learns from a catalogue and needs no interactions. The output folder is a checkpoint like any other.
     """
     data_args, args = parse_arguments((DataArguments, DistillationArguments), argv, distill, positional="checkpoint")
     if not args.checkpoint:
-        raise DataError("no teacher: give the folder or Hub id of a TransRec model first")
+        raise DataError("there is no teacher: give the folder or Hub id of a TransRec model as the first argument")
     if (Path(args.output_dir) / "config.json").exists():
-        raise DataError(f"{args.output_dir}: holds a model already. Choose another --output_dir, or delete it.")
+        raise DataError(f"{args.output_dir}: already holds a model. Choose another --output_dir, or delete it.")
     teacher, processor = load_checkpoint(args.checkpoint)
     if args.user_epochs:
         catalogue, sequences = data_args.load()
@@ -133,7 +131,7 @@ def load_towers(args: DistillationArguments, teacher: TransRecModel) -> dict[str
 
 
 def student_processor(args: DistillationArguments, of_teacher: TransRecProcessor) -> TransRecProcessor:
-    """That of the teacher, with the parts of other towers."""
+    """The processor of the teacher, with the parts that other towers of the student need."""
     student = copy.copy(of_teacher)
     if args.text_model or args.vision_model:
         fresh = TransRecProcessor.from_towers(args.text_model, args.vision_model)

@@ -1,4 +1,4 @@
-"""`transrec env`: the versions and the machine, for reports of errors."""
+"""`transrec env`: the versions and the machine, for bug reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EnvironmentArguments:
 
 def env(argv: Sequence[str] | None = None) -> dict[str, str]:
     """
-    Print the versions and the machine, to be put into a report of an error.
+    Print the versions and the machine. Copy them into a bug report.
 
         transrec env
         transrec env --json

@@ -26,21 +26,27 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
-    part: Literal["validation", "test"] = option("test", "Whose targets are ranked.")
+    part: Literal["validation", "test"] = option("test", "Which part of the split is ranked.")
     output_file: str | None = option(None, "JSON file for the whole report.")
     json: bool = option(False, "Print the report as JSON.")
     max_users: int | None = option(None, "Users to rank for, drawn at random [all].")
-    seed: int = option(0, "Seed of that draw.")
-    text_model: str | None = option(None, "Folder or Hub id of a text encoder, for the baseline of content alone.")
-    vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for the baseline of content alone.")
-    audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for the same baseline.")
-    video_model: str | None = option(None, "Folder or Hub id of an encoder of images or clips, for the same baseline.")
-    activation_store: str | None = option(None, "Folder that keeps the states of the towers for the next time.")
-    trainable_blocks: int = option(0, "Blocks above those states; as in training, to read the store of a run.")
+    seed: int = option(0, "Seed for max_users.")
+    text_model: str | None = option(
+        None, "Folder or Hub id of a text encoder, for a baseline that uses content alone."
+    )
+    vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for the same baseline.")
+    audio_model: str | None = option(None, "Folder or Hub id of a sound encoder, for the same baseline.")
+    video_model: str | None = option(
+        None, "Folder or Hub id of an encoder of images or videos, for the same baseline."
+    )
+    activation_store: str | None = option(
+        None, "Folder in which the outputs of the towers are kept for the next call."
+    )
+    trainable_blocks: int = option(0, "To read the activation store of a run: its trainable_blocks.")
     bf16: bool = option(False, "Compute in bf16.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
-    batch_size: int = option(256, "Users and items ranked or encoded at once.")
-    num_workers: int = option(0, "Processes that read and decode items.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
+    batch_size: int = option(256, "Number of users that are ranked, and of items that are encoded, at a time.")
+    num_workers: int = option(0, "Number of processes that read and decode items.")
 
 
 def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,14 +57,14 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec evaluate runs/my_source --data my_target --protocol ninerec        # zero-shot
         transrec evaluate runs/my_target --data my_target --json > report.json
 
-    Prints the model beside baselines that need no training, with 95 % intervals, whether it is above them, and the
-    model on slices of the users. With text_model, vision_model, audio_model or video_model, nearest neighbours by
-    these untouched encoders are a baseline too.
+    It prints the metrics of the model beside baselines that need no training, with 95 % intervals, says whether the
+    model is above them, and gives its metrics for groups of targets. With text_model, vision_model, audio_model or
+    video_model, the nearest items by these untrained encoders are a baseline too.
     """
     kinds = (DataArguments, SplitArguments, EvaluationArguments)
     data_args, split_args, args = parse_arguments(kinds, argv, evaluate, positional="checkpoint")
     if not args.checkpoint:
-        raise DataError("nothing to evaluate: give the folder or Hub id of a TransRec model first")
+        raise DataError("there is no model: give the folder or Hub id of a TransRec model as the first argument")
     model, processor = load_checkpoint(args.checkpoint)
     catalogue, sequences = data_args.load()
     known = fit_to(catalogue, model, args.checkpoint)

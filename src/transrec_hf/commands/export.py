@@ -17,7 +17,7 @@ from .parsing import parse_arguments
 
 @dataclass
 class ExportArguments:
-    """What is exported, and where to."""
+    """Which model is exported, and to which folder."""
 
     _argument_group_name = "export"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")

@@ -1,4 +1,4 @@
-"""`transrec encode`, `index` and `similar`: the vectors of a catalogue, changes to them, and items that are alike."""
+"""`transrec encode`, `index` and `similar`: the vectors of a catalogue, changes to them, and similar items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .tables import as_ids, read_table
 
 logger = logging.get_logger(__name__)
 
-APPROXIMATE = "Look through part of the items: as many as find this share of the best, e.g. 0.99. For millions."
+APPROXIMATE = "For millions of items: search only so many that this share of the best is found, e.g. 0.99."
 SHOWN = 60  # characters of a text in a table for people
 
 
@@ -44,30 +44,32 @@ def open_recommender(
     cells: str | None = None,
     **kwargs: Any,
 ) -> Recommender:
-    """A recommender as the options of a verb ask for it. Raises [`DataError`]."""
+    """The recommender that the options of a verb describe. Raises [`DataError`]."""
     if not checkpoint:
-        raise DataError("no model: give the folder or Hub id of a TransRec model")
+        raise DataError("there is no model: give the folder or Hub id of a TransRec model as the first argument")
     check_place(checkpoint)
     if items is None and index is None and ItemIndex.from_pretrained(checkpoint) is None:
-        raise DataError("no items: give --data or --items, or with --index a folder that holds their vectors")
+        raise DataError(
+            "there are no items: give --data or --items, or --index with a folder that holds their vectors"
+        )
     device = Accelerator(cpu=use_cpu).device
     recommender = Recommender.from_pretrained(checkpoint, items, index=index, device=device, **kwargs)
     if approximate is not None:
         found = recommender.approximate(approximate, file=cells)
-        logger.info("Not all items are looked at: %.3f of the ten best are found", found)
+        logger.info("The search is approximate: it finds %.3f of the ten best items", found)
     return recommender
 
 
 @dataclass
 class EncodeArguments:
-    """With which model, and where to."""
+    """With which model, and into which folder."""
 
     _argument_group_name = "encoding"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
     index: str | None = option(None, "Folder for the index.")
     batch_size: int = option(128, "Items at a time.")
     num_workers: int = option(0, "Processes that read and decode.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
 
 def encode(argv: Sequence[str] | None = None) -> int:
@@ -76,12 +78,12 @@ def encode(argv: Sequence[str] | None = None) -> int:
 
         transrec encode runs/my_target --items my_target --index runs/index
 
-    What the folder has already of the same model and contents is taken over, and an encoding that was interrupted goes
-    on where it was.
+    Vectors of the same model and contents that are already in the folder are used again, and an interrupted encoding
+    continues where it stopped.
     """
     data_args, args = parse_arguments((DataArguments, EncodeArguments), argv, encode, positional="checkpoint")
     if not args.index:
-        raise DataError("no place for the vectors: give --index, a folder")
+        raise DataError("there is no folder for the vectors: give --index")
     items = data_args.load_items()
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     recommender = open_recommender(args.checkpoint, items, args.index, args.use_cpu, **options)
@@ -91,21 +93,23 @@ def encode(argv: Sequence[str] | None = None) -> int:
 
 @dataclass
 class IndexArguments:
-    """What to do with which index."""
+    """Which index, and what to do with it."""
 
     _argument_group_name = "index"
     index: str | None = option(None, "Folder of the index.")
     checkpoint: str | None = option(None, "For add: folder or Hub id of the model that made it.")
     items: str | None = option(None, "For add: file or folder of items. For remove: file with a column item_id.")
     ids: list[str] | None = field(default=None, metadata={"help": "For remove: ids of items."})
-    readable: bool = option(False, "For remove: the items may still stand in histories.")
+    readable: bool = option(False, "For remove: the items may still occur in histories.")
     new_only: bool = option(False, "For add: refuse items that are there already, instead of updating them.")
-    verify: bool = option(False, "For info: read all of the index, and compare it with its hash.")
+    verify: bool = option(False, "For info: read the whole index, and compare it with its hash.")
     json: bool = option(False, "For info: print JSON.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
-    output_dir: str | None = option(None, "For pack and unpack: folder of the result.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
+    output_dir: str | None = option(None, "For pack and unpack: folder for the result.")
     form: str = option("codes", "For pack: how vectors are kept.", choices=FORMS)
-    size: int | None = option(None, "For pack: codes of a vector [a 16th of its bytes], or numbers of a prefix.")
+    size: int | None = option(
+        None, "For pack: number of codes of a vector [a 16th of its bytes], or length of a prefix."
+    )
 
 
 def index(argv: Sequence[str] | None = None) -> int:
@@ -119,9 +123,9 @@ def index(argv: Sequence[str] | None = None) -> int:
         transrec index pack runs/index --checkpoint runs/my_target --output_dir runs/small
         transrec index unpack runs/small --output_dir runs/index
 
-    Whoever serves from the folder sees a change at once. What is added is encoded alone; contents that are there
-    already are not encoded again. Packed vectors take a 16th of the bytes (codes), a quarter (int8), half (fp16) or as
-    many numbers as you say (prefix); unpacked they are an index of nearly the same vectors.
+    A service that uses the folder sees a change at its next request. Only new contents are encoded. Packed vectors
+    take a 16th of the bytes (codes), a quarter (int8), half (fp16), or keep only their first --size numbers (prefix).
+    `unpack` makes an index of nearly the same vectors from them.
     """
     rest = list(sys.argv[1:] if argv is None else argv)
     actions = {"add": _add, "remove": _remove, "info": _info, "pack": _pack, "unpack": _unpack}
@@ -130,9 +134,11 @@ def index(argv: Sequence[str] | None = None) -> int:
     action = actions[rest.pop(0)] if rest and rest[0] in actions else None
     (args,) = parse_arguments((IndexArguments,), rest, index, positional="index")
     if action is None:
-        raise DataError(f"what to do with the index? Say one of {', '.join(actions)} first")
+        raise DataError(f"the verb of index is missing: give one of {', '.join(actions)} as the first argument")
     if action is not _unpack and (not args.index or not has_index(args.index)):
-        raise DataError(f"{args.index or 'no folder given'}: there is no item index here. Make one: transrec encode.")
+        raise DataError(
+            f"{args.index or 'no folder given'}: there is no item index here. Make one with transrec encode."
+        )
     return action(args)
 
 
@@ -141,7 +147,7 @@ def _add(args: IndexArguments) -> int:
         raise DataError("nothing to add: give --items, a file or folder")
     recommender = open_recommender(args.checkpoint, None, args.index, args.use_cpu)
     added = recommender.add_items(load_catalogue(args.items), exist_ok=not args.new_only)
-    logger.info("%s items were added or updated, %s are there", f"{len(added):,}", f"{len(recommender):,}")
+    logger.info("%s items were added or updated; the index now has %s", f"{len(added):,}", f"{len(recommender):,}")
     return len(added)
 
 
@@ -151,13 +157,15 @@ def _remove(args: IndexArguments) -> int:
     if args.items:
         table = read_table(Path(args.items))
         if "item_id" not in table.column_names:
-            raise DataError(f"{args.items}: needs the column item_id; found {table.column_names}")
+            raise DataError(
+                f"{args.items}: has no column item_id; found {table.column_names}. Rename the column of the ids."
+            )
         ids += [str(item_id) for item_id in as_ids(table["item_id"])[0] if item_id is not None]
     if not ids:
         raise DataError("nothing to remove: give --ids, or --items with a column item_id")
     live = LiveItems.open(args.index)
     removed = live.remove(ids, args.readable)
-    logger.info("%s items were removed, %s are there", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
+    logger.info("%s items were removed; the index now has %s", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
     return len(removed)
 
 
@@ -166,22 +174,24 @@ def _pack(args: IndexArguments) -> int:
         raise DataError("give --output_dir, a folder, and --checkpoint, the model that made the index")
     live = LiveItems.open(str(args.index))
     if live.snapshot.changes:
-        raise DataError(f"{args.index}: has changes since it was written. Make it again first: transrec encode.")
+        raise DataError(f"{args.index}: was changed since it was encoded. Encode it again first with transrec encode.")
     width, quantizer = read_config(args.checkpoint).hidden_size, None
     vectors = live.base.item_embeds[:, :width]
     if args.form == "codes":
         with bad_input("bad options"):
             quantizer = ItemQuantizer.fit(vectors, args.size or width // 4, method="product", rotations=0)
     taken = pack_index(live.base, args.output_dir, width, args.form, args.size, quantizer)
-    logger.info("%s bytes an item instead of %s are in %s", taken, 4 * width, args.output_dir)
+    logger.info(
+        "The packed index, with %s bytes for each item instead of %s, is in %s", taken, 4 * width, args.output_dir
+    )
     return taken
 
 
 def _unpack(args: IndexArguments) -> int:
     if not args.output_dir or not args.index:
-        raise DataError("give the folder of the packed index, and --output_dir for the other one")
+        raise DataError("give the folder of the packed index, and --output_dir for the unpacked one")
     if has_index(args.output_dir):
-        raise DataError(f"{args.output_dir}: holds an index already. Choose another folder.")
+        raise DataError(f"{args.output_dir}: already holds an index. Choose another folder.")
     found = unpack_index(args.index)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     found.save(args.output_dir)
@@ -228,18 +238,18 @@ def _shown(value: Any) -> str:
 
 @dataclass
 class SimilarArguments:
-    """Like what."""
+    """Which item, text or image to find similar items for."""
 
     _argument_group_name = "similar"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
     item: str | None = option(None, "Id of an item of the catalogue.")
-    text: str | None = option(None, "A text, instead: what is like an item of this text?")
-    image: str | None = option(None, "File of an image, alone or beside the text.")
-    top_k: int = option(10, "How many items.")
-    filter: str | None = option(None, "Which items may come: an expression over their columns.")
-    index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    text: str | None = option(None, "A text instead of an id: find items that are similar to an item with this text.")
+    image: str | None = option(None, "Image file, instead of an id or with the text.")
+    top_k: int = option(10, "Number of items.")
+    filter: str | None = option(None, "Only items for which this expression over their columns is true.")
+    index: str | None = option(None, "Folder in which the item vectors are kept for the next call.")
     json: bool = option(False, "Print JSON, a list of item_id, rank, score.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
 
 def line_of(text: str | None) -> str:
@@ -249,7 +259,7 @@ def line_of(text: str | None) -> str:
 
 def similar(argv: Sequence[str] | None = None) -> Recommendations:
     """
-    Find items that are like another one, or like a text or an image.
+    Find items that are similar to another one, or to a text or an image.
 
         transrec similar runs/my_target --index runs/index --item item-17
         transrec similar runs/my_target --items my_target --text "a red hat"
@@ -261,7 +271,7 @@ def similar(argv: Sequence[str] | None = None) -> Recommendations:
             raise DataError(f"{args.image}: no such file (now in {os.getcwd()}). Check the path.")
         raw["image"] = Path(args.image).read_bytes()
     if bool(raw) == bool(args.item):
-        raise DataError("like what? Give --item, or --text, --image or both")
+        raise DataError("give one thing to compare with: --item, or --text, --image or both")
     items = data_args.load_items() if data_args.items or data_args.data else None
     recommender = open_recommender(args.checkpoint, items, args.index, args.use_cpu)
     found = recommender.similar_items(args.item or raw, args.top_k, filter=args.filter)

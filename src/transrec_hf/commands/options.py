@@ -39,7 +39,7 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
 
 
-# Towers and num_items are options of their own below, and what a checkpoint does not hold is no setting.
+# Towers and num_items have their own options below; fields that a checkpoint does not hold are not settings.
 OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "side", "weights_from", "quantizer_hash")
 CONFIG_FIELDS = tuple(
     field.name
@@ -70,7 +70,7 @@ def fit_to(catalogue: Catalogue, model: TransRecModel, checkpoint: str) -> ItemS
     Match what a checkpoint knows of single items to those of a catalogue, by id; see [`match_items`].
 
     Returns:
-        [`ItemStatistics`]: Of the catalogue, if the model needs any and the checkpoint has them.
+        [`ItemStatistics`]: Those of the catalogue's items, if the model needs any and the checkpoint has them.
 
     Raises:
         [`DataError`]: If the model cannot represent every item of the catalogue.
@@ -92,12 +92,12 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, for a new model.")
     audio_model: str | None = option(None, "Folder or Hub id of an encoder of sounds, for a new model.")
     video_model: str | None = option(None, "Folder or Hub id of an encoder of images or clips, for a new model.")
-    id_baseline: bool = option(False, "A new model without towers, of one vector per item.")
+    id_baseline: bool = option(False, "Make a new model without towers, with one vector for the id of each item.")
     preset: Literal["default", "paper", "esasrec"] = option(
-        "default", "Settings of a new model, esasrec of the ID baseline; others can be set by name."
+        "default", "Settings of a new model (esasrec for the ID baseline); other options override them."
     )
-    hybrid: bool = option(False, "Learn a vector for each item of the catalogue too, beside what its content says.")
-    max_text_length: int | None = option(None, "Tokens after which a text is cut [64, or as in the checkpoint].")
+    hybrid: bool = option(False, "Learn a vector for the id of each item too, beside its content.")
+    max_text_length: int | None = option(None, "Most tokens that are read of a text [64, or as in the checkpoint].")
 
     def __post_init__(self) -> None:
         origins = {
@@ -109,11 +109,15 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
         if self.hybrid and self.id_baseline:
-            raise ValueError("hybrid adds ID vectors to content, which id_baseline does not read: leave one out")
+            raise ValueError(
+                "hybrid adds ID vectors to content, but id_baseline reads no content: leave one of them out"
+            )
         if self.preset == "esasrec" and not self.id_baseline:
-            raise ValueError("preset esasrec is a baseline of item IDs alone: give id_baseline too")
+            raise ValueError("preset esasrec is for a model that reads item ids only: add id_baseline")
         if self.from_checkpoint and self.preset != "default":
-            raise ValueError("preset is for a new model, from_checkpoint brings its own settings: leave one out")
+            raise ValueError(
+                "preset is for a new model, and from_checkpoint has its own settings: leave one of them out"
+            )
 
     @property
     def towers(self) -> dict[str, str | None]:
@@ -125,7 +129,7 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
         The model and its processor (`None` for the ID baseline).
 
         Args:
-            catalogue ([`Catalogue`]): The items, which the ID baseline counts.
+            catalogue ([`Catalogue`]): The items; the ID baseline needs their number.
             is_demo (`bool`, *optional*, defaults to `False`): For items of the demo world, tiny towers are made if
                 none is named.
 
@@ -182,16 +186,18 @@ class DataArguments:
 
     _argument_group_name = "data"
     data: str | None = option(
-        None, "Folder or Hub id with items and interactions; demo:source and demo:target are built in."
+        None, "Folder or Hub id of items and interactions; demo:source and demo:target are built in."
     )
-    items: str | None = option(None, "The items alone, instead of data: file, folder or Hub id.")
-    interactions: str | None = option(None, "The interactions that go with items.")
+    items: str | None = option(None, "The items alone, instead of --data: file, folder or Hub id.")
+    interactions: str | None = option(None, "The interactions for --items: file, folder or Hub id.")
     revision: str | None = option(None, "Revision of the Hub data set.")
     modality_policy: str = option(
-        "both", "Which modalities of an item are shown; one_per_item draws one.", choices=MODALITY_POLICIES
+        "both",
+        "Which modalities of an item the model sees; one_per_item draws one at random.",
+        choices=MODALITY_POLICIES,
     )
-    modality_seed: int = option(0, "Seed of the draw of one_per_item.")
-    k_core: int | None = option(None, "Keep users and items with at least as many interactions [all].")
+    modality_seed: int = option(0, "Seed for one_per_item.")
+    k_core: int | None = option(None, "Keep only users and items with at least this many interactions [all].")
 
     @property
     def name(self) -> str:
@@ -208,7 +214,7 @@ class DataArguments:
         if self.is_demo:
             return self._draw_demo()[0]
         if not (self.items or self.data):
-            raise DataError("no data: give --data, or --items and --interactions")
+            raise DataError("there are no data: give --data, or --items and --interactions")
         return load_catalogue(
             self.items or self.data,
             revision=self.revision,
@@ -247,13 +253,17 @@ class SplitArguments:
         "leave_one_out", "Test on each user's last item, or on the first one after test_from."
     )
     validation_from: str | None = option(
-        None, "Beginning of the validation period of a temporal split: a timestamp, or a date for seconds since 1970."
+        None,
+        "Start of the validation period of a temporal split: a timestamp, or a date if timestamps are seconds since "
+        "1970.",
     )
-    test_from: str | None = option(None, "Beginning of its test period.")
+    test_from: str | None = option(None, "Start of the test period of a temporal split.")
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
-    user_fraction: float | None = option(None, "Share of the training users to train on, drawn at random [all].")
-    max_train_users: int | None = option(None, "Training users to train on at most, drawn at random [all].")
-    sample_seed: int = option(0, "Seed of that draw; a smaller sample is a part of a larger one.")
+    user_fraction: float | None = option(
+        None, "Share of the training users to train on, drawn at random [all of them]."
+    )
+    max_train_users: int | None = option(None, "Largest number of users to train on, drawn at random [all of them].")
+    sample_seed: int = option(0, "Seed of this sample of users; a smaller sample is part of a larger one.")
 
     def __post_init__(self) -> None:
         bounds = (self.validation_from, self.test_from)
@@ -267,7 +277,7 @@ class SplitArguments:
             raise ValueError(f"max_train_users must be 1 or more, got {self.max_train_users}")
 
     def apply(self, sequences: Sequences, max_history: int) -> Split:
-        """Split under the protocol for a model that reads `max_history` items. Raises [`DataError`]."""
+        """Split under the protocol, for a model that reads `max_history` items. Raises [`DataError`]."""
         if self.split == "temporal":
             split = temporal_split(sequences, as_time(self.validation_from), as_time(self.test_from))
         else:
@@ -282,7 +292,7 @@ class SplitArguments:
 
 
 def as_time(value: Any) -> int:
-    """A timestamp as it is, a date in seconds since 1970 (UTC where it does not say)."""
+    """A timestamp as it is, or a date in seconds since 1970 (in UTC, unless it names a time zone)."""
     try:
         return int(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From `[options.yaml] [--option value ...]` to dataclasses of options, with `--help` in the order of a reader."""
+"""From `[options.yaml] [--option value ...]` to dataclasses of options, and a `--help` with our options first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ SHORT_NAMES = {
     "wd": "weight_decay",
     "workers": "dataloader_num_workers",
 }
-"""What people try first, to the option that they mean."""
+"""Names that people often try, and the option that each of them means."""
 
 
 def parse_arguments(
@@ -52,18 +53,18 @@ def parse_arguments(
     **defaults: Any,
 ) -> tuple[Any, ...]:
     """
-    One object per dataclass, from `[options.yaml] [--option value ...]`; the command line wins over the file.
+    Parse `[options.yaml] [--option value ...]` into one object per dataclass. The command line overrides the file.
 
     Args:
-        dataclass_types (`Sequence[type]`): Dataclasses of options, `_argument_group_name` the heading of each.
-        argv (`Sequence[str]`, *optional*): `sys.argv[1:]` if not given.
-        verb (`Callable`, *optional*): What the options are for: its name and docstring begin `--help`.
-        positional (`str`, *optional*): The option that may stand first without its name.
+        dataclass_types (`Sequence[type]`): Dataclasses of options; `_argument_group_name` is the heading of each.
+        argv (`Sequence[str]`, *optional*): The arguments, `sys.argv[1:]` if not given.
+        verb (`Callable`, *optional*): The function that uses the options. Its name and docstring begin `--help`.
+        positional (`str`, *optional*): The option that may be given first, without its name.
         later (`dict[str, Collection[str]]`, *optional*): Headings at the end of `--help`, and the options under them.
-        defaults: Of this command, where they differ from those of the dataclasses.
+        defaults: Defaults of this command that differ from those of the dataclasses.
 
     Raises:
-        [`DataError`]: For an unknown option (naming the nearest one), or a value that is none of its type.
+        [`DataError`]: For an unknown option (the message names the most similar one), or a value of another type.
     """
     parser = _Parser(
         dataclass_types,
@@ -99,7 +100,7 @@ def parse_arguments(
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, names each option once, and shows the defaults that there are."""
+    """Keeps the lines of the description, names each option once, and shows a default only if there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -114,13 +115,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class _Parser(HfArgumentParser):
-    """An [`~transformers.HfArgumentParser`] that also reads YAML, checks it as strictly, and raises its errors."""
+    """An [`~transformers.HfArgumentParser`] that also reads YAML, checks it as strictly, and raises [`DataError`]."""
 
     def error(self, message: str) -> NoReturn:
+        if re.fullmatch(r"argument --seed: invalid int value: '[\d\s,\[\]]+'", message):
+            message += (
+                f". A run has one seed. For several, write a loop: for seed in 0 1 2; do {self.prog} ... --seed $seed "
+                "--output_dir runs/seed-$seed; done. Only transfer-report and benchmark take --seeds 0,1,2."
+            )
         raise DataError(message)
 
     def tidy(self, later: Mapping[str, Collection[str]]) -> None:
-        """Let `bool | None` options stand alone, hide `--no_` twins from `--help`, move options to its end."""
+        """
+        Let `bool | None` options need no value, hide `--no_` forms from `--help`, move `later` options to its end.
+        """
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for action in self._actions:
             if bool in get_args(hints.get(action.dest)) and action.nargs is None:
@@ -136,10 +144,10 @@ class _Parser(HfArgumentParser):
                     moved[heading_of[action.dest]].append(action)
         for title, actions in moved.items():
             self.add_argument_group(title)._group_actions.extend(actions)
-        self._action_groups.sort(key=lambda group: group is self._optionals)  # `--help` itself explains little
+        self._action_groups.sort(key=lambda group: group is self._optionals)  # the group of `--help` itself comes last
 
     def nearest(self, name: str) -> str:
-        """The end of an error message: the option that was probably meant."""
+        """The end of an error message, with the option that was probably meant."""
         dashes = "--" if name.startswith("-") else ""
         plain = name.lstrip("-").split("=")[0].replace("-", "_")
         names = {action.dest for action in self._actions}
@@ -154,9 +162,11 @@ class _Parser(HfArgumentParser):
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"{path}: not YAML ({one_line(error)})") from error
+            raise DataError(
+                f"{path}: is not YAML ({one_line(error)}). Write one 'option: value' on each line."
+            ) from error
         if not isinstance(values, dict):
-            raise DataError(f"{path}: write one 'option: value' a line")
+            raise DataError(f"{path}: holds no options. Write one 'option: value' on each line.")
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         parsed: dict[str, Any] = {}
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""`transrec prepare`: the exports of a shop, or a published data set, as they are, to a checked domain."""
+"""`transrec prepare`: turns the exports of a shop, or a published data set, into a checked data set."""
 
 from __future__ import annotations
 
@@ -48,50 +48,59 @@ class PreparationArguments:
     items: str | None = option(None, "Parquet, CSV or JSONL file of items.")
     interactions: str | None = option(None, "Parquet, CSV or JSONL file of interactions.")
     output_dir: str | None = option(None, "Folder for items.parquet and interactions.parquet.")
-    item_id: str = option("item_id", "Column of items with their ids.")
-    text: list[str] | None = field(default=None, metadata={"help": "Columns that are joined to the text [text]."})
-    text_separator: str = option(". ", "What is put between them.")
-    image: str | None = option(None, "Column of paths of images, or of their bytes [image or file_name].")
+    item_id: str = option("item_id", "Column of the items with their ids.")
+    text: list[str] | None = field(default=None, metadata={"help": "Columns that are joined to make the text [text]."})
+    text_separator: str = option(". ", "Separator between the joined columns.")
+    image: str | None = option(None, "Column with the paths or the bytes of images [image or file_name].")
     image_folder: str | None = option(
-        None, "Folder that the paths are relative to [that of items]; without a column, of files named by item_id."
+        None,
+        "Folder to which the paths are relative [that of items]; or, without --image, folder of files named by "
+        "item_id.",
     )
-    audio: str | None = option(None, "Column of paths of sounds, or of their bytes [audio].")
-    audio_folder: str | None = option(None, "As image_folder, of sounds.")
-    video: str | None = option(None, "Column of paths of moving pictures, or of their bytes [video].")
-    video_folder: str | None = option(None, "As image_folder, of moving pictures.")
+    audio: str | None = option(None, "Column with the paths or the bytes of sounds [audio].")
+    audio_folder: str | None = option(None, "Like image_folder, for sounds.")
+    video: str | None = option(None, "Column with the paths or the bytes of videos [video].")
+    video_folder: str | None = option(None, "Like image_folder, for videos.")
     keep: list[str] | None = field(default=None, metadata={"help": "Further columns of items to keep [none]."})
-    user_id: str = option("user_id", "Column of interactions with the users.")
-    interaction_item_id: str | None = option(None, "Column of interactions with the items [as in items, or item_id].")
-    timestamp: str = option("timestamp", "Column of interactions with the times: integers, or dates.")
-    timestamp_format: str | None = option(None, "How dates are written, as for strptime, e.g. %%d.%%m.%%Y [ISO 8601].")
-    separator: str | None = option(None, "What is between the cells of CSV files [what the header has most of].")
+    user_id: str = option("user_id", "Column of the interactions with the user ids.")
+    interaction_item_id: str | None = option(
+        None, "Column of the interactions with the item ids [as in items, or item_id]."
+    )
+    timestamp: str = option("timestamp", "Column of the interactions with the times: integers or dates.")
+    timestamp_format: str | None = option(None, "Format of dates for strptime, e.g. %%d.%%m.%%Y [ISO 8601].")
+    separator: str | None = option(
+        None, "Character between the cells of CSV files [the most frequent one of the header]."
+    )
     encoding: str = option("utf-8", "Encoding of CSV files.")
     drop: list[str] | None = field(
-        default=None, metadata={"help": "What to leave out, where else it is an error.", "choices": tuple(DROPS)}
+        default=None,
+        metadata={"help": "Which wrong rows to leave out; otherwise they are an error.", "choices": tuple(DROPS)},
     )
     layout: str | None = option(
-        None, "Instead of items and interactions, read a published data set.", choices=tuple(LAYOUTS)
+        None,
+        "Read a published data set in this layout, instead of --items and --interactions.",
+        choices=tuple(LAYOUTS),
     )
-    folder: str | None = option(None, "Where its files are, as they were downloaded.")
-    domain: str | None = option(None, "Which of several data sets in that folder, e.g. TN of NineRec.")
-    language: Literal["en", "zh"] = option("en", "Of its titles, where it has them in both.")
+    folder: str | None = option(None, "Folder with the files of the published data set, as they were downloaded.")
+    domain: str | None = option(None, "Which of several data sets in --folder, e.g. TN of NineRec.")
+    language: Literal["en", "zh"] = option("en", "Language of the titles, if the data set has both.")
     modalities: list[str] | None = field(
         default=None,
-        metadata={"help": "Which of its contents are taken in [all].", "choices": ("text", *KINDS)},
+        metadata={"help": "Which contents to read [all].", "choices": ("text", *KINDS)},
     )
-    min_value: float | None = option(None, "Its interactions of a lower rating, or share watched, are left out.")
-    k_core: int = option(1, "Its users and items with fewer interactions are left out, until all have as many.")
+    min_value: float | None = option(None, "Leave out interactions with a lower rating, or a lower watched share.")
+    k_core: int = option(1, "Leave out users and items with fewer interactions, until all have this many.")
     json: bool = option(False, "Print what was done as JSON.")
 
 
 class Sieve:
     """
-    Rows of one file that are kept, and what was done to the others.
+    Which rows of one file are kept, and how many were left out for which reason.
 
     Args:
         source (`str`): The file, for messages.
-        num_rows (`int`): Its rows.
-        drop (`Sequence[str]`): Which of `DROPS` may be left out.
+        num_rows (`int`): Number of rows of the file.
+        drop (`Sequence[str]`): Which kinds of `DROPS` are left out rather than refused.
     """
 
     def __init__(self, source: str, num_rows: int, drop: Sequence[str]):
@@ -101,13 +110,13 @@ class Sieve:
         self.defects: list[str] = []
 
     def sift(self, name: str, wrong: np.ndarray, label: Any = None) -> None:
-        """Leave out the kept rows where `wrong`, `(rows,)`, is true, or note them as a defect."""
+        """Leave out the kept rows for which `wrong`, of shape `(rows,)`, is true, or note them as a defect."""
         rows = np.flatnonzero(wrong & self.keep)
         if name in self.drop:
             self.keep[rows] = False
             self.dropped[name] = len(rows)
         else:
-            mend = f"Mend the file, or leave them out: --drop {name}"
+            mend = f"Correct the file, or leave them out with --drop {name}"
             self.defects += describe(f"{len(rows)} {DROPS[name]}", rows, mend, label)
 
     def check(self) -> None:
@@ -125,19 +134,20 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
             --item_id id --text title description --image image --keep price \\
             --user_id customer --interaction_item_id product --timestamp ordered_at --drop guests unknown_items
 
-    It names columns, joins texts, takes images in, reads dates as seconds since 1970 (UTC) and ids that were written
-    as 8881.0 as 8881. What is wrong with rows is an error with their numbers, unless --drop says to leave it out:
+    It renames columns, joins texts, adds images, turns dates into seconds since 1970 (UTC), and reads ids such as
+    8881.0 as 8881. Wrong rows are an error that gives their numbers, unless --drop says to leave them out:
 
         guests undated unknown_items double_interactions double_items nameless_items empty_items missing_images
 
-    Double interactions are kept and counted, unless dropped: repeats are real. The folder is written as a whole, after
-    it was read once and all images, sounds and moving pictures were decoded.
+    Double interactions are kept and counted, unless you drop them: users do buy things twice. The output folder is
+    written as a whole, after all images, sounds and videos were decoded once.
 
-    Published data sets are read in their own layout, whatever they lack is left out, counted and listed in a file:
+    Published data sets are read in their own layout. Rows without the needed contents are left out, counted, and
+    listed in a file:
 
         transrec prepare --layout ninerec --folder NineRec --domain TN --language en --output_dir tn
 
-    docs/datasets.md has the layouts.
+    docs/datasets.md lists the layouts.
     """
     (args,) = parse_arguments((PreparationArguments,), argv, prepare)
     needed = ("folder", "output_dir") if args.layout else ("items", "interactions", "output_dir")
@@ -145,7 +155,7 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if missing:
         raise DataError(f"give {' and '.join(f'--{name}' for name in missing)}")
     if args.layout and (args.items or args.interactions):
-        raise DataError("--layout reads the items and interactions of --folder: leave out --items and --interactions")
+        raise DataError("--layout reads items and interactions from --folder: leave out --items and --interactions")
     folder = Path(args.output_dir)
     there = (
         [name for name in os.listdir(folder) if name.startswith(("items.", "interactions."))]
@@ -153,7 +163,7 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
         else []
     )
     if there:
-        raise DataError(f"{folder}: holds {there[0]} already. Choose another --output_dir, or delete it.")
+        raise DataError(f"{folder}: already holds {there[0]}. Choose another --output_dir, or delete it.")
 
     done: dict[str, Any] = {"output_dir": args.output_dir, "dropped": {}, "float_ids": []}
     if args.layout:
@@ -183,12 +193,14 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _column(table: pa.Table, name: str, option_name: str, source: str) -> pa.ChunkedArray:
     if name not in table.column_names:
-        raise DataError(f"{source}: no column {name!r} for --{option_name}; found {table.column_names}.")
+        raise DataError(
+            f"{source}: there is no column {name!r} for --{option_name}. The columns are {table.column_names}."
+        )
     return table[name]
 
 
 def _repeated(values: Iterable[Any]) -> np.ndarray:
-    """Which values occurred before, `(n,)`."""
+    """Whether each value occurred before, of shape `(n,)`."""
     seen: set[Any] = set()
     repeated = []
     for value in values:
@@ -198,7 +210,7 @@ def _repeated(values: Iterable[Any]) -> np.ndarray:
 
 
 def _items(args: PreparationArguments, done: dict[str, Any]) -> dict[str, Any]:
-    """The columns of items, each of them a list: `item_id`, `text`, `image` if there are any, and those to keep."""
+    """The columns of the items, each as a list: `item_id`, `text`, other contents, and the columns to keep."""
     source = str(args.items)
     table = read_table(Path(source), args.separator, args.encoding)
     sieve = Sieve(source, len(table), args.drop or ())
@@ -236,7 +248,7 @@ def _items(args: PreparationArguments, done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(args: PreparationArguments, table: pa.Table, name: str, ids: np.ndarray) -> list[Path | bytes | None]:
-    """The files of a modality, of a column or, without one, of a folder where they are named by item."""
+    """The files of a modality, from a column or, without one, from a folder of files that are named by item id."""
     source, folder = str(args.items), getattr(args, f"{name}_folder")
     usual = (name, "file_name") if name == "image" else (name,)
     column = getattr(args, name) or next((other for other in usual if other in table.column_names), None)
@@ -250,7 +262,7 @@ def _files(args: PreparationArguments, table: pa.Table, name: str, ids: np.ndarr
 
 
 def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dict[str, Any]) -> pa.Table:
-    """The table of interactions with the known items."""
+    """The table of interactions whose items are known."""
     source = str(args.interactions)
     table = read_table(Path(source), args.separator, args.encoding)
     sieve = Sieve(source, len(table), args.drop or ())
@@ -266,7 +278,7 @@ def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dic
     known = set(item_ids)
     unknown = np.array([item not in known for item in items.tolist()], dtype=bool)
     sieve.sift("unknown_items", unknown, lambda row: f"item {items[row]!r}")
-    mend = "Say how they are written, e.g. --timestamp_format %d.%m.%Y"
+    mend = "Give their format, e.g. --timestamp_format %d.%m.%Y"
     sieve.defects += describe("timestamps that cannot be read", np.flatnonzero(wrong), mend, lambda r: str(column[r]))
     sieve.check()
     rows = zip(users.tolist(), items.tolist(), times.tolist(), sieve.keep.tolist(), strict=True)
@@ -281,7 +293,7 @@ def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dic
 
 
 def _write_items(path: Path, items: dict[str, Any]) -> None:
-    """Items in row groups, files read when their turn comes."""
+    """Write the items in row groups; the files of a group are read when it is written."""
     media = {name: items.pop(name) for name in KINDS if name in items}
     table = pa.table({name: pa.array(values) for name, values in items.items()})
     schema = pa.schema([*table.schema, *(pa.field(name, pa.binary()) for name in media)])
@@ -297,7 +309,7 @@ def _write_items(path: Path, items: dict[str, Any]) -> None:
 
 
 def _describe(done: dict[str, Any]) -> str:
-    """What was done, a line for each."""
+    """What was done, as lines of text."""
     with_content = {name: done[f"items_with_{name}"] for name in CONTENTS}
     shown = ", ".join(f"{with_content[name]:,} with {word}" for name, word in CONTENTS.items() if with_content[name])
     lines = [
@@ -309,5 +321,5 @@ def _describe(done: dict[str, Any]) -> str:
     lines += [f"  ids of {source} were written as 8881.0 and are read as 8881" for source in done["float_ids"]]
     if done.get("double_interactions"):
         lines.append(f"  kept {done['double_interactions']:,} {DROPS['double_interactions']}")
-    lines.append(f"  {done['users_with_three_or_more']:,} users have the three interactions that a split takes")
+    lines.append(f"  {done['users_with_three_or_more']:,} users have the three interactions that a split needs")
     return "\n".join(lines)

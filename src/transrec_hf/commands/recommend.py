@@ -1,4 +1,4 @@
-"""`transrec recommend`: the best items for users of a domain, of a file, or for one history."""
+"""`transrec recommend`: the best items for the users of a data set or of a file, or for one history."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from .tables import SUFFIXES, as_ids, as_times, read_table, table_writer
 
 logger = logging.get_logger(__name__)
 
-PART = 2**14  # users whose recommendations are put by before those of the next
+PART = 2**14  # users whose recommendations are written at a time
 
 
 class History(NamedTuple):
-    """A user, the items they chose, oldest first, and when, where that is known."""
+    """A user, the items that they chose, oldest first, and the times, if they are known."""
 
     user: str
     items: list[str]
@@ -45,27 +45,33 @@ class History(NamedTuple):
 
 @dataclass
 class RecommendationArguments:
-    """For whom, and where to."""
+    """Who gets recommendations, and where they are written."""
 
     _argument_group_name = "recommendation"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
     history: list[str] | None = field(default=None, metadata={"help": "Item ids that one user chose, oldest first."})
     histories: str | None = option(
         None,
-        "File of histories: rows of user_id, item_id and, unless they are in order, timestamp; or user_id, items.",
+        "File of histories: columns user_id, item_id and, if rows are not in order, timestamp; or user_id and items.",
     )
-    users: list[str] | None = field(default=None, metadata={"help": "Users of the interactions [first three]."})
+    users: list[str] | None = field(
+        default=None, metadata={"help": "Ids of users of the interactions [the first three users]."}
+    )
     all_users: bool = option(False, "All users of the interactions.")
     top_k: int = option(10, "Items per user.")
-    include_history: bool = option(False, "Recommend what the user had before, too.")
-    on_unknown: Literal["error", "skip"] = option("error", "What to do about items of a history that are not known.")
-    output_file: str | None = option(None, "Parquet, CSV or JSONL file of user_id, item_id, rank, score [tables].")
+    include_history: bool = option(False, "Recommend items that the user had before, too.")
+    on_unknown: Literal["error", "skip"] = option("error", "What to do about unknown items of a history.")
+    output_file: str | None = option(
+        None, "Parquet, CSV or JSONL file for user_id, item_id, rank, score [print tables]."
+    )
     json: bool = option(False, "Print JSON, a list of user_id, item_id, rank, score.")
-    filter: str | None = option(None, "Which items may come: an expression over their columns, e.g. 'stock > 0'.")
-    index: str | None = option(None, "Folder that keeps the items' vectors for the next time.")
+    filter: str | None = option(
+        None, "Recommend only items for which this expression over their columns is true, e.g. 'stock > 0'."
+    )
+    index: str | None = option(None, "Folder in which the item vectors are kept for the next call.")
     approximate: float | None = option(None, APPROXIMATE)
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
-    batch_size: int = option(256, "Users at a time.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
+    batch_size: int = option(256, "Number of users at a time.")
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.history, self.histories, self.users, self.all_users))) > 1:
@@ -73,7 +79,9 @@ class RecommendationArguments:
         if min(self.top_k, self.batch_size) < 1:
             raise ValueError("top_k and batch_size must be 1 or more")
         if self.output_file and Path(self.output_file).suffix not in SUFFIXES:
-            raise ValueError(f"{self.output_file}: name it .parquet, .csv or .jsonl, and it is written so")
+            raise ValueError(
+                f"{self.output_file}: the name must end in .parquet, .csv or .jsonl, which gives the format"
+            )
 
 
 def recommend(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +93,15 @@ def recommend(argv: Sequence[str] | None = None) -> int:
         transrec recommend runs/my_target --data my_target --all_users --output_file all.parquet --index runs/index
         transrec recommend runs/my_target --index runs/index --histories today.csv --output_file today.csv
 
-    With --index the items are encoded once: the folder is written where it is missing or outdated, and read otherwise;
-    items need then not be given. Who has no history gets the popular items, if the model knows them.
+    With --index the items are encoded once: the folder is written if it is missing or outdated, and read otherwise. If
+    it is up to date, --data and --items may be left out. A user without a history gets the popular items, if the model
+    knows them.
     """
     data_args, args = parse_arguments(
         (DataArguments, RecommendationArguments), argv, recommend, positional="checkpoint"
     )
     if not args.checkpoint:
-        raise DataError("nothing to recommend with: give the folder or Hub id of a TransRec model first")
+        raise DataError("there is no model: give the folder or Hub id of a TransRec model as the first argument")
     catalogue = sequences = None
     if (data_args.items or data_args.data) and not (args.history or args.histories):
         catalogue, sequences = data_args.load()
@@ -101,7 +110,9 @@ def recommend(argv: Sequence[str] | None = None) -> int:
     histories = _histories(args, catalogue, sequences)
     recommender = open_recommender(args.checkpoint, catalogue, args.index, args.use_cpu, args.approximate)
     if recommender.model.config.time_buckets and any(history.times is None for history in histories):
-        raise DataError("this model reads when items were chosen: give --data, or --histories with a timestamp column")
+        raise DataError(
+            "this model needs the times of the interactions: give --data, or --histories with a timestamp column"
+        )
     histories = _known(histories, recommender, args)
     if args.json and not args.output_file:
         rows = (found.rows(history.user) for history, found in _recommend(recommender, histories, args))
@@ -118,13 +129,13 @@ def recommend(argv: Sequence[str] | None = None) -> int:
 def _histories(
     args: RecommendationArguments, catalogue: Catalogue | None, sequences: Sequences | None
 ) -> list[History]:
-    """Whose history it is, and the ids of its items."""
+    """The histories that the options ask for."""
     if args.history:
         return [History("history", args.history)]
     if args.histories:
         return read_histories(Path(args.histories))
     if catalogue is None or sequences is None:
-        raise DataError("nobody to recommend to: give --data with --users or --all_users, or --histories or --history")
+        raise DataError("there are no users: give --data with --users or --all_users, or --histories or --history")
     row_of = {str(user): row for row, user in enumerate(sequences.user_ids)}
     users = list(row_of) if args.all_users else args.users or list(row_of)[:3]
     unknown = [user for user in users if user not in row_of]
@@ -141,18 +152,21 @@ def _histories(
 
 def read_histories(path: Path) -> list[History]:
     """
-    Histories from a file: either rows of `user_id` and a list of `items`, or rows of `user_id`, `item_id` and, unless
-    the items of each user are in order already, `timestamp`. Raises [`DataError`] for whatever is wrong.
+    Histories from a file with either the columns `user_id` and `items` (lists), or the columns `user_id`, `item_id`
+    and, unless the items of each user are already in order, `timestamp`. Raises [`DataError`] if anything is wrong.
     """
     table = read_table(path)
     names = table.column_names
     if "user_id" not in names or not {"items", "item_id"} & set(names):
-        raise DataError(f"{path}: needs the columns user_id and item_id, or user_id and items; found {names}.")
+        raise DataError(
+            f"{path}: needs the columns user_id and item_id, or user_id and items; found {names}. Rename its columns."
+        )
     users, _ = as_ids(table["user_id"])
     if "items" in names:
         if not pa.types.is_list(table["items"].type):
             raise DataError(
-                f"{path}: items holds {table['items'].type}, not lists of ids. Write a row for each item_id."
+                f"{path}: the column items holds {table['items'].type}, not lists of ids. Write a row for each "
+                "item_id."
             )
         lists = (list(map(str, items or [])) for items in table["items"].to_pylist())
         return [History(str(user), items) for user, items in zip(users, lists, strict=True)]
@@ -174,8 +188,8 @@ def read_histories(path: Path) -> list[History]:
 
 def _known(histories: list[History], recommender: Recommender, args: RecommendationArguments) -> list[History]:
     """
-    The histories without unknown items, if these are to be skipped; users without a history get the popular items, if
-    they are known. Raises [`DataError`] otherwise.
+    The histories without their unknown items, if these are skipped. Users without a history get the popular items, if
+    these are known. Raises [`DataError`] otherwise.
     """
     known = set(recommender.item_ids.tolist())
     kept = [_select(history, [item in known for item in history.items]) for history in histories]
@@ -183,14 +197,18 @@ def _known(histories: list[History], recommender: Recommender, args: Recommendat
     if lost and args.on_unknown == "error":
         raise DataError(
             f"{args.histories or 'history'}: {len(lost)} unknown item ids: {sorted(lost)[:MAX_EXAMPLES]}. "
-            "Add them to the items, or --on_unknown skip."
+            "Add them to the items, or use --on_unknown skip."
         )
     left = [history for history in kept if history.items or recommender.items.counts is not None]
     if len(left) < len(kept) and args.on_unknown == "error":
-        raise DataError(f"{args.histories}: {len(kept) - len(left)} empty histories. Add items, or --on_unknown skip.")
+        raise DataError(
+            f"{args.histories}: {len(kept) - len(left)} histories are empty. Add items, or use --on_unknown skip."
+        )
     if lost or len(left) < len(kept):
         logger.warning(
-            "%s unknown items were skipped, and %s users left out who have no others", len(lost), len(kept) - len(left)
+            "%s unknown items were skipped; %s users who have no other items were left out",
+            len(lost),
+            len(kept) - len(left),
         )
     return left
 
@@ -203,7 +221,7 @@ def _select(history: History, keep: list[bool]) -> History:
 def _recommend(
     recommender: Recommender, histories: list[History], args: RecommendationArguments
 ) -> Iterator[tuple[History, Recommendations]]:
-    """Each history with what is recommended to it, block by block."""
+    """Each history with its recommendations, computed block by block."""
     reads_time = bool(recommender.model.config.time_buckets)
     starts = range(0, len(histories), args.batch_size)
     for start in logging.tqdm(starts, desc="Recommending", unit="batch", delay=2):
@@ -220,8 +238,8 @@ def _recommend(
 
 def _write(recommender: Recommender, histories: list[History], args: RecommendationArguments) -> None:
     """
-    The table of recommendations, whole. Of many users it is made in parts, which stay in a hidden folder beside it
-    until it is there: who asks for the same again after an interruption, gets what is left of it.
+    Write the table of recommendations as a whole. For many users it is made in parts, which are kept in a hidden
+    folder beside the file until it is complete: the same command continues from these parts after an interruption.
     """
     file = Path(args.output_file or "")
     asked = json.dumps([dataclasses.asdict(recommender.versions), args.top_k, args.include_history, args.filter])

@@ -23,7 +23,7 @@ SLICE_TITLES = {
 
 
 def format_table(rows: Sequence[Sequence[str]], flush_left: int = 1) -> str:
-    """Rows of cells, the first one the header, to aligned lines; the first `flush_left` columns are flush left."""
+    """Turn rows of cells, the first one the header, into aligned lines, `flush_left` columns aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -37,12 +37,12 @@ def format_table(rows: Sequence[Sequence[str]], flush_left: int = 1) -> str:
 
 def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     """
-    What [`RankingEvaluator.evaluate`] reports, as text: the model beside the baselines with their intervals, whether
-    it is above them, then the slices of the model.
+    A report of [`RankingEvaluator.evaluate`] as text: the model beside the baselines with their intervals, whether the
+    model is above them, and the metrics of the model for groups of targets.
 
     Args:
         report (`dict`): The report.
-        name (`str`, *optional*, defaults to `"model"`): What to call the model.
+        name (`str`, *optional*, defaults to `"model"`): Name of the model in the text.
     """
     metrics = list(report["intervals"])
     compared = {name: report, **report.get("baselines", {})}
@@ -70,13 +70,13 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
 
 
 def format_cosines(cosines: Mapping[str, Mapping[str, float]]) -> str:
-    """Cosines of the gradients of domains, as a table: which one (rows) goes the way of which (columns)."""
+    """Cosines between the gradients of data sets, as a table."""
     rows = [[name, *(f"{value:.3f}" for value in row.values())] for name, row in cosines.items()]
     return format_table([["", *cosines], *rows])
 
 
 def _units(step: Any) -> str:
-    """What a step encodes of each modality; tokens where there are more of them than contents."""
+    """What a step encodes of each modality: the number of contents, and of tokens if these are more."""
     return ", ".join(
         f"{step.contents[name]:,.0f} {name}" + (f" ({units:,.0f} tokens)" if units > step.contents[name] else "")
         for name, units in step.units.items()
@@ -84,7 +84,7 @@ def _units(step: Any) -> str:
 
 
 def format_plan(plan: Any) -> str:
-    """A [`Plan`], one fact a line, and its advice."""
+    """A [`Plan`] as text: one fact on each line, then its advice."""
     step = plan.step
     lines = [
         f"{plan.machine}, {plan.dtype}",
@@ -111,19 +111,19 @@ def format_plan(plan: Any) -> str:
 
 
 def new_figure() -> Any:
-    """A figure of two panels; `None`, and a warning, without Matplotlib."""
+    """A figure of two panels; without Matplotlib, `None` and a warning."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No learning curve was drawn: install Matplotlib, or transrec-hf[plot].")
+        logger.warning("No learning curve was drawn, because Matplotlib is missing: pip install 'transrec-hf[plot]'.")
         return None
     return Figure(figsize=(9, 3.5), layout="constrained")
 
 
 def plot_balance(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
     """
-    Draws what each modality alone is worth and the norms of its gradients, as [`ModalityBalanceCallback`] logs them,
-    as a PNG; dotted, what a model of nothing else is worth, where it is known.
+    Draw the metric of each modality alone and the norms of its gradients, as [`ModalityBalanceCallback`] logs them,
+    into a PNG file. A dotted line shows the metric of a model that reads only this modality, if it is known.
 
     Args:
         log_history (`list[dict]`): `Trainer.state.log_history`.
@@ -155,7 +155,7 @@ def plot_balance(log_history: Sequence[Mapping[str, float]], path: str | os.Path
 
 def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | os.PathLike, metric: str) -> None:
     """
-    Draws the training loss and the validation metric of a run, as a PNG; without Matplotlib, says so.
+    Draw the training loss and the validation metric of a run into a PNG file. Without Matplotlib, log a warning.
 
     Args:
         log_history (`list[dict]`): `Trainer.state.log_history`.
@@ -170,7 +170,7 @@ def plot_learning_curve(log_history: Sequence[Mapping[str, float]], path: str | 
         points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
-        if points and key.startswith("eval_"):  # from zero, lest noise looks like a trend
+        if points and key.startswith("eval_"):  # from zero, so that noise does not look like a trend
             epoch, best = max(points, key=lambda point: point[1])
             axes.plot(epoch, best, marker="o", markersize=9, markerfacecolor="none", color="#9e2a2b")
             axes.annotate(f"best: {best:.4f}", (epoch, best), (0, -14), textcoords="offset points", ha="center")

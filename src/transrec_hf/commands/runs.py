@@ -57,20 +57,21 @@ class RunArguments(TransRecTrainingArguments):
     """[`TransRecTrainingArguments`] of a command."""
 
     _argument_group_name = "training"
-    resume: bool = option(False, "Go on from the newest complete checkpoint in output_dir, if there is one.")
-    results_csv: str | None = option(None, "Table of results to add the test metrics to, under run_name.")
-    balance_every: int | None = option(
-        None, "Evaluations from one measurement of what each modality alone is worth to the next [never]."
-    )
+    resume: bool = option(False, "Continue from the newest complete checkpoint in output_dir, if there is one.")
+    results_csv: str | None = option(None, "CSV file to which the test metrics are added, under run_name.")
+    balance_every: int | None = option(None, "Measure each modality alone at every n-th evaluation [never].")
     balance_references: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Validation ndcg@10 of a model of one modality, as text=0.051."}
+        default=None, metadata={"help": "Validation ndcg@10 of models that read one modality, as text=0.051."}
     )
     ckd_teachers: list[str] | None = dataclasses.field(
         default=None,
-        metadata={"help": "Models of one modality, trained on the same items, to learn from; text=FOLDER of others."},
+        metadata={
+            "help": "Models of one modality, trained on the same items, to learn from; write text=FOLDER for a "
+            "model of several."
+        },
     )
-    ckd_weight: float = option(0.1, "Weight of what is learned from them, beside the objective.")
-    ckd_temperature: float = option(1.0, "Of the margins of their scores.")
+    ckd_weight: float = option(0.1, "Weight of the loss of ckd_teachers, beside the objective.")
+    ckd_temperature: float = option(1.0, "Temperature of the margins of the teachers' scores.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,33 +79,35 @@ class RunArguments(TransRecTrainingArguments):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if self.balance_references and self.balance_every is None:
-            raise ValueError("balance_references belong to balance_every: set it to 1, say")
+            raise ValueError("balance_references need balance_every: set it, for example to 1")
         pairs = [reference.partition("=") for reference in self.balance_references or []]
         try:
             self.references = {name: float(value) for name, _, value in pairs}
         except ValueError:
             raise ValueError(
-                f"balance_references are a modality and a number, as text=0.051, not {self.balance_references}"
+                f"balance_references must be MODALITY=NUMBER, as text=0.051, not {self.balance_references}"
             ) from None
 
 
 @dataclass
 class PretrainArguments(RunArguments):
-    """[`RunArguments`], and what else is trained on."""
+    """[`RunArguments`], and the options of training on several data sets."""
 
     more_data: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Further domains, as data: each batch is of one of them."}
+        default=None, metadata={"help": "More data sets, given as --data: each batch is from one of them."}
     )
     mixing_temperature: float = option(
-        0.5, "Power of a domain's number of batches by which it is drawn: 1 draws each window alike, 0 each domain."
+        0.5, "A data set is drawn by its number of batches to this power: 1 draws all batches alike, 0 all data sets."
     )
 
     mixing_similarity: str | None = option(
-        None, "Weigh the steps of other domains by how much they go the way of mixing_target.", choices=SIMILARITIES
+        None,
+        "Weigh the steps on other data sets by how well their gradients agree with mixing_target.",
+        choices=SIMILARITIES,
     )
-    mixing_target: str | None = option(None, "The one of data and more_data that is the target then.")
+    mixing_target: str | None = option(None, "The one of data and more_data that is the target of mixing_similarity.")
     user_encoder_epochs: float = option(
-        0, "Epochs at the beginning in which the user encoder alone learns, on items as they are."
+        0, "First epochs in which only the user encoder is trained, on item vectors as they are."
     )
 
     def __post_init__(self) -> None:
@@ -112,24 +115,24 @@ class PretrainArguments(RunArguments):
         if self.user_encoder_epochs < 0:
             raise ValueError(f"user_encoder_epochs must be 0 or more, got {self.user_encoder_epochs}")
         if (self.mixing_similarity or self.mixing_target) and not self.more_data:
-            raise ValueError("mixing_similarity and mixing_target compare several domains: give more_data")
+            raise ValueError("mixing_similarity and mixing_target compare several data sets: give more_data")
         if not 0 <= self.mixing_temperature <= 1:
             raise ValueError(f"mixing_temperature must be between 0 and 1, got {self.mixing_temperature}")
 
 
 @dataclass
 class FinetuneArguments(RunArguments):
-    """[`RunArguments`], and what of the checkpoint is kept."""
+    """[`RunArguments`], and which part of the checkpoint is kept."""
 
     init: str = option(
         "auto",
-        "What of the checkpoint the run starts from: auto tries several starts, and validation chooses.",
+        "Which part of the checkpoint the run starts from: auto tries several, and validation chooses.",
         choices=("auto", *INITS),
-    )  # adapters of PEFT, which are saved without the checkpoint, go on all of it
+    )  # adapters of PEFT are saved without the checkpoint, so they need it unchanged
     init_epochs: float = option(
         1,
-        "Epochs of the short run from each start that auto tries, and no more than the run itself; 0 compares them as "
-        "they are.",
+        "Epochs of the short run from each start that auto tries, at most those of the run; 0 compares the starts "
+        "without training.",
     )
 
     def __post_init__(self) -> None:
@@ -138,8 +141,8 @@ class FinetuneArguments(RunArguments):
             raise ValueError(f"init_epochs must be at least 0, got {self.init_epochs}")
         if self.tuning in PEFT_TUNINGS and self.init not in ("auto", "all"):
             raise ValueError(
-                f"tuning={self.tuning!r} puts an adapter on the checkpoint as it is, and init={self.init!r} changes "
-                "it: leave out init, or take tuning='bottleneck'"
+                f"tuning={self.tuning!r} puts an adapter on the unchanged checkpoint, and init={self.init!r} changes "
+                "it: leave out init, or use tuning='bottleneck'"
             )
         if self.tuning in PEFT_TUNINGS:
             self.init = "all"
@@ -158,7 +161,7 @@ OFTEN = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "use_cpu", "dataloader_num_workers", "logging_steps"),
     *("report_to", "push_to_hub", "hub_model_id"),
 )
-"""Options of `TrainingArguments` that stand among ours in `--help`."""
+"""Options of `TrainingArguments` that `--help` lists among ours."""
 LATER = {
     "settings of the model, the fields of TransRecConfig": CONFIG_FIELDS,
     "all other options of transformers.TrainingArguments": {
@@ -179,8 +182,8 @@ def pretrain(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec pretrain films --more_data games yelp --text_model sentence-transformers/all-MiniLM-L6-v2
         transrec pretrain films --more_data games beauty --mixing_similarity grad_cosine --mixing_target beauty ...
 
-    The folder output_dir then holds the model with its processor, data statistics and card, report.json on the test
-    targets, and learning_curve.png; with --balance_every also modality_balance.png.
+    The folder output_dir then holds the model with its processor, data statistics and model card, report.json with the
+    metrics on the test targets, and learning_curve.png; with --balance_every also modality_balance.png.
     """
     return run_training(*_parse(PretrainArguments, argv, pretrain, output_dir="runs/pretrain"))
 
@@ -195,32 +198,38 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
         transrec finetune runs/my_source --data my_target --balance_every 1 --ckd_teachers runs/text runs/image
 
-    A checkpoint cannot do harm: short runs from the whole of it, from parts of it and from nothing but its towers
-    compete, and the one that is best on validation goes on. The report says which, and by how much; --init decides
-    without them. --hybrid adds a vector for each item of the target, which starts at its neighbours' content.
+    The checkpoint cannot do harm: short runs start from the whole checkpoint, from parts of it and from nothing but
+    its towers, and the run that is best on validation goes on. The report tells which one, and how much it gained.
+    Give --init to choose the start yourself. --hybrid adds a vector for the id of each item of the target; it starts
+    from the content of the item's neighbours in histories.
 
-    Options and results are those of `transrec pretrain` otherwise.
+    All other options and the files in output_dir are those of `transrec pretrain`.
     """
     options = _parse(FinetuneArguments, argv, finetune, positional="from_checkpoint", output_dir="runs/finetune")
     if not options[0].from_checkpoint:
-        raise DataError("nothing to fine-tune: give the folder or Hub id of a TransRec model first")
+        raise DataError(
+            "there is no model to fine-tune: give the folder or Hub id of a TransRec model as the first argument"
+        )
     return run_training(*options)
 
 
 def plan(argv: Sequence[str] | None = None) -> Plan:
     """
-    Predict what a training run takes on this machine, and what to change.
+    Predict the time, memory and disk space of a training run on this machine, and advise on its options.
 
         transrec plan my_source --text_model sentence-transformers/all-MiniLM-L6-v2 --trainable_blocks 2
         transrec plan run.yaml --json
 
-    It takes the options of `transrec pretrain`, draws batches of the data, times pieces of a step for about ten
-    seconds, and tells encodings, operations, memory, time, and what the activation store is worth. Nothing is written.
+    It takes the options of `transrec pretrain`, draws batches of the data, and measures parts of a training step for
+    about ten seconds. Then it prints the number of encoded items, the operations, the memory, the time, and the gain
+    of the activation store. Nothing is written.
     """
     model_args, data_args, split_args, args = _parse(PlanArguments, argv, plan, output_dir="runs/plan")
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > cores:
-        logger.warning("This machine is busy (load %.1f on %d cores): all times will come out too long.", load, cores)
+        logger.warning(
+            "This machine is busy (load %.1f on %d cores): all predicted times will be too long.", load, cores
+        )
     result = plan_options(model_args, data_args, split_args, args)
     print(json.dumps(dataclasses.asdict(result), indent=2) if args.json else format_plan(result))
     return result
@@ -236,7 +245,7 @@ def _parse(
 def plan_options(
     model_args: ModelArguments, data_args: DataArguments, split_args: SplitArguments, args: TransRecTrainingArguments
 ) -> Plan:
-    """[`plan_run`] of the options of a command. Raises [`DataError`] for whatever is wrong with them."""
+    """Call [`plan_run`] with the options of a command. Raises [`DataError`] if an option is wrong."""
     catalogue, sequences = data_args.load()
     set_seed(args.seed)
     model, processor = model_args.load(catalogue, data_args.is_demo)
@@ -249,7 +258,7 @@ def plan_options(
 
 
 def check_output_dir(output_dir: str | os.PathLike, resumes: bool = False) -> None:
-    """Refuse an output folder that cannot be made or holds another run. Raises [`DataError`]."""
+    """Raise [`DataError`] if an output folder cannot be made or holds another run."""
     folder = Path(output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
@@ -258,7 +267,7 @@ def check_output_dir(output_dir: str | os.PathLike, resumes: bool = False) -> No
         raise DataError(f"{output_dir}: no permission to write in {existing}. Choose another output folder.")
     if not resumes and any(folder.glob("checkpoint-*")):
         raise DataError(
-            f"{output_dir}: holds the checkpoints of another run. Add --resume to go on with it, or choose another "
+            f"{output_dir}: holds the checkpoints of another run. Add --resume to continue it, choose another "
             "--output_dir, or delete it."
         )
 
@@ -267,10 +276,10 @@ def prepare_run(
     model_args: ModelArguments, data_args: DataArguments, split_args: SplitArguments, seed: int
 ) -> tuple[Catalogue, Split, TransRecModel, TransRecProcessor | None]:
     """
-    Read everything that a run needs and check it, images included, before anything is written.
+    Read and check everything that a run needs, images included, before anything is written.
 
     Raises:
-        [`DataError`]: For whatever is wrong with data, model or options.
+        [`DataError`]: If anything is wrong with data, model or options.
     """
     catalogue, sequences = data_args.load()
     set_seed(seed)
@@ -285,8 +294,8 @@ def prepare_run(
 
 def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
     """
-    Leave the model of a run at the start that its options ask for. A run that is resumed has had its start, which its
-    folder tells.
+    Set the model of a run to the start that its options ask for. A resumed run has already chosen its start, which is
+    read from its folder.
     """
     file = Path(args.output_dir) / START_NAME
     if file.exists() and (args.resume or args.resume_from_checkpoint):
@@ -327,13 +336,13 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
 def prepare_domain(
     name: str, data_args: DataArguments, split_args: SplitArguments, model: TransRecModel
 ) -> tuple[Catalogue, Split]:
-    """Read and check a further domain of a run. Raises [`DataError`]."""
+    """Read and check one more data set of a run. Raises [`DataError`]."""
     catalogue, sequences = dataclasses.replace(data_args, data=name, items=None, interactions=None).load()
     check_fits(model, catalogue)
     try:
         with bad_input("bad options"):
             split = split_args.apply(sequences, model.config.max_position_embeddings)
-    except DataError as error:  # of which of several domains
+    except DataError as error:  # say which of several data sets it is
         raise DataError(f"{name}: {error}") from error
     catalogue.check_contents(model.config.modalities)
     return catalogue, split
@@ -364,7 +373,7 @@ def run_training(
         domains = {data_args.name: (catalogue, split)}
         for name in (args.more_data or []) if isinstance(args, PretrainArguments) else []:
             if name in domains:
-                raise DataError(f"{name} is given twice: leave it out of more_data")
+                raise DataError(f"{name} is given twice: remove it from more_data")
             domains[name] = prepare_domain(name, data_args, split_args, model)
     try:
         with bad_input("bad options"):
@@ -372,7 +381,7 @@ def run_training(
                 check_init(model, args.init)
             options: dict[str, Any] = {"processing_class": processor, "protocol": split_args.protocol}
             if args.ckd_teachers and len(domains) > 1:
-                raise ValueError("ckd_teachers teach on one domain: leave out more_data")
+                raise ValueError("ckd_teachers need a single data set: leave out more_data")
             if isinstance(args, PretrainArguments) and len(domains) > 1:
                 options |= {"domains": domains, "temperature": args.mixing_temperature}
                 options |= {"similarity": args.mixing_similarity, "target": args.mixing_target}
@@ -452,7 +461,9 @@ def record_results(
     report: dict[str, Any],
     trainer: TransRecTrainer,
 ) -> None:
-    """Add the test metrics of the model and its baselines to the table at `path`, with all it takes to repeat them."""
+    """
+    Add the test metrics of the model and its baselines to the table at `path`, with what is needed to repeat them.
+    """
     device = describe_device(args.device)
     commit = ""
     if shutil.which("git"):

@@ -30,23 +30,25 @@ TOKEN = "TRANSREC_TOKEN"
 
 @dataclass
 class ServiceArguments:
-    """What is served, where, and its limits."""
+    """What the service serves, where it listens, and its limits."""
 
     _argument_group_name = "service"
     checkpoint: str | None = option(None, "Folder or Hub id of a TransRec model.")
-    index: str | None = option(None, "Folder that keeps the items' vectors, and changes to the items.")
-    host: str = option("127.0.0.1", "Address to listen at.")
-    port: int = option(8000, "Port to listen at.")
-    workers: int = option(1, "Processes; more than one share the file of --index.")
-    token_file: str | None = option(None, f"File with the token that clients have to show [that of {TOKEN}, or none].")
+    index: str | None = option(None, "Folder in which the item vectors and changes to the items are kept.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on.")
+    workers: int = option(1, "Number of processes; more than one need --index, whose file they share.")
+    token_file: str | None = option(
+        None, f"File with the token that clients have to send [the variable {TOKEN}, or no token]."
+    )
     allow_anonymous: bool = option(False, "Serve other machines without a token.")
     read_only: bool = option(False, "Refuse changes to the items.")
-    load_towers: bool = option(False, "Load the towers at once [with the first item that they have to read].")
+    load_towers: bool = option(False, "Load the towers at the start [at the first request with contents].")
     approximate: float | None = option(None, APPROXIMATE)
-    timeout: float = option(10.0, "Seconds until a request is given up.")
-    max_waiting: int = option(256, "Requests that may wait; others are told to come later.")
-    max_megabytes: int = option(16, "Size of a request.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
+    timeout: float = option(10.0, "Seconds after which a request fails.")
+    max_waiting: int = option(256, "Number of requests that may wait; further ones get status 503.")
+    max_megabytes: int = option(16, "Largest size of a request, in MB.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
 
     def __post_init__(self) -> None:
         if min(self.workers, self.max_waiting, self.max_megabytes) < 1 or self.timeout <= 0:
@@ -54,7 +56,7 @@ class ServiceArguments:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.workers > 1 and not self.index:
-            raise ValueError("several workers share the items through a folder: give --index")
+            raise ValueError("several workers share the items through the folder of an index: give --index")
 
     def token(self) -> str | None:
         """The token, from the file or the environment. Raises [`DataError`]."""
@@ -64,11 +66,15 @@ class ServiceArguments:
             try:
                 token = Path(self.token_file).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{self.token_file}: the token cannot be read. Check the file.") from error
+                raise DataError(
+                    f"{self.token_file}: the token cannot be read. Check the path and its permissions."
+                ) from error
         if self.token_file is not None and not token:
-            raise DataError(f"{self.token_file}: the file of the token is empty")
+            raise DataError(f"{self.token_file}: the file is empty. Write the token into it.")
         if token and not (token.isascii() and token.isprintable() and " " not in token):
-            raise DataError("the token has characters that a header cannot hold: use letters, digits and signs")
+            raise DataError(
+                "the token has characters that an HTTP header cannot hold: use ASCII letters, digits and punctuation"
+            )
         return token or None
 
 
@@ -80,15 +86,15 @@ def serve(argv: Sequence[str] | None = None) -> None:
         transrec serve runs/my_target --index runs/index --workers 2 --read_only
         TRANSREC_TOKEN=$(openssl rand -hex 32) transrec serve runs/my_target --index runs/index --host 0.0.0.0
 
-    GET /openapi.json describes it. Only this machine is listened to, unless --host says otherwise. With --index,
-    changes to the items outlive the process.
+    GET /openapi.json describes the routes. The service answers this machine only, unless --host says otherwise. With
+    --index, changes to the items are kept when the process ends.
     """
     data_args, args = parse_arguments((DataArguments, ServiceArguments), argv, serve, positional="checkpoint")
     require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     token = args.token()
     if token is None and not args.allow_anonymous and not is_loopback(args.host):
         raise DataError(
-            f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or "
+            f"{args.host} can be reached by other machines: give a token in {TOKEN} or --token_file, or add "
             "--allow_anonymous"
         )
     with nullcontext() if args.workers == 1 else tempfile.TemporaryDirectory(prefix="transrec-serve-") as shared:
@@ -128,7 +134,7 @@ def load_recommender(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -136,7 +142,7 @@ def is_loopback(host: str) -> bool:
 
 
 def limits(data_args: DataArguments, args: ServiceArguments) -> dict:
-    """What the options say of [`Settings`], without the token."""
+    """The fields of [`Settings`] that the options give, without the token."""
     places = (args.checkpoint, args.index, data_args.data, data_args.items, data_args.interactions)
     folders = [form for place in places if place for form in (place, os.path.abspath(place))]
     return {
@@ -161,7 +167,7 @@ def how_to_listen(args: ServiceArguments) -> dict:
         "lifespan": "on",
         "limit_concurrency": 4 * args.max_waiting,
         "timeout_graceful_shutdown": max(1, int(np.ceil(args.timeout))),
-        "timeout_worker_healthcheck": 120,  # of 5 seconds, workers that load a model or compute are killed as hung
+        "timeout_worker_healthcheck": 120,  # the default of 5 seconds kills workers that load a model
     }
 
 
@@ -177,7 +183,7 @@ def run_alone(recommender: Recommender, data_args: DataArguments, args: ServiceA
 def run_workers(
     data_args: DataArguments, args: ServiceArguments, token: str | None, device: str, shared: str, cells: str | None
 ) -> None:
-    """Serve in several processes, which map the same file of the index, and of its cells, into their memory."""
+    """Serve in several processes, which map the same files (the index and its cells) into their memory."""
     import uvicorn
 
     threads = max(1, (os.cpu_count() or 1) // args.workers)

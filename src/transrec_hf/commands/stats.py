@@ -1,4 +1,4 @@
-"""`transrec stats`: what a reader of results must know of the data, for people, programs and the eye."""
+"""`transrec stats`: what you must know about the data to judge results, as text, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ class StatisticsArguments:
     """What is shown, and how."""
 
     _argument_group_name = "statistics"
-    max_history: int = option(50, "Items of a history that the model would read, for protocols that depend on it.")
+    max_history: int = option(
+        50, "Number of history items that the model would read, for protocols that depend on it."
+    )
     json: bool = option(False, "Print JSON.")
-    plot: str | None = option(None, "PNG file for the lengths of histories and the popularity of items.")
+    plot: str | None = option(None, "PNG file for a plot of the lengths of histories and the popularity of items.")
 
 
 def stats(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
-    Show what a data set holds and what its split leaves of it.
+    Show what a data set holds, and what is left of it after the split.
 
         transrec stats my_shop
         transrec stats my_shop --plot my_shop.png
         transrec stats org/data --protocol ninerec --max_history 20 --json
 
-    Sizes, modalities, lengths, targets that the user chose before or that training never saw, popularity.
+    It prints sizes, modalities, lengths of histories, the shares of targets that their user chose before and of
+    targets that training never saw, and the popularity of items.
     """
     kinds = (DataArguments, SplitArguments, StatisticsArguments)
     data_args, split_args, args = parse_arguments(kinds, argv, stats, positional="data")
@@ -57,7 +60,7 @@ def stats(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def format_statistics(name: str, statistics: Mapping[str, Any]) -> str:
-    """What [`data_statistics`] found, as text."""
+    """The result of [`data_statistics`] as text."""
     shares = statistics["items_with"].items()
     mix = ", ".join(f"{share:.0%} {kind.replace('_', ' ')}" for kind, share in shares if share)
     popularity = statistics["popularity"]
@@ -80,11 +83,11 @@ def format_statistics(name: str, statistics: Mapping[str, Any]) -> str:
 
 
 def plot_statistics(catalogue: Catalogue, split: Split, file: Path) -> None:
-    """Draws lengths of the training sequences and interactions by item; without Matplotlib, says so."""
+    """Draw lengths of the training sequences and interactions by item. Without Matplotlib, log a warning."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("Nothing was drawn: install Matplotlib, or transrec-hf[plot].")
+        logger.warning("Nothing was drawn, because Matplotlib is missing: pip install 'transrec-hf[plot]'.")
         return
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     lengths, popularity = figure.subplots(1, 2)

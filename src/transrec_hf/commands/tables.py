@@ -1,4 +1,4 @@
-"""Tables as they come out of other systems: read as they are, ids and times understood, and written by suffix."""
+"""Tables from other systems: reading them as they are, understanding ids and times, writing by suffix."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SEPARATORS = ",;\t|"
 
 def read_table(path: Path, separator: str | None = None, encoding: str = "utf-8") -> pa.Table:
     """
-    A Parquet, CSV or JSON Lines file. The cells of a CSV file stay strings, so that `007` is no number; empty ones are
-    null. Its separator is what the header has most of, unless it is given.
+    Read a Parquet, CSV or JSON Lines file. The cells of a CSV file stay strings, so that `007` keeps its zeros; empty
+    cells are null. Without `separator`, the most frequent one in the header is taken.
 
     Raises:
         [`DataError`]: If there is no such file, or it cannot be read.
@@ -42,8 +42,8 @@ def read_table(path: Path, separator: str | None = None, encoding: str = "utf-8"
             return _read_csv(path, separator, encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not {encoding} ({error.reason}). Write it so, or tell `transrec prepare` its --encoding, e.g. "
-            "latin-1."
+            f"{path}: is not encoded as {encoding} ({error.reason}). Save it in {encoding}, or give `transrec "
+            "prepare` its --encoding, e.g. latin-1."
         ) from None
     except (pa.ArrowException, OSError, LookupError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Write the file again.") from error
@@ -58,10 +58,12 @@ def _read_csv(path: Path, separator: str | None, encoding: str) -> pa.Table:
             raise DataError(f"{path}: --separator {separator!r} is not one character. Leave it out: it is {found!r}.")
         file.seek(0)
         names = [name.removeprefix("\ufeff") for name in next(csv.reader(file, delimiter=separator), [])]
-        for _ in file:  # Arrow would name neither the file nor the way out
+        for _ in file:  # an error of Arrow would name neither the file nor what to do
             pass
     if len(names) == 1 and found in names[0]:
-        raise DataError(f"{path}: one column, named {names[0]!r}. Its separator is {found!r}: leave out --separator.")
+        raise DataError(
+            f"{path}: has only one column, {names[0]!r}. Its separator seems to be {found!r}: leave out --separator."
+        )
     ragged: dict[int, str] = {}
 
     def note(row: pa.csv.InvalidRow) -> str:
@@ -79,15 +81,17 @@ def _read_csv(path: Path, separator: str | None, encoding: str) -> pa.Table:
             quoted_strings_can_be_null=True,
         ),
     )
-    what = f"number of cells other than the {len(names)} of the header"
-    raise_defects(str(path), describe(what, list(ragged), "Quote text that holds the separator.", ragged.__getitem__))
+    what = f"number of cells differs from the {len(names)} of the header"
+    raise_defects(
+        str(path), describe(what, list(ragged), "Put text that holds the separator in quotes.", ragged.__getitem__)
+    )
     return table
 
 
 def as_ids(column: pa.ChunkedArray) -> tuple[np.ndarray, bool]:
     """
-    Ids as strings, `None` where empty, `(rows,)`, and whether they were written as numbers with a fraction of zero:
-    `8881.0` is what a column of integers becomes in which one is missing, and means `8881`.
+    Ids as strings (`None` where empty) of shape `(rows,)`, and whether they were written as floats. Some programs turn
+    a column of integers into floats if one is missing, so `8881.0` means `8881`.
     """
     ids = column.cast(pa.string())
     written = pc.drop_null(ids)
@@ -102,8 +106,8 @@ def as_ids(column: pa.ChunkedArray) -> tuple[np.ndarray, bool]:
 
 def as_times(column: pa.ChunkedArray, form: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Times as integers, and where they are missing and where they cannot be read; all `(rows,)`. Numbers stay what they
-    are; dates, ISO 8601 or as `form` says (see `strptime`), become seconds since 1970 in UTC.
+    Times as integers, where they are missing, and where they cannot be read; all of shape `(rows,)`. Numbers stay as
+    they are; dates (ISO 8601, or in the `strptime` format `form`) become seconds since 1970 in UTC.
     """
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
     values = column.to_pandas()
@@ -123,7 +127,7 @@ def _seconds(times: pd.Series) -> pd.Series:
 
 @contextmanager
 def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Something to give one part of a table after the other, for a Parquet, CSV or JSON Lines file."""
+    """A function that writes a table part by part into a Parquet, CSV or JSON Lines file."""
     if path.suffix == ".jsonl":
         with open(path, "w", encoding="utf-8") as file:
             yield lambda part: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part.to_pylist())

@@ -1,4 +1,4 @@
-"""`transrec transfer-report`: whether what was learned on other platforms helps on these, cell by cell."""
+"""`transrec transfer-report`: whether models that were trained on other platforms help on the targets."""
 
 from __future__ import annotations
 
@@ -43,21 +43,19 @@ COLUMNS = (
     *("compared_with", "difference", "low", "high", "verdict"),
 )
 OF_A_REPORT = ("sources", "targets", "models", "fractions", "seeds", "output_dir", "use_cpu", "dataloader_num_workers")
-"""Options that may change from one call to the next on one folder: cells are added, and none is another."""
-LIKE_COUNTS = 0.8  # correlation of the logarithms of counts from which two lists of items are one
+"""Options that may change between calls with the same folder: they add cells, and change none."""
+LIKE_COUNTS = 0.8  # from this correlation of their log counts on, two lists of items count as the same
 
 
 @dataclass
 class TransferArguments:
-    """What is compared, and how it is trained."""
+    """What the report compares, and how the models are trained."""
 
     _argument_group_name = "transfer report"
     sources: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids of source models."})
-    targets: list[str] = field(
-        default_factory=list, metadata={"help": "Folders or Hub ids of domains with items and interactions."}
-    )
+    targets: list[str] = field(default_factory=list, metadata={"help": "Folders or Hub ids of the target data sets."})
     models: list[str] = field(
-        default_factory=lambda: list(MODELS), metadata={"help": f"Which to compare: {', '.join(MODELS)}."}
+        default_factory=lambda: list(MODELS), metadata={"help": f"Which models to compare: {', '.join(MODELS)}."}
     )
     fractions: list[str] = field(
         default_factory=lambda: ["0.01", "0.05", "0.1", "0.25", "0.5", "1"],
@@ -66,28 +64,30 @@ class TransferArguments:
     seeds: list[str] = field(
         default_factory=lambda: ["0", "1", "2"], metadata={"help": "Seeds, separated by commas or spaces."}
     )
-    output_dir: str = option("runs/transfer_report", "Folder of the cells, the table, the JSON and the plots.")
+    output_dir: str = option("runs/transfer_report", "Folder for the results, the table, the JSON file and the plots.")
     modality: str | None = option(
-        None, "Leave only the targets' items of this modality, and nothing else of them.", choices=tuple(MODALITIES)
+        None,
+        "Keep only the targets' items that have this modality, and only this content of them.",
+        choices=tuple(MODALITIES),
     )
     protocol: str = option("full", "Evaluation protocol.", choices=tuple(PROTOCOLS))
-    epochs: float = option(10, "Epochs of a training run at most; the best one on validation counts.")
-    patience: int = option(3, "Evaluations without gain after which it stops.")
-    init_epochs: float = option(1, "Epochs of the short run from each start; 0 for none.")
-    batch_size: int = option(128, "Users per step; fewer where there are few users, but 16.")
+    epochs: float = option(10, "Most epochs of a training run; the best one on validation is kept.")
+    patience: int = option(3, "Number of evaluations without a gain after which a run stops.")
+    init_epochs: float = option(1, "Epochs of the short run from each start; 0 for no such runs.")
+    batch_size: int = option(128, "Users per step; at least 16, and fewer than this if there are few users.")
     learning_rate: float = option(1e-3, "Peak learning rate.")
     trainable_blocks: int = option(0, "Blocks trained at the top of each tower; 0 freezes them.")
-    max_eval_users: int | None = option(None, "Users drawn for validation [all].")
+    max_eval_users: int | None = option(None, "Number of users drawn for validation [all].")
     bf16: bool = option(False, "Compute in bf16.")
-    use_cpu: bool = option(False, "Leave the accelerator alone.")
-    dataloader_num_workers: int = option(0, "Processes that read and decode items.")
+    use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
+    dataloader_num_workers: int = option(0, "Number of processes that read and decode items.")
 
     def __post_init__(self) -> None:
         self.shares = [_number(part, float, "fractions") for part in _parts(self.fractions)]
         self.draws = [_number(part, int, "seeds") for part in _parts(self.seeds)]
         for name in ("sources", "targets", "fractions", "seeds"):
             if not getattr(self, name):
-                raise ValueError(f"no {name}: give --{name} with one or more")
+                raise ValueError(f"there are no {name}: give --{name} with one or more")
         wrong = [share for share in self.shares if not 0 < share <= 1]
         if wrong:
             raise ValueError(f"fractions must be above 0 and at most 1, got {wrong[0]:g}")
@@ -95,7 +95,7 @@ class TransferArguments:
             raise ValueError("epochs must be above 0, and init_epochs at least 0")
         unknown = [model for model in self.models if model not in MODELS]
         if unknown:
-            raise ValueError(f"models: {unknown[0]!r} is none of {', '.join(MODELS)}")
+            raise ValueError(f"models: there is no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
 
     def training(self) -> TransRecTrainingArguments:
         """The arguments of the training runs."""
@@ -126,7 +126,7 @@ def _number(value: str, kind: type, name: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise ValueError(f"{name}: {value!r} is no number") from None
+        raise ValueError(f"{name}: {value!r} is not a number") from None
 
 
 def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -137,13 +137,14 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec transfer-report --sources runs/films --targets my_shop --fractions 0.01,0.1,1 --seeds 0,1,2
         transrec transfer-report examples/transfer/mixed_to_text.yaml
 
-    For each source, each target and each share of its training users: popularity, co-occurrence, neighbours by
-    content, an ID baseline tuned on validation, and the model untrained, zero-shot, trained from scratch, fine-tuned,
-    and both again with ID vectors. Validation chooses how much of a source is kept, also where nothing is trained. All
-    are tested on the same users; the verdict is helps or negative where the 95 % interval of the difference, over
-    users and seeds, is without zero.
+    For each source, each target and each share of its training users, the report compares popularity, co-occurrence,
+    neighbours by content, an ID baseline tuned on validation, and the model: untrained, zero-shot, trained from
+    scratch, fine-tuned, and the last two again with ID vectors. Validation chooses how much of a source is kept, also
+    for zero-shot. All models are tested on the same users. The verdict is helps or negative where the 95 % interval of
+    the difference, over users and seeds, does not contain zero.
 
-    The folder output_dir holds a file per cell with the ranks of all users. What is there is not computed again.
+    The folder output_dir holds one file for each model, target, share and seed with the ranks of all users. Results
+    that are there are not computed again.
     """
     (args,) = parse_arguments((TransferArguments,), argv, transfer_report)
     report = report_on(args)
@@ -153,7 +154,7 @@ def transfer_report(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def report_on(args: TransferArguments) -> dict[str, Any]:
-    """Compute the cells that are not there yet, and write the report; see [`transfer_report`]."""
+    """Compute the missing cells, and write the report; see [`transfer_report`]."""
     folder = Path(args.output_dir)
     check_settings(folder, args)
     sources = {name: load_source(name) for name in dict.fromkeys(args.sources)}
@@ -162,7 +163,7 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
         models = [model for model in models if not model.endswith(WITH_POPULARITY)]
     hybrids = [model for model in models if model.endswith("hybrid")]
     if hybrids and not all(source.model.config.objective == "in_batch" for source in sources.values()):
-        logger.warning("No hybrid: it needs sources of objective 'in_batch'")
+        logger.warning("The models with ID vectors are left out: they need sources with the objective 'in_batch'")
         models = [model for model in models if model not in hybrids]
     loaded = {}
     for name in dict.fromkeys(args.targets):
@@ -208,15 +209,15 @@ def load_source(checkpoint: str) -> Source:
 
 
 def check_settings(folder: Path, args: TransferArguments) -> None:
-    """Refuse a folder with the cells of other settings. Raises [`DataError`]."""
+    """Raise [`DataError`] if a folder has cells with other settings."""
     if not (folder / "settings.json").is_file():
         return
     before, now = read_json(folder / "settings.json"), settings_of(args)
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise DataError(
-            f"{folder}: its cells were made with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}. Choose "
-            "another --output_dir, or the same settings."
+            f"{folder}: its results were made with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}. "
+            "Choose another --output_dir, or use the same settings."
         )
 
 
@@ -227,16 +228,17 @@ def settings_of(args: TransferArguments) -> dict[str, Any]:
 
 def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: np.ndarray) -> None:
     """
-    Refuse a target on which the source was trained, as its own files tell: by its name, or as most items have the ids
-    of the source's and are chosen as often. Ids alone say nothing, since many shops number their items from one on.
+    Refuse a target on which the source was trained. The files of the source tell that, by the name of its data, or if
+    most items of the target have ids of the source's items and are chosen about as often. Equal ids alone prove
+    nothing, since many shops number their items from one.
 
     Args:
-        checkpoint, target (`str`): What they are called.
+        checkpoint, target (`str`): Names of the source model and of the target.
         catalogue ([`Catalogue`]): The target's items.
         counts (`np.ndarray` of shape `(n_items,)`): How often each was chosen.
 
     Raises:
-        [`DataError`]: If it was.
+        [`DataError`]: If the source was trained on the target.
     """
     known = ItemStatistics.from_pretrained(checkpoint)
     rows = np.full(len(catalogue), -1) if known is None else known.rows(catalogue.item_ids)
@@ -248,12 +250,14 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: 
         is_source = not varied or np.corrcoef(theirs, ours)[0, 1] > LIKE_COUNTS
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
     sources = [domain.get("source") for domain in told.get("domains") or [told]]
-    if is_source or (catalogue.source in sources and not DataArguments(data=target).is_demo):  # which have one name
-        raise DataError(f"{target}: the source {checkpoint} was trained on it. Leave one of the two out.")
+    if is_source or (
+        catalogue.source in sources and not DataArguments(data=target).is_demo
+    ):  # the demo data have one name
+        raise DataError(f"{target}: the source {checkpoint} was trained on this data set. Leave out one of the two.")
 
 
 def file_name(cell: Cell) -> str:
-    """Of a cell, in its folder: what it depends on, readable."""
+    """The file name of a cell, which tells all that the cell depends on."""
     parts = [
         cell.target,
         cell.model,
@@ -265,7 +269,7 @@ def file_name(cell: Cell) -> str:
 
 
 def write_cell(file: Path, cell: Cell, ranks: torch.Tensor, facts: Mapping[str, Any]) -> None:
-    """A cell in one file, whole or not at all."""
+    """Write a cell into one file, as a whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as partial:
         save_file(
@@ -274,14 +278,16 @@ def write_cell(file: Path, cell: Cell, ranks: torch.Tensor, facts: Mapping[str, 
 
 
 def read_cell(file: Path, num_users: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Ranks and facts of a cell. Raises [`DataError`] if the file is damaged or of other users."""
+    """Read the ranks and facts of a cell. Raises [`DataError`] if the file is damaged or has other users."""
     try:
         with safe_open(file, framework="pt") as content:
             ranks, facts = content.get_tensor("ranks"), json.loads(content.metadata()["facts"])
         if len(ranks) != num_users:
-            raise ValueError(f"ranks of {len(ranks)} users, and the target has {num_users}")
+            raise ValueError(f"it has ranks of {len(ranks)} users, but the target has {num_users} users")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: cannot be used ({one_line(error)}). Delete it: it is computed again.") from error
+        raise DataError(
+            f"{file}: cannot be used ({one_line(error)}). Delete it, then it is computed again."
+        ) from error
     return ranks, facts
 
 
@@ -299,7 +305,7 @@ def compare(
     fractions: Sequence[float],
     seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """A row per target, share of users, source and model: means over seeds, and how it stands to its reference."""
+    """One row per target, share of users, source and model: means over seeds, and the difference to its reference."""
     rows, done = [], set()
     for target in targets:
         for fraction in sorted(fractions):
@@ -330,7 +336,7 @@ def compare(
 
 
 def verdict(low: float, high: float) -> str:
-    """What the interval of a difference says."""
+    """The verdict that follows from the interval of a difference."""
     return "helps" if low > 0 else "negative" if high < 0 else "no difference"
 
 
@@ -360,11 +366,11 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """A PNG per target of ndcg@10 against the share of users; without Matplotlib, says so."""
+    """Draw ndcg@10 against the share of users into one PNG file per target. Without Matplotlib, log a warning."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No curves were drawn: install Matplotlib, or transrec-hf[plot].")
+        logger.warning("No curves were drawn, because Matplotlib is missing: pip install 'transrec-hf[plot]'.")
         return
     for target in dict.fromkeys(row["target"] for row in rows):
         curves: dict[str, list[tuple[float | None, float]]] = defaultdict(list)

@@ -1,15 +1,15 @@
 """Catalogue and interactions: reading, validation, splits and statistics.
 
-A domain is two tables. `items` holds `item_id` and at least one of `text`, `image`, `features`, `audio`, `video` and
-`codes`; `interactions` holds `user_id`, `item_id` and a `timestamp`, an integer or a date. Both come from Parquet, CSV
-or JSONL, a folder of images with `metadata.jsonl`, a table in memory or a data set of the Hub (configurations `items`
-and `interactions`).
+A data set (in the code also called a domain) is two tables. `items` holds `item_id` and at least one of `text`,
+`image`, `features`, `audio`, `video` and `codes`. `interactions` holds `user_id`, `item_id` and a `timestamp`, an
+integer or a date. Both may be Parquet, CSV or JSONL files, a folder of images with `metadata.jsonl`, tables in memory,
+or a data set of the Hub (configurations `items` and `interactions`).
 
 Images stay encoded, in memory-mapped Arrow or in their files, until [`Catalogue.image`] decodes one. Interactions are
-flat NumPy columns, memory-mapped where they are long; users are views on them. Every defect is a [`DataError`] that
-names the source, the rows (data rows counted from 1, a CSV header is not counted) or ids, and the mend.
+flat NumPy columns, which are memory-mapped if they are long; users are views on them. Every defect is a [`DataError`]
+that names the source, the rows (data rows count from 1, a CSV header does not count) or ids, and says what to do.
 
-A data set reads no files but its own: those of its folder, links resolved, or of its repository on the Hub.
+A data set can read only its own files: those in its folder (links are resolved), or in its repository on the Hub.
 """
 
 from __future__ import annotations

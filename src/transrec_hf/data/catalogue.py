@@ -1,4 +1,4 @@
-"""The items of one platform: their ids, contents and policies."""
+"""The items of one platform: ids, contents, and policies that hide contents."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ EMPTY_ID = "Give these rows an id or delete them."
 class Catalogue:
     """Items of one platform, in catalogue order; an item is addressed by its row 0..N-1.
 
-    The constructor checks ids, text, vectors, modalities and the headers of images and sounds;
-    [`Catalogue.check_contents`] decodes every one.
+    The constructor checks ids, texts, vectors, modalities and the headers of files;
+    [`Catalogue.check_contents`] decodes every file.
 
     Args:
         items (`datasets.Dataset`):
             Columns `item_id` (string or integer) and at least one of `text` (string or null), `image` (`Image`
-            feature, bytes, path, or null), `features` (list of numbers of one length, or null) and `audio` (as
-            `image`). Further columns are kept.
+            feature, bytes, path, or null), `features` (list of numbers of one length, or null), and `audio` and
+            `video` (like `image`). Further columns are kept.
         source (`str`, *optional*, defaults to `"catalogue"`):
             File, folder or Hub id, for messages.
         image_folder (`str`, *optional*):
-            Folder that paths of images and sounds are relative to, and which they must not leave, links resolved.
-            Without one, paths may name any file.
+            Folder to which the paths of files are relative. The files must be in this folder, with links resolved.
+            Without it, paths may name any file.
 
     Attributes:
         item_ids (`np.ndarray` of shape `(N,)`, str): The id of every item.
         contents (`dict[str, Content]`): A reader for each modality that has a column, in the order of `MODALITIES`.
 
     Raises:
-        [`DataError`]: On an empty catalogue, an empty or duplicate id, an item without any modality, or a content that
-            cannot be used.
+        [`DataError`]: For an empty catalogue, an empty or duplicate id, an item without any modality, or a content
+            that cannot be used.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Catalogue:
         raise_defects(source, defects + self._defects())
 
     def _defects(self) -> list[str]:
-        """What is wrong with the contents, as far as it shows without decoding them."""
+        """The defects of the contents that can be found without decoding them."""
         empty = np.flatnonzero(~self.has_any())
         mend = f"Give them {_or(MODALITIES)}, or delete them and their interactions."
         lines = self._describe("items with no content", empty, mend)
         return lines + [line for name in self.contents for line in self._content_defects(name, full=False)]
 
     def _bind(self, items: datasets.Dataset, item_ids: np.ndarray) -> None:
-        """Hold `items` and their ids."""
+        """Keep `items` and their ids."""
         self.items, self.item_ids = items, item_ids
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids)}
 
@@ -123,25 +123,25 @@ class Catalogue:
         return np.array([self._row_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)
 
     def has(self, name: str) -> np.ndarray:
-        """Which items show the modality `name`, `(N,)` bool."""
+        """Which items have the modality `name` (and no policy hides it), `(N,)` bool."""
         return self.contents[name].present if name in self.contents else np.zeros(len(self), dtype=bool)
 
     def has_any(self, names: Iterable[str] = tuple(MODALITIES)) -> np.ndarray:
-        """Which items show one of the modalities, `(N,)` bool."""
+        """Which items have at least one of the modalities, `(N,)` bool."""
         return np.logical_or.reduce([self.has(name) for name in names])
 
     @property
     def has_text(self) -> np.ndarray:
-        """Which items show text, `(N,)` bool."""
+        """Which items have a text, `(N,)` bool."""
         return self.has("text")
 
     @property
     def has_image(self) -> np.ndarray:
-        """Which items show an image, `(N,)` bool."""
+        """Which items have an image, `(N,)` bool."""
         return self.has("image")
 
     def read(self, row: int, names: Iterable[str] = tuple(MODALITIES), **form: Any) -> dict[str, Any]:
-        """What an item shows of the modalities, as a processor takes it, in the form that its `form` asks for.
+        """The contents of an item, by modality, in the form that a processor needs (see [`TransRecProcessor.form`]).
 
         Raises [`DataError`] with source, row and item id when a content cannot be decoded.
         """
@@ -151,7 +151,7 @@ class Catalogue:
         return name in self.contents and self.contents[name].present[row]
 
     def _content(self, name: str, row: int, encoded: bool = False, **form: Any) -> Any:
-        """The content that an item shows, or its bytes."""
+        """One content of an item, or its bytes."""
         content = self.contents[name]
         try:
             return content.encoded(row) if encoded else content.read(row, **form)
@@ -160,30 +160,30 @@ class Catalogue:
             raise DataError(f"{self.source}: {defects[0]}") from error
 
     def text(self, row: int) -> str | None:
-        """Text of an item, `None` where it has none or the policy hides it."""
+        """The text of an item, `None` if it has none or the policy hides it."""
         return self._content("text", row) if self._shows("text", row) else None
 
     def image(self, row: int) -> PIL.Image.Image | None:
-        """Image of an item, RGB and upright (EXIF), `None` where it has none or the policy hides it."""
+        """The image of an item, RGB and upright (EXIF), `None` if it has none or the policy hides it."""
         return self._content("image", row) if self._shows("image", row) else None
 
     def encoded(self, name: str, row: int) -> bytes | None:
-        """The bytes of what an item shows of a modality as they are hashed and published, `None` where nothing."""
+        """The bytes of a content, as they are hashed and published; `None` if the item does not have this modality."""
         return self._content(name, row, encoded=True) if self._shows(name, row) else None
 
     def encoded_image(self, row: int) -> bytes:
-        """The bytes of an item's image as they are in the file, not decoded."""
+        """The bytes of the image file of an item, not decoded."""
         return self.contents["image"].encoded(row)
 
     def check_contents(self, modalities: Collection[str] = tuple(MODALITIES)) -> None:
         """
-        Decode every image and sound once, in threads; a second call has nothing to do.
+        Decode every file once, in threads. A second call does nothing.
 
         Args:
-            modalities (`Collection[str]`, *optional*): Which of them are decoded; all by default.
+            modalities (`Collection[str]`, *optional*): The modalities to decode; all by default.
 
         Raises:
-            [`DataError`]: That names the first bad ones.
+            [`DataError`]: If files cannot be decoded; the message names the first ones.
         """
         files = FEATURES.keys() & set(modalities) - self._checked
         left = [name for name in self.contents if name in files]
@@ -196,19 +196,19 @@ class Catalogue:
         return self._describe(f"unusable {name}", sorted(bad), content.mend, bad)
 
     def check_codes(self, num_codebooks: int, codebook_size: int) -> None:
-        """Check that a model can read the codes: so many of each item, from 0 to below `codebook_size`."""
+        """Check that a model can read the codes: `num_codebooks` for each item, from 0 to below `codebook_size`."""
         codes: Any = self.contents["codes"]
         if codes.size != num_codebooks:
             raise DataError(
-                f"{self.source}: {codes.size} codes an item, but this model reads {num_codebooks}. Make them by the "
-                "quantizer of its training: transrec codes --quantizer."
+                f"{self.source}: items have {codes.size} codes, but this model reads {num_codebooks}. Make them with "
+                "the quantizer of its training: transrec codes --quantizer."
             )
         large = np.flatnonzero(codes.largest >= codebook_size)
         reasons = {row: f"code {codes.largest[row]}, of 0 to {codebook_size - 1}" for row in large.tolist()}
         raise_defects(self.source, self._describe("codes out of range", large.tolist(), codes.mend, reasons))
 
     def _describe(self, what: str, rows: Any, mend: str, reasons: Mapping[int, str] | None = None) -> list[str]:
-        """Defects of catalogue rows, under the row numbers of the file they came from."""
+        """The lines of a message for defects of catalogue rows, with the row numbers of the file."""
         labels = {}
         for row in rows[:MAX_EXAMPLES]:
             reason = f": {reasons[row]}" if reasons else ""
@@ -218,8 +218,8 @@ class Catalogue:
     def require(self, modalities: Collection[str]) -> None:
         """Check that a model which reads `modalities` can represent every item: each must have one of them.
 
-        A tower that finds no input is no error: a model of text and images may serve a catalogue of text. Nor is a
-        model that reads neither (the ID baseline). Raises [`DataError`].
+        A tower without any input is not an error: a model of texts and images may serve a catalogue of texts. A model
+        that reads no content (the ID baseline) is not an error either. Raises [`DataError`].
         """
         wanted = [modality for modality in MODALITIES if modality in modalities]
         if not wanted:
@@ -227,19 +227,21 @@ class Catalogue:
         lost = np.flatnonzero(~self.has_any(wanted))
         words = _or(wanted)
         if len(lost) == len(self):
-            raise DataError(f"{self.source}: no item has {words}. Use a model or policy for the modality it has.")
+            raise DataError(
+                f"{self.source}: no item has {words}. Use a model or policy for the modalities that the items have."
+            )
         mend = "Drop them and their interactions first (`keep_items`), or use the other modality too."
         raise_defects(self.source, self._describe(f"{len(lost)} of {len(self)} items have no {words}", lost, mend))
 
     def with_policy(self, modality_policy: str, seed: int = 0) -> Catalogue:
-        """The same items with modalities hidden where the policy says so.
+        """The same items, with modalities hidden as the policy says.
 
         Args:
             modality_policy (`str`):
                 `"both"` hides nothing, the name of a modality hides all others, `"one_per_item"` keeps one modality of
                 every item, drawn evenly from those it has.
             seed (`int`, *optional*, defaults to 0):
-                Seed of that draw.
+                Seed of the draw for `"one_per_item"`.
 
         Raises:
             [`DataError`]: For an unknown policy, or when an item would be left with no modality.
@@ -284,7 +286,7 @@ class Catalogue:
         return other
 
     def item_hashes(self) -> np.ndarray:
-        """The hash of what each item shows, `(N, 16)` uint8; the same from any file format and in any order."""
+        """The hash of the contents of each item, `(N, 16)` uint8; it depends on neither file format nor order."""
         hashes = np.empty((len(self), 16), dtype=np.uint8)
         shown = [(name.encode(), name, self.has(name)) for name in self.contents]
         for row in range(len(self)):
@@ -298,7 +300,7 @@ class Catalogue:
         return hashes
 
     def content_hash(self) -> str:
-        """SHA-256 over the ids and the visible content, in catalogue order; the same from any file format."""
+        """SHA-256 over ids and visible contents, in catalogue order; it does not depend on the file format."""
         digest = hashlib.sha256()
 
         def add(part: bytes | None) -> None:
@@ -340,7 +342,7 @@ def _with_string_ids(items: datasets.Dataset, source: str) -> tuple[datasets.Dat
 
 
 def _with_typed_contents(items: datasets.Dataset, source: str) -> datasets.Dataset:
-    """Items with files as undecoded features; a content column of nothing but nulls or NaN is dropped."""
+    """Items with files as undecoded features; a content column that holds only nulls or NaN is dropped."""
     for name in set(MODALITIES) & set(items.column_names):
         kind = items.features.arrow_schema.field(name).type
         column = items.select_columns(name).with_format("arrow")[:][name] if pa.types.is_floating(kind) else None
@@ -373,13 +375,13 @@ def load_catalogue(
         split (`str`, *optional*):
             Which split of a data set that has several; `"train+test"` joins two.
         image_folder (`str` or `os.PathLike`, *optional*):
-            Folder that image paths are relative to, and which they must not leave; the one of the file if not given.
-            A data set of the Hub may name files of its own repository only.
+            Folder to which image paths are relative, and which must contain the files; by default the folder of the
+            file. A data set of the Hub can name only files of its own repository.
         modality_policy (`str`, *optional*, defaults to `"both"`), seed (`int`, *optional*, defaults to 0):
             See [`Catalogue.with_policy`].
 
     Raises:
-        [`DataError`]: For every defect.
+        [`DataError`]: If the catalogue has a defect.
     """
     place = open_source(source, "items", revision, split)
     with bad_table(place.name):

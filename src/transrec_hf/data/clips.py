@@ -1,4 +1,4 @@
-"""Moving pictures of items: a few frames of each, decoded by PyAV, or by Pillow where it is an animated image."""
+"""Videos of items: a few frames of each, decoded by PyAV, or by Pillow if the file is an animated image."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 VIDEO_FORMATS = ("MP4", "MOV", "WEBM", "MKV", "AVI", "animated GIF, WEBP and PNG")
 ANIMATED = ("GIF", "WEBP", "PNG")
 FRAME_PIXELS = 500_000
-"""Of a frame; larger ones are shrunk, lest those of a batch fill the memory."""
+"""Most pixels of a frame; larger frames are shrunk, so that a batch does not fill the memory."""
 MAX_DECODED = 600
-"""Frames that are decoded to reach one: further from the last key frame, a nearer one is taken."""
+"""Most frames that are decoded to reach one. If it is further from the last key frame, a nearer frame is taken."""
 MAX_ANIMATED = 500_000_000
-"""Pixels of the frames of an animated image, each of which needs those before it, that are decoded."""
+"""Most pixels that are decoded of an animated image, in which each frame needs all frames before it."""
 MAX_KEPT = 64
-"""Frames at the beginning of a video that does not say how long it is, of which some are taken."""
+"""Frames at the beginning of a video of unknown length, from which frames are chosen."""
 CHECKED_FRAMES = 2
-"""Of a video that are decoded when it is checked, the last one near its end."""
+"""Frames that are decoded to check a video, the last one near its end."""
 
 
 def evenly(count: int, wanted: int, at: float = 0.5) -> list[int]:
-    """At most `wanted` of `count` places, each in a part of one length, `at` this share of it, from 0 to 1."""
+    """At most `wanted` of `count` positions: one in each of as many equal parts, at the share `at` of the part."""
     wanted = min(count, wanted)
     return [min(count - 1, int((part + at) * count / wanted)) for part in range(wanted)]
 
@@ -47,17 +47,18 @@ def decode_clip(
     source: pa.Buffer | str, num_frames: int = 8, at: float = 0.5, is_check: bool = False
 ) -> list[PIL.Image.Image]:
     """
-    Frames of a moving picture, evenly spaced in time; fewer if it has fewer, or some are damaged. No more of the file
+    Frames of a video, evenly spaced in time; fewer if the video has fewer, or if some are damaged. No more of the file
     is decoded than is needed to reach them.
 
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
-        num_frames (`int`, *optional*, defaults to 8): Frames.
-        at (`float`, *optional*, defaults to 0.5): Where in its part of the time each frame is, from 0 to 1.
-        is_check (`bool`, *optional*, defaults to `False`): None of them may be damaged.
+        num_frames (`int`, *optional*, defaults to 8): Number of frames.
+        at (`float`, *optional*, defaults to 0.5): The video is divided into `num_frames` equal parts; position of the
+            frame in its part, from 0 to 1.
+        is_check (`bool`, *optional*, defaults to `False`): Whether a damaged frame is an error.
 
     Raises:
-        [`BadContent`]: If it cannot be used.
+        [`BadContent`]: If the video cannot be used.
     """
     if (frames := _animated(source, num_frames, at, is_check)) is not None:
         return frames
@@ -66,20 +67,22 @@ def decode_clip(
         length = seconds_of(container, stream)
         if length and not 0 < stream.frames <= num_frames:
             chosen = _at_times(container, stream, length, num_frames, at, is_check)
-        if not chosen:  # it does not say how long it is, or not the truth
+        if not chosen:  # its length is unknown or wrong
             with suppress(OSError):
                 container.seek(0)
             found = list(islice(frames_of(container, stream), MAX_KEPT))
             chosen = [found[place] for place in evenly(len(found), num_frames, at)]
         if not chosen:
-            raise BadContent("no frame in it can be decoded")
+            raise BadContent("none of its frames can be decoded")
         return [_image(frame) for frame in chosen]
 
 
 def _at_times(
     container: InputContainer, stream: Any, length: float, num_frames: int, at: float, is_check: bool
 ) -> list[VideoFrame]:
-    """The frames that are seen at one time in each of so many parts of a video, `length` seconds long; each once."""
+    """
+    Frames of a video of `length` seconds, one at a time in each of `num_frames` equal parts; no frame comes twice.
+    """
     first = float((stream.start_time or 0) * stream.time_base)
     chosen: dict[int | None, VideoFrame] = {}
     for part in range(num_frames):
@@ -99,9 +102,9 @@ def _at_times(
 
 
 def _stream(container: InputContainer) -> Any:
-    """The first stream of pictures. Raises [`BadContent`] if there is none, or they are absurd."""
+    """The first video stream. Raises [`BadContent`] if there is none, or its header is absurd."""
     if not container.streams.video:
-        raise BadContent("no picture in it: the file has no video stream")
+        raise BadContent("the file has no video stream")
     stream = container.streams.video[0]
     try:
         check_image_size(stream.codec_context.width, stream.codec_context.height)
@@ -120,13 +123,13 @@ def _image(frame: VideoFrame) -> PIL.Image.Image:
 def _animated(
     source: pa.Buffer | str, num_frames: int, at: float = 0.5, is_check: bool = True
 ) -> list[PIL.Image.Image] | None:
-    """As many frames of an image, animated or not; `None` if it is none."""
+    """Frames of an image, animated or not; `None` if the file is not an image."""
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
     try:
         image = PIL.Image.open(file, formats=ANIMATED)
     except PIL.Image.DecompressionBombError as error:
         raise BadContent(f"more than {MAX_IMAGE_PIXELS} pixels (decompression bomb? {error})") from error
-    except Exception:  # whatever decoders raise: another one will say what is wrong
+    except Exception:  # any error of a decoder: the next decoder will say what is wrong
         return None
     frames = []
     try:
@@ -146,12 +149,12 @@ def _animated(
 
 
 class Clips(Files):
-    """Moving pictures, as files or as lists of images, to a list of frames; see [`Files`]."""
+    """Videos, as files or as lists of images, which are read as lists of frames; see [`Files`]."""
 
     name = "video"
 
     def lengths(self) -> np.ndarray:
-        """As far as is known without decoding them, more frames than are read: `(N,)`."""
+        """The number of frames of each item, `(N,)`; a large number if it is not known without decoding."""
         return np.full(len(self.present), 2**31)
 
     def read(self, row: int, num_frames: int = 8, at: float = 0.5) -> list[PIL.Image.Image]:
@@ -162,7 +165,7 @@ class Clips(Files):
         return [self._frame(frames[place]) for place in evenly(len(frames), num_frames, at)]
 
     def encoded(self, row: int) -> bytes:
-        """The bytes of the file or, of a list of images, those of all, each after its length."""
+        """The bytes of the file; for a list of images, the bytes of all images, each after its length."""
         return (
             b"".join(b"%d:" % len(part) + part for part in self.parts(row)) if self.is_listed else super().encoded(row)
         )
@@ -190,6 +193,6 @@ class Clips(Files):
 
 
 def shrunk(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of not too many pixels."""
+    """An image, made smaller if it has too many pixels."""
     factor = math.isqrt(image.width * image.height // FRAME_PIXELS)
     return image.reduce(factor) if factor > 1 else image

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
 STRING_COLUMNS = ("item_id", "user_id", "text", "image", "file_name", "audio", "video")
 NEEDED = (*INTERACTION_COLUMNS, *MODALITIES, "file_name")
-"""Columns that are read; what cannot be read in any other is nobody's loss."""
+"""Columns that are read. Other columns are left out if they cannot be read."""
 OTHER_NAMES = {
     "text": ("title", "titles", "texts", "name", "description", "caption"),
     "image": ("images", "imagepath", "imagefile", "imagebytes", "imageurl", "img", "picture", "photo", "filename"),
@@ -39,20 +39,20 @@ OTHER_NAMES = {
     "item_id": ("item", "itemid", "iid", "productid", "articleid", "id"),
     "timestamp": ("time", "datetime", "date", "timestamps", "unixtime"),
 }
-"""What people call the columns, in letters only."""
+"""Other names that people give the columns, in letters only."""
 NOUNS = {
     "image": ("image", "images", "img", "imgs", "pic", "picture", "photo", "poster", "thumbnail", "cover", "jpg"),
     "text": ("text", "title", "caption", "headline", "description", "summary"),
     "features": ("embedding", "embeddings", "emb", "vector", "vectors"),
 }
-"""Words of a longer name, such as `product_title`, that say which modality it is."""
+"""Words in a longer name, such as `product_title`, that tell the modality."""
 MEASURES = ("count", "date", "format", "hash", "height", "id", "ids", "lang", "language", "length", "size", "type")
-"""Words at the end of a name of something else."""
+"""Words at the end of a name that tell that the column is something else."""
 MISSING_WORDS = (
     *("nan", "+nan", "-nan", "1.#qnan", "-1.#qnan", "1.#ind", "-1.#ind", "nat", "none", "null", "(null)", "<null>"),
     *(r"\n", "<na>", "n/a", "#na", "#n/a", "#n/a n/a", "#null!", "undefined", "<none>", "[null]"),
 )
-"""What programs write for a missing value when they write it as a word, in any case. `NA` counts in capitals only."""
+"""Words that programs write for a missing value, in upper or lower case. `NA` counts in capitals only."""
 _INVISIBLE = r"\s\p{Z}\p{Cc}\p{Cf}\x{034F}\x{115F}\x{1160}\x{2800}\x{3164}\x{FE00}-\x{FE0F}\x{FFA0}"
 VISIBLE = f"[^{_INVISIBLE}]"
 """A character that a reader can see."""
@@ -66,7 +66,7 @@ FLOAT_IDS = "Ids have become floats: convert the column before writing it, in pa
 
 
 def check_columns(found: Sequence[str], source: str, required: Sequence[str], any_of: Sequence[str] = ()) -> None:
-    """Refuse a table without the `required` columns, or with none of `any_of`; suggest what is nearly named so."""
+    """Refuse a table that lacks a `required` column, or has none of `any_of`; suggest columns with similar names."""
     check_names(found, source)
     missing = [name for name in required if name not in found]
     if any_of and not any(name in found for name in any_of):
@@ -87,8 +87,8 @@ def check_names(found: Sequence[str], source: str) -> None:
 
 def warn_of_near_misses(schema: pa.Schema, source: str) -> None:
     """
-    Warn of columns that are nearly named like a modality that has no column, or hold images under whatever name:
-    nobody reads them.
+    Warn of columns that are not read, but have nearly the name of a modality without a column, or hold images under
+    another name.
     """
     renamings = _renamings(schema.names, tuple(MODALITIES))
     if "image" not in schema.names and not any(renaming.endswith("to 'image'") for renaming in renamings):
@@ -96,17 +96,17 @@ def warn_of_near_misses(schema: pa.Schema, source: str) -> None:
         images = [field.name for field in structs if field.type.get_field_index("bytes") >= 0]
         renamings += [f"rename {shortened(name, 40)!r} to 'image'" for name in images[:1]]
     for renaming in renamings:
-        logger.warning(f"{source}: a column is not read: {renaming} if that is what it holds.")
+        logger.warning(f"{source}: a column is not read: {renaming} if it holds this content.")
 
 
 def _renamings(found: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    # codes are written by a command, and a column `code` is something else
+    # a command writes codes, so a column `code` is something else
     pairs = [(_nearest(name, found), name) for name in wanted if name not in found and name != "codes"]
     return [f"rename {shortened(near, 40)!r} to {name!r}" for near, name in pairs if near is not None]
 
 
 def _nearest(name: str, found: Sequence[str]) -> str | None:
-    """The column that means `name`, as far as its own name tells."""
+    """The column that probably means `name`, judged by its own name."""
     plain_names = {re.sub("[^a-z]", "", column.lower()): column for column in found if column not in NEEDED}
     for word in (name.replace("_", ""), *OTHER_NAMES[name]):
         if word in plain_names:
@@ -140,7 +140,7 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def whole_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of rows formatted as Arrow, not copied unless it is in slivers."""
+    """A column of rows formatted as Arrow, copied only if it consists of many small pieces."""
     column = rows.select_columns(name)[:][name]
     if column.num_chunks > 1 + len(rows) // 100:  # a selection comes as one chunk per row
         column = pa.chunked_array([column.combine_chunks()])
@@ -168,12 +168,14 @@ def missing_words(texts: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def _matches(texts: pa.Array, pattern: str) -> np.ndarray:
-    """Which texts have something that matches, (n,) bool."""
+    """Which texts contain a match of the pattern, (n,) bool."""
     return pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
 
 
 def encode_ids(column: pa.ChunkedArray, name: str, source: str) -> tuple[np.ndarray, pa.StringArray]:
-    """Codes (rows,) into the distinct ids, -1 where there is nothing to see; these ids as strings, integers too."""
+    """
+    For each row the index of its id among the distinct ids, (rows,), -1 for an empty id; and these ids as strings.
+    """
     column = plain(column)
     kind = column.type
     if not (pa.types.is_integer(kind) or is_text(kind)) and column.null_count < len(column):
@@ -207,9 +209,9 @@ class Timestamps:
     Attributes:
         numbers (`np.ndarray` of shape `(rows,)`, int64): The integers, or for dates the microseconds since 1970.
         are_dates (`bool`): Whether they are dates.
-        missing (`np.ndarray` of shape `(rows,)`, bool): Which are not there.
-        inexact (`np.ndarray` of shape `(rows,)`, bool): Which were rounded by their type or their notation.
-        wrong (`np.ndarray` of shape `(rows,)`, bool): Which are no timestamps.
+        missing (`np.ndarray` of shape `(rows,)`, bool): Which timestamps are missing.
+        inexact (`np.ndarray` of shape `(rows,)`, bool): Which timestamps were rounded by their type or notation.
+        wrong (`np.ndarray` of shape `(rows,)`, bool): Which values are not timestamps.
     """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
@@ -231,13 +233,15 @@ class Timestamps:
             self.wrong = ~self.missing
 
     def _keep(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Integers of any type as numbers of these rows, if they are not too large."""
+        """Keep integers of any type as the numbers of these rows, if they are not too large."""
         fits = values <= np.iinfo(np.int64).max
         self.wrong[rows] = ~fits
         self.numbers[rows] = np.where(fits, values, 0).astype(np.int64)
 
     def _read_floats(self, values: np.ndarray) -> None:
-        exact = 2.0 ** (np.finfo(values.dtype).nmant + 1)  # from here on it cannot tell neighbouring integers apart
+        exact = 2.0 ** (
+            np.finfo(values.dtype).nmant + 1
+        )  # from here on, the type cannot tell neighbouring integers apart
         values = np.where(self.missing, 0, values.astype(np.float64))
         self.inexact = np.isfinite(values) & (np.abs(values) >= exact)
         self.wrong = ~self.inexact & ~(np.isfinite(values) & (values == np.floor(values)))
@@ -273,7 +277,7 @@ class Timestamps:
         return rows[_matches(texts.take(pa.array(rows)), pattern)]
 
     def _read_iso(self, texts: pa.Array, rows: np.ndarray) -> None:
-        """Dates of ISO 8601; those that do not say their zone are in UTC."""
+        """Read dates of ISO 8601; dates without a time zone are in UTC."""
         parts = pc.extract_regex(texts, ISO_DATE)
         date, time, fraction, zone = (pc.struct_field(parts, part) for part in ("date", "time", "fraction", "zone"))
         time = pc.if_else(pc.equal(time, ""), pa.scalar("00:00", time.type), time)
@@ -309,8 +313,8 @@ class Timestamps:
 
 def were_rounded(timestamps: np.ndarray) -> bool:
     """
-    Whether integers, of any type now, have been float32 before, which rounds seconds since 1970 to about two minutes:
-    at least 16 of them, none of which has more digits than it holds, and which are no whole days.
+    Whether integers were float32 before, which rounds seconds since 1970 to about two minutes. This is so if there are
+    at least 16, float32 can hold all of them exactly, and they are not whole days.
     """
     sample = np.unique(timestamps[:: 1 + len(timestamps) // 2**16])
     sample = sample[np.abs(sample) >= 2**30]

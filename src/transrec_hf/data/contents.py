@@ -1,4 +1,6 @@
-"""The contents of items, one reader a modality: which items have it, what is wrong with it, its bytes."""
+"""
+The contents of items. A reader for each modality tells which items have it, what is wrong with it, and its bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 QUANTIZER_NAME = "item_quantizer.safetensors"
-"""Of the file, beside the items or a checkpoint, that codes are made by."""
+"""Name of the quantizer file, which is beside the items or in a checkpoint."""
 MAX_CODES = 2**16  # values that a code can have
 ROWS = 2**14  # vectors that are checked at a time
 
@@ -34,8 +36,9 @@ class Content(Protocol):
     One modality of the items of a catalogue.
 
     Attributes:
-        present (`np.ndarray` of shape `(N,)` and type bool): Which items show it. A policy hides by changing it.
-        mend (`str`): What to do about defects.
+        present (`np.ndarray` of shape `(N,)` and type bool): Which items have it. A policy hides contents by changing
+            this array.
+        mend (`str`): What to do about defects, for messages.
     """
 
     present: np.ndarray
@@ -46,12 +49,12 @@ class Content(Protocol):
 
     def read(self, row: int, *args: Any, **form: Any) -> Any:
         """
-        The content of an item as a processor takes it, in the form that it asks for, see [`TransRecProcessor.form`].
-        Raises [`BadContent`].
+        The content of an item in the form that a processor needs, see [`TransRecProcessor.form`]. Raises
+        [`BadContent`].
         """
 
     def encoded(self, row: int) -> bytes:
-        """The content as it is hashed and published. Raises [`BadContent`]."""
+        """The bytes of the content that are hashed and published. Raises [`BadContent`]."""
 
     def defects(self, full: bool) -> dict[int, str]:
         """Rows whose content cannot be used, and why; all contents are decoded if `full`."""
@@ -61,7 +64,7 @@ class Content(Protocol):
 
 
 class _Column:
-    """A content that lies in one Arrow column."""
+    """A content that is stored in one Arrow column."""
 
     present: np.ndarray
 
@@ -75,7 +78,7 @@ class _Column:
 
 
 class Texts(_Column):
-    """Texts: strings, of which blank ones count as missing."""
+    """Texts: strings; blank strings count as missing."""
 
     mend = "Leave the cell empty (if the word is the title, add a full stop); write text in UTF-8."
 
@@ -118,7 +121,7 @@ class _Lists(_Column):
     Lists of numbers, all of one length; empty lists count as missing.
 
     Attributes:
-        size (`int`): Length of the lists, that of most.
+        size (`int`): The most frequent length of the lists, which all should have.
     """
 
     def __init__(self, rows: datasets.Dataset, name: str, is_number: Callable[[pa.DataType], bool], kind: str) -> None:
@@ -132,7 +135,7 @@ class _Lists(_Column):
         self.size = int(sizes[counts.argmax()]) if len(sizes) else 0
         other = np.flatnonzero(self.present & (lengths != self.size))
         self._defects = self._useless(lengths)
-        self._defects |= {row: f"{lengths[row]} numbers where most have {self.size}" for row in other.tolist()}
+        self._defects |= {row: f"{lengths[row]} numbers, but most items have {self.size}" for row in other.tolist()}
 
     def _useless(self, lengths: np.ndarray) -> dict[int, str]:
         """Rows of lists that cannot be used, and why, from the length of every row."""
@@ -174,7 +177,7 @@ class Vectors(_Lists):
 
 
 def _float32(numbers: pa.Array) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is a defect
+    with np.errstate(over="ignore"):  # too large numbers become infinite, which is a defect
         return numbers.to_numpy(zero_copy_only=False).astype(np.float32)
 
 
@@ -183,8 +186,8 @@ class Codes(_Lists):
     Codes of an [`ItemQuantizer`], whole numbers from 0; see [`_Lists`].
 
     Attributes:
-        largest (`np.ndarray` of shape `(N,)`): The largest code of each item, -1 for those without any.
-        quantizer (`Path`, *optional*): The file of the quantizer, if it lies beside the items.
+        largest (`np.ndarray` of shape `(N,)`): The largest code of each item, -1 for items without codes.
+        quantizer (`Path`, *optional*): The file of the quantizer, if it is beside the items.
     """
 
     mend = "Write codes as whole numbers from 0, the same count for every item, or leave the cell empty."

@@ -1,12 +1,12 @@
 """The built-in demo world: two small platforms on which content transfers and ids cannot.
 
-An item is one drawn thing with four attributes: colour, shape, pattern and size. Some items show them in a short title
-("crimson striped star , large"), some in a drawn image, some in both; asked for, some in a sound, whose pitch, timbre,
-rhythm and loudness are colour, shape, pattern and size, or in a moving picture. A user likes one colour, one shape and
-one pattern, and each of these likings moves on along a cycle that is the same on both platforms: who liked orange
-stars turns to gold ones. The platforms share no user, no item and no combination of attributes, word their titles in
-their own way, draw on their own paper and hiss in their own loudness. All that a model can carry from the source to
-the target is how content looks and sounds and how tastes move.
+An item is a drawn thing with four attributes: colour, shape, pattern and size. Some items show them in a short title
+("crimson striped star , large"), some in an image, some in both. On request some show them in a sound (its pitch,
+timbre, rhythm and loudness stand for colour, shape, pattern and size) or in a video. A user likes one colour, one
+shape and one pattern. Each of these tastes moves along a cycle that is the same on both platforms: a user who liked
+orange stars then likes gold ones. The platforms share no user, no item and no combination of attributes. Their titles
+have different wordings, their images different papers, and their sounds different noise. So all that a model can
+transfer from the source to the target is how content looks and sounds, and how tastes move.
 
 Everything is computed from a seed with NumPy and Pillow, in about a second; nothing is downloaded or licensed.
 """
@@ -56,10 +56,10 @@ TASTE_WEIGHTS = (6.0, 5.0, 4.0)  # what a match of colour, shape, pattern adds t
 TASTE_DRIFT = (0.3, 0.2, 0.1)  # chance per step that the liked colour, shape, pattern moves on by one in its cycle
 POPULARITY_SPREAD = 0.3  # standard deviation of the utility which all users share
 SHOWN = ("text", "image")
-"""The modalities that the demo world shows unless it is asked for others."""
-SHARE_OF_ALL = 0.3  # of the items; the others show one modality each
-FRAMES = 3  # of a moving picture
-RATE = 8000  # samples of a sound in a second
+"""The modalities of the demo world by default."""
+SHARE_OF_ALL = 0.3  # share of the items that show all modalities; the others show one each
+FRAMES = 3  # frames of a video
+RATE = 8000  # samples of a sound per second
 PITCHES = 220 * 2 ** (np.arange(len(COLOURS)) / 5)  # Hz
 TIMBRES = np.array(  # of the overtones, by shape
     [
@@ -109,13 +109,14 @@ class DemoPlatform:
 
     Args:
         catalogue ([`Catalogue`]):
-            Its items: a title, an image or both each, or what else was asked for. The column `attributes` is for
-            people, no model reads it.
+            Its items, each with a title, an image or both, or with other modalities on request. The column
+            `attributes` is for people; no model reads it.
         sequences ([`Sequences`]): Its users' interactions, in time order.
         attributes (`np.ndarray` of shape `(num_items, 4)`):
-            The hidden truth: indices into the values of `ATTRIBUTES`, in its order. No model may see them.
+            The true attributes: indices into the values of `ATTRIBUTES`, in its order. No model may see them.
         tastes (`np.ndarray` of shape `(num_interactions, 3)`):
-            The colour, shape and pattern that the user liked best at each interaction of `sequences`. Hidden as well.
+            The colour, shape and pattern that the user liked best at each interaction of `sequences`. No model may see
+            them.
     """
 
     catalogue: Catalogue
@@ -151,12 +152,12 @@ def demo_world(seed: int = 0, modalities: Collection[str] = SHOWN) -> DemoWorld:
 
     Args:
         seed (`int`, *optional*, defaults to 0): The same seed gives the same world, byte for byte.
-        modalities (`Collection[str]`, *optional*, defaults to text and image): What items show, of `"text"`,
-            `"image"`, `"audio"` and `"video"`: one of them each or, three in ten, all.
+        modalities (`Collection[str]`, *optional*, defaults to text and image): The modalities of the items, some of
+            `"text"`, `"image"`, `"audio"` and `"video"`. Three in ten items have all of them, the others one each.
 
     Returns:
-        [`DemoWorld`]: A source of 600 items and 3 000 users, and a target of 400 items and 300 users, who have chosen
-        less each.
+        [`DemoWorld`]: A source of 600 items and 3 000 users, and a target of 400 items and 300 users with shorter
+            histories.
     """
     rng = np.random.default_rng(seed)
     combinations = np.array(list(product(*(range(len(values)) for values in ATTRIBUTES.values()))))
@@ -167,7 +168,7 @@ def demo_world(seed: int = 0, modalities: Collection[str] = SHOWN) -> DemoWorld:
 
 
 def demo_processor(modalities: Collection[str] = SHOWN) -> TransRecProcessor:
-    """A processor for the demo world, made in memory: its words are the tokens, its images keep their size."""
+    """A processor for the demo world, made in memory: each word is a token, and images keep their size."""
     from transformers import BertTokenizer, ViTImageProcessorPil
 
     vocabulary = {word: index for index, word in enumerate(_vocabulary())}
@@ -187,12 +188,12 @@ def demo_processor(modalities: Collection[str] = SHOWN) -> TransRecProcessor:
 
 def demo_config(modalities: Collection[str] = SHOWN, **overrides: Any) -> TransRecConfig:
     """
-    A configuration with a two-block BERT, ViT and AST, as far as items show what they read, which learns the demo
-    world on a CPU in a minute.
+    A configuration that learns the demo world on a CPU in a minute, with towers of two blocks (BERT, ViT, AST) for the
+    given modalities.
 
     Args:
-        modalities (`Collection[str]`, *optional*, defaults to text and image): Which the model reads.
-        overrides: Fields of [`TransRecConfig`] to set otherwise.
+        modalities (`Collection[str]`, *optional*, defaults to text and image): The modalities that the model reads.
+        overrides: Fields of [`TransRecConfig`] that replace those of the demo.
     """
     from transformers import ASTConfig, BertConfig, ViTConfig
 
@@ -204,7 +205,7 @@ def demo_config(modalities: Collection[str] = SHOWN, **overrides: Any) -> TransR
         "video": ViTConfig(image_size=IMAGE_SIZE, patch_size=8, **tower),
         "audio": ASTConfig(max_length=IMAGE_SIZE, num_mel_bins=IMAGE_SIZE, **patches, **tower),
     }
-    # its towers know nothing yet, so there is no content to begin with: a linear map and dot products learn it whole
+    # its towers are random, so content says nothing at the start; a linear map and dot products can learn everything
     fields = {**FORMAT_1, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"intermediate_size": 128, "hidden_dropout_prob": 0.1}
     fields |= {"max_position_embeddings": 16}
@@ -213,7 +214,7 @@ def demo_config(modalities: Collection[str] = SHOWN, **overrides: Any) -> TransR
 
 
 def attribute_words(attributes: np.ndarray) -> dict[str, str]:
-    """Names the four attributes of one item, for example `{"colour": "gold", "shape": "star", ...}`."""
+    """The names of the four attributes of an item, for example `{"colour": "gold", "shape": "star", ...}`."""
     return {name: values[index] for (name, values), index in zip(ATTRIBUTES.items(), attributes, strict=True)}
 
 
@@ -356,7 +357,7 @@ def _encode_png(images: np.ndarray) -> list[bytes]:
 
 
 def _encode_gif(images: np.ndarray) -> list[bytes]:
-    """What is in an image goes round."""
+    """Encode images as animated GIFs, whose content rotates."""
     encoded = []
     for image in images:
         steps = np.arange(FRAMES) * IMAGE_SIZE // FRAMES

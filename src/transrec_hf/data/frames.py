@@ -1,4 +1,4 @@
-"""Tables that are in memory already: Arrow tables, DataFrames of pandas and Polars, columns, rows."""
+"""Tables in memory: Arrow tables, DataFrames of pandas and Polars, dictionaries of columns, lists of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .columns import NEEDED, check_names, plain
 
 logger = logging.get_logger(__name__)
 
-DEEPEST = 32  # types in each other: Arrow and `datasets` have limits of their own, in places that cannot be foreseen
+DEEPEST = 32  # levels of nested types: the limits of Arrow and `datasets` cannot be foreseen
 MENDS = {
     "image": "Write image bytes or file paths, or give a datasets.Dataset, which takes PIL images.",
     "features": "Write a list of numbers for every item, or leave the cell empty.",
@@ -22,7 +22,7 @@ MENDS = {
 
 
 def as_table(source: Any, name: str) -> pa.Table:
-    """An Arrow table of what is given: a table, a DataFrame, a dictionary of columns or a list of rows."""
+    """The Arrow table of a table, a DataFrame, a dictionary of columns or a list of rows."""
     columns: dict[str, Any]
     if isinstance(source, (str, bytes)) or source is None:
         columns = {}
@@ -54,7 +54,7 @@ def as_table(source: Any, name: str) -> pa.Table:
 
 
 def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
-    """An Arrow table of columns of Python or NumPy values; of further columns those that Arrow can type."""
+    """The Arrow table of columns of Python or NumPy values. Further columns that Arrow cannot hold are left out."""
     arrays = {}
     for column, values in columns.items():
         try:
@@ -75,14 +75,14 @@ def plain_table_of(columns: Mapping[str, Any], name: str) -> pa.Table:
 
 
 def _tell_left_out(name: str, column: str, why: str) -> None:
-    """Once for a table, which is read in parts."""
+    """Warn that a column is left out, once for a table that is read in parts."""
     logger.warning_once(
         f"{name}: the further column {shortened(repr(column))} is left out ({why}). Give all its cells one plain type."
     )
 
 
 def _first_odd(values: Iterable[Any]) -> int | None:
-    """The first cell that is of another type than the first one that is not empty, or that is of none itself."""
+    """The first cell whose type differs from that of the first cell that is not empty, or that Arrow cannot hold."""
     first = None
     for row, value in enumerate(values):
         try:

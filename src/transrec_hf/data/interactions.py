@@ -1,4 +1,4 @@
-"""Interactions as users' sequences, and their filters and splits."""
+"""Interactions as sequences of users, and their filters and splits."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .reading import BLOCK, read_interactions
 logger = logging.get_logger(__name__)
 
 MAX_IN_MEMORY = 2**22
-"""Interactions up to which their columns are held in memory; longer ones are in temporary files."""
-GUESTS = "Give these rows an id (every visit of a guest one of its own) or delete them."
+"""Up to this number of interactions, columns are in memory; longer columns are in temporary files."""
+GUESTS = "Give these rows an id (for guests, one id for each visit) or delete them."
 TIMES = "Write an integer, for example seconds since 1970, or a date such as 2025-10-15 10:40:41."
-ROUNDED = "Write them as int64, from where they are not rounded yet."
+ROUNDED = "Write them again as int64, from a source in which they are not rounded."
 NEAR_IDS: tuple[tuple[Callable[[str], str], str], ...] = (
     (lambda item_id: re.sub(r"\.0+$", "", item_id), FLOAT_IDS),
-    (str.strip, "take away the blanks around them."),
+    (str.strip, "remove the blanks around the ids."),
     (lambda item_id: item_id.lstrip("0") or "0", "write leading zeros in both files, or in neither."),
 )
-"""What an unknown id may have become, and the mend."""
+"""Ways in which an id may differ between the two tables, and what to do about each."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +47,7 @@ class Sequences(torch.utils.data.Dataset):
 
     Attributes:
         items (`np.ndarray` of shape `(n,)`, int32): Catalogue rows.
-        timestamps (`np.ndarray` of shape `(n,)`, int64): In the unit of the data.
+        timestamps (`np.ndarray` of shape `(n,)`, int64): Timestamps, in the unit of the data.
         starts, ends (`np.ndarray` of shape `(views,)`, int64): Bounds of the views.
         user_ids (`np.ndarray` of shape `(views,)`, str): The user of every view.
     """
@@ -77,7 +77,7 @@ class Sequences(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Items in every view, (views,) int64."""
+        """The number of items in every view, (views,) int64."""
         return self.ends - self.starts
 
     def select(self, rows: np.ndarray | slice) -> Sequences:
@@ -104,25 +104,25 @@ class Sequences(torch.utils.data.Dataset):
         return self._with_views(np.maximum(self.starts[view], ends - length), ends, self.user_ids[view])
 
     def expand(self) -> tuple[np.ndarray, np.ndarray]:
-        """View and flat position of everything that the views show, in order; both (sum of lengths,) int64."""
+        """For every item of every view, the view and the flat position; both (sum of lengths,) int64."""
         view = np.repeat(np.arange(len(self)), self.lengths)
         return view, np.arange(len(view)) + np.repeat(self.ends - np.cumsum(self.lengths), self.lengths)
 
     def item_counts(self, num_items: int) -> np.ndarray:
-        """Interactions of every item, (num_items,) int64; one that several views show counts once."""
+        """The number of interactions of every item, (num_items,) int64; one that is in several views counts once."""
         counts = np.zeros(num_items, dtype=np.int64)
         for block in self._disjoint().blocks():
             counts += np.bincount(self.items[block.expand()[1]], minlength=num_items)
         return counts
 
     def blocks(self) -> Iterator[Sequences]:
-        """The views in parts that show about `BLOCK` items each, for work that needs memory for every item shown."""
+        """The views in parts of about `BLOCK` items, for work that needs memory for every item."""
         parts = np.cumsum(self.lengths) // BLOCK
         bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(self)]
         return (self.select(slice(start, end)) for start, end in pairwise(bounds))
 
     def _disjoint(self) -> Sequences:
-        """Views that show the same interactions, each once."""
+        """Views of the same interactions that do not overlap."""
         order = np.argsort(self.starts, kind="stable")
         starts, ends = self.starts[order], self.ends[order]
         starts[1:] = np.maximum(starts[1:], np.maximum.accumulate(ends)[:-1])
@@ -134,7 +134,7 @@ class Sequences(torch.utils.data.Dataset):
 
 
 def flat_column(length: int, dtype: type) -> np.ndarray:
-    """A column to be filled, in memory or, if it is long, in a temporary file that vanishes with it."""
+    """An empty column, in memory or, if it is long, in a temporary file that is deleted with it."""
     import datasets
 
     if length <= MAX_IN_MEMORY:
@@ -142,7 +142,7 @@ def flat_column(length: int, dtype: type) -> np.ndarray:
     folder = Path(datasets.config.HF_DATASETS_CACHE)  # `/tmp` may be memory
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # or a full disk would show in a signal, when the column is filled
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process when the column is filled
             os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
         return np.asarray(np.memmap(file, dtype, shape=length))
 
@@ -150,8 +150,8 @@ def flat_column(length: int, dtype: type) -> np.ndarray:
 def _group_by_user(items: np.ndarray, timestamps: np.ndarray, users: np.ndarray, names: np.ndarray) -> Sequences:
     """Sequences of interactions sorted by user, then time; equal times keep their order.
 
-    Users one after the other form parts of about `BLOCK` interactions. All interactions go to the part of their user,
-    and then each part is sorted.
+    Consecutive users form parts of about `BLOCK` interactions. Each interaction goes to the part of its user, and then
+    each part is sorted.
     """
     size = len(users)
     counts = np.zeros(len(names), dtype=np.int64)
@@ -187,14 +187,14 @@ def load_interactions(
 ) -> Sequences:
     """Read and validate interactions as users' sequences in time order.
 
-    Rows may come in any order; equal timestamps of a user keep the order of the file. A row that occurs twice is two
-    interactions: repeats are real. Timestamps are integers of any unit and sign, or dates (columns of dates, or ISO
-    8601 such as `2025-10-15 10:40:41`), which become seconds since 1970; those without a time zone are in UTC, and
-    fractions of a second still order a user's interactions.
+    Rows may come in any order; equal timestamps of a user keep the order of the file. A row that occurs twice counts
+    as two interactions. Timestamps are integers of any unit and sign, or dates (columns of dates, or ISO 8601 such as
+    `2025-10-15 10:40:41`). Dates become seconds since 1970. Dates without a time zone are in UTC. Fractions of a
+    second are dropped, but still order the interactions of a user.
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or table):
-            As in [`load_catalogue`], with `interactions` for `items`.
+            See [`load_catalogue`], with `interactions` in place of `items`.
         catalogue ([`Catalogue`]):
             The items that interactions refer to.
         revision (`str`, *optional*):
@@ -203,7 +203,7 @@ def load_interactions(
             Which split of a data set that has several; `"train+test"` joins two.
 
     Raises:
-        [`DataError`]: For every defect.
+        [`DataError`]: If the interactions have a defect.
     """
     place = open_source(source, "interactions", revision, split)
     with bad_table(place.name):
@@ -211,7 +211,7 @@ def load_interactions(
 
 
 def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
-    """The interactions, of which those with unknown items are defects if there is a catalogue."""
+    """The interactions. If there is a catalogue, unknown items are defects."""
     size, blocks = read_interactions(place)
     if size == 0:
         raise DataError(f"{place.name}: there are no interactions. Add rows of user_id, item_id, timestamp.")
@@ -246,15 +246,17 @@ def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
         defects.add("missing timestamp", times.missing, TIMES, first)
         what = f"timestamp that is not an integer (column of {times.kind})"
         defects.add(what, times.wrong, TIMES, first, label)
-        what = f"timestamp that {times.kind} has rounded: it cannot tell neighbouring integers of that size apart"
+        what = f"timestamp that the type {times.kind} has rounded, since it cannot hold all integers of that size"
         defects.add(what, times.inexact, ROUNDED, first, label)
         first += len(block)
     lines = defects.describe()
     if len(notations) > 1:
-        lines.append("timestamps are partly numbers and partly dates. Write all in one notation.")
+        lines.append("some timestamps are numbers and some are dates. Write all in one notation.")
     raise_defects(place.name, lines)
     if notations == {False} and were_rounded(timestamps):
-        logger.warning(f"{place.name}: all timestamps are numbers that float32 holds: they were rounded. {ROUNDED}")
+        logger.warning(
+            f"{place.name}: the timestamps were probably rounded, as float32 can hold all of them. {ROUNDED}"
+        )
     sequences = _group_by_user(items, timestamps, users, np.array(list(code_of), dtype=object))
     if notations == {True}:
         for start in range(0, size, BLOCK):
@@ -263,14 +265,14 @@ def _read(place: Place, catalogue: Catalogue | None) -> Sequences:
 
 
 def _mends(catalogue: Catalogue, ids: pa.StringArray, found: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
-    """Which of the distinct `ids` that were not `found` need which mend: those with a near miss one of their own."""
+    """Groups of the distinct `ids` that were not `found`, each with what to do; ids with a near miss are separate."""
     left = found < 0
     for changed, mend in NEAR_IDS:
         if left.any():
             near = np.zeros(len(ids), dtype=bool)
             unknown = np.flatnonzero(left)
             near[unknown] = catalogue.find([changed(ids[row].as_py()) for row in unknown.tolist()]) >= 0
-            yield near, f"{catalogue.source} has them in another form: {mend}"
+            yield near, f"{catalogue.source} has these ids in another form: {mend}"
             left = left & ~near
     yield left, f"Add these items to {catalogue.source} or delete the rows."
 
@@ -279,7 +281,7 @@ def _cell(column: pa.ChunkedArray, name: str, row: int) -> str:
     cell = column[row]
     try:
         text = shortened(cell)
-    except (ValueError, OverflowError):  # what Python has no value for
+    except (ValueError, OverflowError):  # a date that Python cannot represent
         text = shortened(getattr(cell, "value", cell.type))
     return f"{name} {text!r}" if name else text
 
@@ -294,8 +296,8 @@ def load_domain(
     seed: int = 0,
 ) -> tuple[Catalogue, Sequences]:
     """
-    Catalogue and sequences of one folder or one Hub data set; see [`load_catalogue`], [`load_interactions`]. Of items
-    and interactions all defects are told at once.
+    Read the catalogue and the sequences of one folder or one Hub data set; see [`load_catalogue`] and
+    [`load_interactions`]. One error reports the defects of both tables.
     """
     try:
         catalogue = load_catalogue(
@@ -318,7 +320,7 @@ def load_domain(
 
 
 def keep_items(catalogue: Catalogue, sequences: Sequences, keep: np.ndarray) -> tuple[Catalogue, Sequences]:
-    """The items where the mask `keep`, (N,) bool, is true, and the interactions with them."""
+    """The items for which the mask `keep`, (N,) bool, is true, and their interactions."""
     view, place = sequences.expand()
     kept = keep[sequences.items[place]]
     view, place = view[kept], place[kept]
@@ -328,12 +330,12 @@ def keep_items(catalogue: Catalogue, sequences: Sequences, keep: np.ndarray) -> 
 
 
 def drop_unused(catalogue: Catalogue, sequences: Sequences) -> tuple[Catalogue, Sequences]:
-    """The catalogue without items that occur in no view, and the sequences with the new rows."""
+    """The catalogue without the items that occur in no view, and the sequences with the new rows."""
     return keep_items(catalogue, sequences, sequences.item_counts(len(catalogue)) > 0)
 
 
 def k_core(catalogue: Catalogue, sequences: Sequences, k: int) -> tuple[Catalogue, Sequences]:
-    """Keep users and items with at least `k` interactions each, again and again until nothing changes.
+    """Keep only users and items with at least `k` interactions each; repeated until nothing changes.
 
     Repeats count as interactions. Raises [`DataError`] when nothing is left.
     """
@@ -351,11 +353,13 @@ def k_core(catalogue: Catalogue, sequences: Sequences, k: int) -> tuple[Catalogu
 
 
 def of_modality(catalogue: Catalogue, sequences: Sequences, modality: str) -> tuple[Catalogue, Sequences]:
-    """Keep the items that have a modality, and of them that one alone. Raises [`DataError`] when nothing is left."""
+    """
+    Keep the items that have a modality, and only this content of them. Raises [`DataError`] when nothing is left.
+    """
     view, place = sequences.expand()
     keep = catalogue.has(modality)[sequences.items[place]]
     if not keep.any():
-        raise DataError(f"{catalogue.source}: nobody chose an item with {modality}. Leave out the modality.")
+        raise DataError(f"{catalogue.source}: no user chose an item with {modality}. Choose another modality.")
     view, place = view[keep], place[keep]
     kept = _group_by_user(sequences.items[place], sequences.timestamps[place], view, sequences.user_ids)
     catalogue, kept = drop_unused(catalogue, kept)
@@ -381,7 +385,7 @@ def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: in
         min_interactions (`int`, *optional*, defaults to 3):
             Users with fewer interactions are left out, and counted.
         keep_last (`int`, *optional*):
-            Forget all but the last `keep_last` items of every user (history length + 3 in the NineRec protocol).
+            Keep only the last `keep_last` items of every user (history length + 3 in the NineRec protocol).
 
     Raises:
         [`DataError`]: When no user is left.
@@ -407,19 +411,19 @@ def leave_one_out(sequences: Sequences, min_interactions: int = 3, keep_last: in
 def temporal_split(sequences: Sequences, validation_from: Any, test_from: Any) -> Split:
     """Split by time: train before `validation_from`; the target is a user's first event of a period.
 
-    A target's history is everything before it. Users without an event before the period have no history and are not
-    evaluated there.
+    The history of a target is everything before it. Users without an event before the period have no history and are
+    not evaluated in this period.
 
     Args:
         sequences ([`Sequences`]):
             One view per user.
         validation_from, test_from (`int`, `str` or `datetime`):
-            First timestamp of the validation period `[validation_from, test_from)` and of the test period; or a date
-            of ISO 8601 (in UTC) if the timestamps are seconds, milliseconds, microseconds or nanoseconds since 1970,
-            which their size tells.
+            First timestamp of the validation period `[validation_from, test_from)` and of the test period. It may be a
+            date of ISO 8601 (in UTC) if the timestamps are seconds, milliseconds, microseconds or nanoseconds since
+            1970; the unit is recognised by their size.
 
     Raises:
-        [`DataError`]: When a bound is no date, a period has no event, or no user has a history before it.
+        [`DataError`]: When a bound is not a date, a period has no event, or no user has a history before it.
     """
     starts = sequences.starts
     bounds = [_time(sequences, bound) for bound in (validation_from, test_from)]
@@ -446,12 +450,12 @@ def temporal_split(sequences: Sequences, validation_from: Any, test_from: Any) -
 
 
 def _time(sequences: Sequences, bound: Any) -> int:
-    """A bound in the unit of the timestamps."""
+    """A bound of a period in the unit of the timestamps."""
     if isinstance(bound, (int, np.integer)):
         return int(bound)
     time = Timestamps(pa.chunked_array([[str(bound)]]))
     if (time.missing | time.wrong | time.inexact)[0]:
-        raise DataError(f"temporal split: {bound!r} is no date. {TIMES}")
+        raise DataError(f"temporal split: {bound!r} is not a date. {TIMES}")
     if not time.are_dates:
         return int(time.numbers[0])
     last = int(sequences.timestamps[sequences.expand()[1]].max(initial=0))
@@ -460,7 +464,7 @@ def _time(sequences: Sequences, bound: Any) -> int:
 
 
 def _first_from(sequences: Sequences, time: int) -> np.ndarray:
-    """Flat position of every view's first event at `time` or later, its end if there is none, (views,) int64."""
+    """Flat position of the first event of every view at `time` or later (or the end of the view), (views,) int64."""
     earlier = []
     for block in sequences.blocks():
         view, place = block.expand()

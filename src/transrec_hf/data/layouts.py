@@ -1,6 +1,6 @@
 """
-The layouts in which data sets of recommendation are published: a function each, from the parts in a folder to items
-and interactions.
+The layouts of published data sets: one function for each layout, which finds items and interactions in the files of a
+folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pairs(table: Table) -> Interactions:
 
 
 def sequences(path: Path) -> Interactions:
-    """Interactions of lines of a user, a tab, and items in the order of time, in which they are numbered."""
+    """Interactions from lines of a user, a tab, and items in time order; the position of an item is its timestamp."""
     for line in lines_of(path):
         user, _, items = line.strip().partition("\t")
         for place, item in enumerate(items.split()):
@@ -59,11 +59,11 @@ def sequences(path: Path) -> Interactions:
 def interactions_of(
     parts: Parts, pair: Sequence[Path], lines: Sequence[Path], known: Mapping[str, Any]
 ) -> Callable[[], Interactions]:
-    """Of a file of pairs or, if there is none, one of lines."""
+    """Interactions from a file of pairs or, if there is none, from a file of lines."""
     if pair:
         table = open_table(parts, pair[0], PAIR, ("user", "item", "timestamp"), known=known)
         return lambda: pairs(table)
-    parts.notes.append(f"{lines[0].name}: items in the order of time; their numbers are the timestamps")
+    parts.notes.append(f"{lines[0].name}: items are in time order; their positions are the timestamps")
     return lambda: sequences(lines[0])
 
 
@@ -84,7 +84,10 @@ def ninerec(parts: Parts, domain: str | None, language: str) -> Published:
     width = max((len(row) for row in sample), default=0)
     texts = range(1, width)
     if not texts:
-        raise DataError(f"{printable(item)}: one column. It has an id and titles, separated by commas; download it.")
+        raise DataError(
+            f"{printable(item)}: has only one column instead of an id and titles, separated by commas. Download it "
+            "again."
+        )
     shares = {
         column: sum(bool(CHINESE.search("".join(row[column : column + 1]))) for row in sample) for column in texts
     }
@@ -266,7 +269,7 @@ def mind(parts: Parts, domain: str | None, language: str) -> Published:
     tables = [Table(file, "\t", dict(zip(fields, range(5), strict=True)), False, parts.left_out) for file in news]
     columns = {name: place for place, name in enumerate(("id", "user", "time", "history", "shown"))}
     shown = [Table(file, "\t", columns, False, parts.left_out) for file in logs]
-    parts.notes.append("the history of a user has no times: it is numbered, before all that was clicked later")
+    parts.notes.append("the history of a user has no times: its items are numbered, before all later clicks")
 
     def interactions() -> Interactions:
         known = set()
@@ -343,7 +346,7 @@ def kuairec(parts: Parts, domain: str | None, language: str) -> Published:
     parts.check()
     chosen = parts.choose(matrices, domain or ("big" if "big" in matrices else None))
     watched = open_table(parts, matrices[chosen], {**PAIR, "value": VALUES})
-    parts.notes.append(f"{matrices[chosen].name}: what was watched; the value of an interaction is the share of it")
+    parts.notes.append(f"{matrices[chosen].name}: watched videos; the value of an interaction is the watched share")
     header = next(cells_of(captions), [])
     fields = ("video_id", "caption", "manual_cover_text", "topic_tag")
     if missing := {*fields} - {*header}:
@@ -353,7 +356,7 @@ def kuairec(parts: Parts, domain: str | None, language: str) -> Published:
     def items() -> Items:
         for row in table:
             item = row.pop("video_id").strip()
-            if not item.isdecimal():  # of captions with line breaks in them
+            if not item.isdecimal():  # a row of a caption with line breaks
                 parts.left_out.add("rows", f"{captions.name}, {item[:40]!r}", "no id of a video")
                 continue
             tags = row["topic_tag"].strip("[] ").replace(",", ", ")
@@ -412,15 +415,16 @@ LAYOUTS: dict[str, Layout] = {
 
 def open_published(layout: str, folder: str | Path, domain: str | None = None, language: str = "en") -> Published:
     """
-    A published data set, none of which is read yet.
+    Open a published data set, without reading it.
 
     Args:
         layout (`str`): One of `LAYOUTS`.
-        folder (`str`): Where its parts are.
-        domain (`str`, *optional*): Which of several data sets there, as `TN`.
-        language (`str`, *optional*, defaults to `"en"`): Of the titles, where they are in several: `"en"` or `"zh"`.
+        folder (`str`): Folder with its files.
+        domain (`str`, *optional*): Which of several data sets in the folder, such as `TN`.
+        language (`str`, *optional*, defaults to `"en"`): Language of the titles if there are several, `"en"` or
+            `"zh"`.
 
     Raises:
-        [`DataError`]: If parts are missing, or it is not said which data set.
+        [`DataError`]: If files are missing, or if there are several data sets and `domain` names none.
     """
     return LAYOUTS[layout](Parts(folder, layout), domain, language)

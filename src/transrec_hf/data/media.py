@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 FEATURES = {"image": "Image", "audio": "Audio", "video": "Video"}
-"""By modality, the feature of `datasets` that its files are."""
+"""The feature of `datasets` for the files of each modality."""
 KINDS = {"image": "images", "audio": "sounds", "video": "videos"}
-"""By modality, what its files are called."""
+"""The word for the files of each modality."""
 BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]{40}|[\w+/\s-]{200,}=*$")
-"""How the bytes of an image begin in base64, and what no path looks like."""
+"""The beginning of an image in base64, which no path has."""
 PRINTED = re.compile(r"""b['"]|\{['"](bytes|path|array)['"]:|<PIL\.|\[\[""")
-"""How a file begins that somebody has written into a table of text with `str`."""
+"""The beginning of a file that was written into a table of text with `str`."""
 CHECKS: dict[str, Callable[[pa.DataType], bool]] = {
     "bytes": lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
     "path": is_text,
 }
-"""What the fields of a file may hold."""
+"""The types that the fields of a file may have."""
 
 
 def file_feature(name: str, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def _typed_frames(items: datasets.Dataset, name: str, source: str) -> datasets.D
 
 
 def _holds_something_else(items: datasets.Dataset, name: str, fields: dict[str, pa.DataType]) -> bool:
-    """Whether structs without a file have something in a field of another name."""
+    """Whether structs that hold no file have values in a field of another name."""
     others = fields.keys() - CHECKS.keys()
     for batch in items.select_columns(name).with_format("arrow").iter(1000) if others else ():
         filled = {field: pc.is_valid(pc.struct_field(batch[name], field)) for field in fields}
@@ -98,7 +98,7 @@ class Files:
 
     Attributes:
         name (`str`): The modality.
-        is_listed (`bool`): Each content is a list of files, as the frames of a video.
+        is_listed (`bool`): Whether each content is a list of files, such as the frames of a video.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Files:
         self._places = np.arange(len(rows))
         masks = []
         self.is_listed = is_list(rows.features.arrow_schema.field(self.name).type)
-        for batch in rows.select_columns(self.name).iter(1000):  # no file is copied as a whole column
+        for batch in rows.select_columns(self.name).iter(1000):  # so that no whole column of files is copied
             if self.is_listed:
                 lengths = pc.fill_null(pc.list_value_length(batch[self.name]), 0)
                 masks.append(pc.greater(lengths, 0).to_numpy(zero_copy_only=False))
@@ -138,7 +138,7 @@ class Files:
             raise BadContent(f"{self.name} file cannot be read ({error.strerror})") from error
 
     def defects(self, full: bool = False) -> dict[int, str]:
-        """Reads the header of every file, or decodes it if `full`, in threads."""
+        """Read the header of every file, or decode every file if `full`, in threads."""
         rows = np.flatnonzero(self.present)
         chunks = np.array_split(rows, max(1, len(rows) // 64))
         bad: dict[int, str] = {}
@@ -164,7 +164,7 @@ class Files:
         raise NotImplementedError
 
     def _content(self, row: int) -> Any:
-        """What the column holds of an item."""
+        """The cell of an item."""
         return self._rows[int(self._places[row])][self.name][0]
 
     def _source(self, row: int) -> pa.Buffer | str:
@@ -190,7 +190,7 @@ class Files:
 
 
 def _no_path(text: str, name: str) -> str | None:
-    """What a text is that is no path, if it is none."""
+    """What a text is if it is not a path; `None` if it may be a path."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(//|/[^/])|//|www\.", text):
         return f"a URL, which is not read: download the {name} and write its path ({shortened(text, 60)!r})"
     if text[:5].lower() == "data:":
@@ -198,7 +198,7 @@ def _no_path(text: str, name: str) -> str | None:
     if missing_words(pa.array([text]))[0]:
         return f"{shortened(text)!r}, a missing value written as a word: leave the cell empty"
     if PRINTED.match(text):
-        return f"what Python prints of an {name}, which is none: write its bytes into Parquet, or a file and its path"
+        return f"a printed Python object, not an {name}: write its bytes into Parquet, or a file and its path"
     if BASE64.match(text):
-        return "base64 and no path: write the decoded bytes, or a file and its path"
+        return "base64, not a path: write the decoded bytes, or a file and its path"
     return None

@@ -1,4 +1,4 @@
-"""Parquet files: their shape, their rows in blocks, and the items of one in the cache, memory-mapped."""
+"""Parquet files: their shape, their rows in blocks, and items as memory-mapped files in the cache."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 CACHE_FORMAT = 1
 BUFFER = 1 << 20  # bytes read at a time
-CONVERTED = 1 << 23  # bytes, as far as the footer tells, that are converted at a time
+CONVERTED = 1 << 23  # bytes that are converted at a time, by the sizes of the footer
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what Arrow says of a file into a [`DataError`]."""
+    """Turn an error of Arrow about a file into a [`DataError`]."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{printable(path)}: not a readable Parquet file, or cannot be read "
+            f"{printable(path)}: is not a Parquet file, or cannot be read "
             f"({shortened(one_line(error), 200)}). Write it again."
         ) from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    # not by its name, which need not be one that Arrow takes; not ahead, or Arrow holds the whole file
+    # opened here, as Arrow refuses some names; without reading ahead, as Arrow would hold the whole file
     with open(path, "rb") as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER) as table:
         yield table
 
@@ -58,17 +58,19 @@ def read_shape(path: Path) -> tuple[list[str], int]:
                 f"{printable(path)}: its footer counts {footer.num_rows} rows, its parts {sum(groups)}. "
                 "Write it again."
             )
-        if footer.num_rows > path.stat().st_size and len(footer.schema.names):  # rather count than believe it
+        if footer.num_rows > path.stat().st_size and len(
+            footer.schema.names
+        ):  # count the rows, since the footer may lie
             for _ in read_blocks(path, footer.num_rows, file.schema_arrow.names[:1], 2**20):
                 pass
         return file.schema_arrow.names, footer.num_rows
 
 
 def read_blocks(path: Path, rows: int, columns: Sequence[str] | None, size: int) -> Iterator[pa.Table]:
-    """Blocks of at most `size` rows, which must be `rows` in all."""
+    """Blocks of at most `size` rows. Raises [`DataError`] if they are not `rows` in all."""
     found = 0
     with _readable(path), _opened(path) as file:
-        for row_group in range(file.num_row_groups):  # of all that it iterates over, Arrow holds what it has read
+        for row_group in range(file.num_row_groups):  # one by one, since Arrow keeps what it has read in one iteration
             for batch in file.iter_batches(size, row_groups=[row_group], columns=columns):
                 found += len(batch)
                 yield pa.Table.from_batches([batch])
@@ -77,7 +79,7 @@ def read_blocks(path: Path, rows: int, columns: Sequence[str] | None, size: int)
 
 
 def read_cached(path: Path, rows: int) -> datasets.Dataset:
-    """The file as a data set that is memory-mapped from the cache of `datasets`, images included."""
+    """The file as a data set, images included, which is memory-mapped from the cache of `datasets`."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "transrec"
@@ -105,8 +107,8 @@ def _count(cached: Path) -> int:
 
 def _state(path: Path) -> str:
     """
-    What changes when the file does: not only its time of modification, which `tar`, `rsync` and `cp -p` keep, but also
-    the one of its entry in the file system, which nobody can set, and the footer with its statistics.
+    A value that changes whenever the file changes. It depends on the modification time, which `tar`, `rsync` and `cp
+    -p` keep, on the change time of the file system, which nobody can set, and on the footer with its statistics.
     """
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
@@ -119,7 +121,7 @@ def _state(path: Path) -> str:
 
 
 def _convert(path: Path, rows: int, target: Path) -> None:
-    """Write the columns that `datasets` can hold as a stream of Arrow."""
+    """Write the columns that `datasets` can hold as an Arrow stream."""
     writer = None
     bar = logging.tqdm(total=rows, desc="Reading items", delay=2)
     with _readable(path), bar:
@@ -139,12 +141,12 @@ def _convert(path: Path, rows: int, target: Path) -> None:
 
 
 def _with_sound_metadata(schema: pa.Schema, metadata: dict[bytes, bytes] | None) -> pa.Schema:
-    """With what `datasets` has noted of the columns, unless it is damaged or of other columns."""
+    """The schema with the metadata of `datasets`, unless these are damaged or belong to other columns."""
     import datasets
 
     try:
         features = datasets.Features.from_arrow_schema(schema.with_metadata(metadata))
         fits = features.arrow_schema.remove_metadata() == schema.remove_metadata()
-    except Exception:  # whatever a stranger has written there
+    except Exception:  # the metadata may hold anything
         fits = False
     return features.arrow_schema if fits else schema.remove_metadata()

@@ -1,7 +1,7 @@
-"""Where the tables of a domain are, in files, in memory or on the Hub, and how far they may reach.
+"""Where the tables of a data set are (in files, in memory or on the Hub), and which files they may name.
 
-A data set of the Hub may read its own repository and nothing else, a local one its own folder, links resolved: whoever
-has made a data set chooses its paths, whoever reads it owns the files.
+A data set of the Hub can read only its own repository, and a local one only its own folder, with links resolved. The
+author of a data set chooses its paths, but the files belong to the person who reads it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 
 @contextmanager
 def bad_table(name: str) -> Iterator[None]:
-    """Turn what libraries raise on a table that they cannot read into a [`DataError`] that begins with its name."""
+    """Turn the errors of libraries that cannot read a table into a [`DataError`] that begins with its name."""
     try:
         yield
     except DataError:
         raise
     except OSError as error:
         raise DataError(
-            f"{name}: {shortened(one_line(error), 300)}. Check the file, and the room on the disk."
+            f"{name}: {shortened(one_line(error), 300)}. Check the file, and the free disk space."
         ) from error
     except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(
@@ -54,9 +54,9 @@ class Place:
 
     Args:
         table (`datasets.Dataset`, `pa.Table` or `Path`): The table, or the local file that holds it.
-        name (`str`): For messages.
-        folder (`str`, *optional*): What the files that it names are relative to, and must lie in. Without one, the
-            table was made in this program, which may name any file.
+        name (`str`): Its name, for messages.
+        folder (`str`, *optional*): Folder to which the files that the table names are relative, and which must contain
+            them. Without it, the table was made in this program, and may name any file.
     """
 
     table: datasets.Dataset | pa.Table | Path
@@ -69,7 +69,7 @@ def open_source(source: Any, table: str, revision: str | None, split: str | None
     import datasets
 
     if isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise DataError(f"{table}: a streamed data set has no rows to look up. Load it without streaming=True.")
+        raise DataError(f"{table}: rows of a streamed data set cannot be looked up. Load it without streaming=True.")
     if isinstance(source, Mapping) and source and all(isinstance(of, datasets.Dataset) for of in source.values()):
         source = _choose_split(source, table, table, split)
     if isinstance(source, datasets.Dataset):
@@ -94,7 +94,7 @@ def open_source(source: Any, table: str, revision: str | None, split: str | None
 def _choose_split(
     splits: Mapping[str, datasets.Dataset], name: str, table: str, split: str | None
 ) -> datasets.Dataset:
-    """The only split, or those that are named, joined by `+`."""
+    """The only split of a data set, or the splits that are named, joined by `+`."""
     import datasets
 
     if len(splits) == 1 and (split is None or table == "items"):
@@ -102,7 +102,8 @@ def _choose_split(
     if split is None:
         everything = "+".join(splits)
         raise DataError(
-            f"{name}: which split of {list(splits)}? Name one with split=..., or several as in split={everything!r}."
+            f"{name}: has several splits, {list(splits)}. Name one with split=..., or several as in "
+            f"split={everything!r}."
         )
     unknown = [part for part in split.split("+") if part not in splits]
     if unknown:
@@ -130,7 +131,7 @@ def _load_hub(repo_id: str, table: str, revision: str | None) -> Mapping[str, da
 
 
 def _check_configurations(repo_id: str, commit: str | None) -> None:
-    """Refuse a data set whose README names files that are not its own: local ones, or addresses in the network."""
+    """Refuse a data set whose README names files outside of it: local files, or network addresses."""
     for name in ("README.md", ".huggingface.yaml"):
         try:
             file = hf_hub_download(repo_id, name, repo_type="dataset", revision=commit)
@@ -143,7 +144,9 @@ def _check_configurations(repo_id: str, commit: str | None) -> None:
         try:
             configurations = (yaml.safe_load(text) or {}).get("configs")
         except (yaml.YAMLError, AttributeError, RecursionError, ValueError) as error:
-            raise DataError(f"{repo_id}: the header of {name} cannot be read ({type(error).__name__}).") from error
+            raise DataError(
+                f"{repo_id}: the header of {name} cannot be read ({type(error).__name__}). Correct it."
+            ) from error
         for value in _strings(configurations):
             parts = re.split(r"[/\\]", value)
             if "://" in value or "::" in value or ".." in parts or os.path.isabs(value) or parts[0].startswith("~"):
@@ -166,7 +169,7 @@ def _strings(values: Any) -> Iterable[str]:
 
 
 def _repository_of(dataset: datasets.Dataset) -> str | None:
-    """The data set of the Hub that an object was loaded from, as far as its cache files say."""
+    """The data set of the Hub that an object was loaded from, if its cache files tell."""
     for file in dataset.cache_files:
         if match := re.search(r"[/\\]([\w.-]+?)___([\w.-]+)[/\\]", file["filename"]):
             return f"{match[1]}/{match[2]}"
@@ -174,7 +177,7 @@ def _repository_of(dataset: datasets.Dataset) -> str | None:
 
 
 def _folder_of_hub(repo_id: str | None) -> str | None:
-    """Where the Hub's cache keeps the files of a data set."""
+    """The folder of a data set in the cache of the Hub."""
     return repo_id and os.path.join(constants.HF_HUB_CACHE, f"datasets--{repo_id.replace('/', '--')}")
 
 
@@ -202,8 +205,8 @@ def _find_table(folder: Path, table: str) -> Path:
 
 def lies_in(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     """
-    Whether a file is in a folder, with all links resolved. In a snapshot of the Hub's cache files are links to the
-    `blobs` of the same repository, which are its own.
+    Whether a file is in a folder, with all links resolved. In the cache of the Hub, the files of a snapshot are links
+    to the `blobs` of the same repository, which belong to it.
     """
     try:
         real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -1,4 +1,6 @@
-"""Published data sets as they are downloaded: their parts are found and read row by row, whatever their size."""
+"""
+Published data sets as they are downloaded: finding their files, and reading them row by row, whatever their size.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +28,24 @@ from .media import KINDS
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open}
 DEEPEST = 3
-"""Folders in folders in which parts are looked for."""
+"""Depth of the folders that are searched for files."""
 MEDIA_FOLDER = re.compile("cover|image|poster|video|audio|preview|frame", re.IGNORECASE)
-"""Names of folders that hold a file an item; no part is looked for in these."""
+"""Names of folders with one file for each item, which are not searched for other files."""
 SAMPLE = 10_000
-"""Rows of a file without a header by which its columns are told apart."""
+"""Rows of a file without a header that are used to recognise its columns."""
 MOST_LISTED = 100_000
 SECONDS = range(946_684_800, 4_102_444_800)  # of the years 2000 to 2099
 
 
 class LeftOut:
-    """What a domain is made without, and why; each once, and counted."""
+    """What was left out of a data set, and why; each once, and counted."""
 
     def __init__(self) -> None:
         self.listed: dict[tuple[str, str], str] = {}
         self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, name: str, reason: str) -> None:
-        """`kind` in the plural, as `images`; `name` is the id or the row."""
+        """Note one thing that is left out. `kind` is a plural such as `images`; `name` is the id or the row."""
         if (kind, name) not in self.listed:
             self.counts[kind] += 1
             if len(self.listed) < MOST_LISTED:
@@ -53,16 +55,18 @@ class LeftOut:
 @dataclass
 class Published:
     """
-    A published data set, not read yet. What it yields can be read again and again, from its beginning.
+    A published data set that was not read yet. Its items and interactions can be read several times, each time from
+    the beginning.
 
     Args:
-        items (`Callable`): To iterate over items: dictionaries of `item_id`, fields of text, and paths of media.
-        interactions (`Callable`): To iterate over users, items, times (`None` where unknown), and ratings (or `None`).
-        text (`tuple[str, ...]`): The fields that are the text of an item unless others are asked for.
-        media (`tuple[str, ...]`): Of which modalities there are files.
-        notes (`list[str]`): What was found out about the files.
+        items (`Callable`): Returns an iterator over items: dictionaries of `item_id`, text fields, and paths of media.
+        interactions (`Callable`): Returns an iterator over interactions: user, item, time and rating (time and rating
+            are `None` if unknown).
+        text (`tuple[str, ...]`): The default fields for the text of an item.
+        media (`tuple[str, ...]`): The modalities that have files.
+        notes (`list[str]`): Facts that were found out about the files.
         left_out ([`LeftOut`]): Rows that cannot be read.
-        place (`str`): The folder that they are in, for messages.
+        place (`str`): The folder of the files, for messages.
     """
 
     items: Callable[[], Iterator[dict[str, Any]]]
@@ -76,14 +80,14 @@ class Published:
 
 class Parts:
     """
-    The parts of a published data set in a folder, by the patterns of their names.
+    The files of a published data set, found by patterns of their names.
 
     Args:
-        folder (`str`): The folder; its parts may lie in folders of their own.
-        layout (`str`): Its name, for messages.
+        folder (`str`): The folder; files may be in its subfolders.
+        layout (`str`): Name of the layout, for messages.
 
     Raises:
-        [`DataError`]: If there is no such folder.
+        [`DataError`]: If the folder does not exist.
     """
 
     def __init__(self, folder: str | os.PathLike, layout: str):
@@ -121,27 +125,27 @@ class Parts:
         return found[0] if found else None
 
     def need(self, what: str, *patterns: str) -> Path:
-        """The first file that matches; that there is none is noted for [`Parts.check`]."""
+        """The first file that matches; if there is none, this is noted for [`Parts.check`]."""
         found = self.files(*patterns)
         if not found:
             self.miss(f"{what} ({' or '.join(patterns)})")
         return found[0] if found else self.root
 
     def miss(self, what: str) -> None:
-        """Note a missing part."""
+        """Note a missing file."""
         self._missing.append(what)
 
     def check(self) -> None:
-        """Raise one [`DataError`] for all missing parts."""
+        """Raise one [`DataError`] for all missing files."""
         if self._missing:
             there = [printable(path.relative_to(self.root)) for path in (*self._folders, *self._files)[:8]]
             raise DataError(
-                f"{printable(self.root)}: not all of {self.layout} is there. Missing: {'; '.join(self._missing)}. "
-                f"Found {there}. Download what is missing to this folder, or name another one."
+                f"{printable(self.root)}: files of {self.layout} are missing: {'; '.join(self._missing)}. "
+                f"Found {there}. Download the missing files to this folder, or name another folder."
             )
 
     def choose(self, names: Iterable[str], chosen: str | None) -> str:
-        """One of several data sets in the folder. Raises [`DataError`] if it is not said which."""
+        """One of several data sets in the folder. Raises [`DataError`] if `chosen` does not name one."""
         found = sorted(set(names))
         if chosen is None and len(found) == 1:
             return found[0]
@@ -149,11 +153,11 @@ class Parts:
             return str(chosen)
         if not found:
             self.check()
-            raise DataError(f"{printable(self.root)}: nothing of {self.layout} is there. Name another folder.")
+            raise DataError(f"{printable(self.root)}: there are no files of {self.layout}. Name another folder.")
         raise DataError(f"{printable(self.root)}: holds {', '.join(found)}. Name one with --domain, not {chosen}.")
 
     def published(self, items: Callable, interactions: Callable, text: Sequence[str], **media: Any) -> Published:
-        """The data set; `media` are what [`media_of`] found of each modality."""
+        """The data set; `media` holds the files that [`media_of`] found for each modality."""
         found = tuple(name for name, files in media.items() if files)
         for name in media.keys() - {*found}:
             self.notes.append(f"no {KINDS[name]}: there is no folder of files named by item (unpack archives)")
@@ -167,7 +171,7 @@ class Parts:
 
 
 def media_of(folder: Path | None) -> dict[str, str]:
-    """The path of each file in a folder, and in the folders there, by its name without suffix: the id of an item."""
+    """The paths of the files in a folder and its subfolders, by name without suffix, which is the id of an item."""
     found: dict[str, str] = {}
     for entry in os.scandir(folder) if folder else ():
         inside = os.scandir(entry.path) if entry.is_dir() else (entry,)
@@ -181,20 +185,20 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{printable(path)}: not UTF-8 ({error.reason}). Convert it, with iconv for example."
+            f"{printable(path)}: is not UTF-8 ({error.reason}). Convert it, for example with iconv."
         ) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"{printable(path)}: cannot be read ({one_line(error)}). Download it again.") from error
 
 
 def lines_of(path: Path, encoding: str = "utf-8-sig") -> Iterator[str]:
-    """The lines of a file of text, compressed or not."""
+    """The lines of a text file, compressed or not."""
     with _readable(path), OPENERS.get(path.suffix, open)(path, "rt", encoding=encoding, newline="") as file:
         yield from file
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8, or Latin-1 if a file is none."""
+    """The encoding of a file: UTF-8, or Latin-1 if it is not UTF-8."""
     try:
         for _ in lines_of(path):
             pass
@@ -204,7 +208,7 @@ def encoding_of(path: Path) -> str:
 
 
 def cells_of(path: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> Iterator[list[str]]:
-    """The cells of each row that is not blank; only those of comma-separated files may be quoted."""
+    """The cells of each row that is not blank; cells may be quoted only in comma-separated files."""
     lines = lines_of(path, encoding)
     if delimiter == ",":
         with _readable(path):
@@ -217,7 +221,7 @@ def cells_of(path: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> I
 
 @dataclass
 class Table:
-    """A file of rows whose columns are known."""
+    """A file of rows with known columns."""
 
     path: Path
     delimiter: str
@@ -227,12 +231,12 @@ class Table:
     encoding: str = "utf-8-sig"
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        """The cells of each row by the names of the columns; rows that lack one are left out."""
+        """The cells of each row by column name; rows that lack a cell are left out."""
         width, columns = max(self.columns.values()) + 1, self.columns.items()
         rows = cells_of(self.path, self.delimiter, self.encoding)
         for number, row in enumerate(islice(rows, int(self.has_header), None), start=1):
             if len(row) < width:
-                reason = f"{len(row)} cells where {width} are needed"
+                reason = f"{len(row)} cells instead of {width}"
                 self.left_out.add("rows", f"{self.path.name}, row {number}", reason)
                 continue
             yield {name: row[place] for name, place in columns}
@@ -248,15 +252,17 @@ def open_table(
     encoding: str = "utf-8-sig",
 ) -> Table:
     """
-    A file with a header or without.
+    Open a file with or without a header.
 
     Args:
-        parts ([`Parts`]): Where it is; notes go there.
+        parts ([`Parts`]): The files of the data set, which get notes on this file.
         path (`Path`): The file.
-        names (`dict[str, list[str]]`): What each column may be called in a header.
-        order (`list[str]`, *optional*): The columns of a file without a header as they are published.
-        delimiter (`str`, *optional*): Between cells; by default a tab if the first line has one, else a comma.
-        known (`Container[str]`, *optional*): Ids of items, by which the columns of a file without a header are told.
+        names (`dict[str, list[str]]`): The names that each column may have in a header.
+        order (`list[str]`, *optional*): The published order of the columns of a file without a header.
+        delimiter (`str`, *optional*): Character between cells; by default a tab if the first line has one, otherwise a
+            comma.
+        known (`Container[str]`, *optional*): Ids of items, which help to recognise the columns of a file without a
+            header.
 
     Raises:
         [`DataError`]: If there is no header, and the order of the columns is not known.
@@ -273,7 +279,7 @@ def open_table(
     if not order:
         missing = [f"{name} ({' or '.join(aliases)})" for name, aliases in names.items() if name not in columns]
         raise DataError(
-            f"{printable(path)}: no column {', '.join(missing)}; found {shortened(first, 300)}. Download it again."
+            f"{printable(path)}: has no column {', '.join(missing)}; found {shortened(first, 300)}. Download it again."
         )
     sample = [row for row in islice(cells_of(path, delimiter, encoding), SAMPLE) if len(row) >= len(order)]
     if known and not any(cell in known for row in sample for cell in row):
@@ -284,13 +290,13 @@ def open_table(
         )
     found = _told_apart(sample, order, known) if known else dict(zip(order, range(len(order)), strict=True))
     in_order = ", ".join(sorted(found, key=found.__getitem__))
-    how = "as their cells tell" if known else "as they are published"
+    how = "recognised by their cells" if known else "in the published order"
     parts.notes.append(f"{path.name}: no header; its columns are {in_order}, {how}")
     return table(columns=found, has_header=False)
 
 
 def _told_apart(sample: Sequence[Sequence[str]], order: Sequence[str], known: Container[str]) -> dict[str, int]:
-    """Which column is what: items are known, times are of this century, ratings are small; the rest are users."""
+    """The columns, recognised by their cells: items are known, times are of this century, ratings are small."""
     left = list(range(len(order)))
     share = [sum(row[column] in known for row in sample) / max(1, len(sample)) for column in left]
     found = {}
@@ -315,7 +321,7 @@ def _is_rating(cell: str) -> bool:
 
 
 def json_lines(path: Path, left_out: LeftOut) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one a line. Raises [`DataError`] if it has none."""
+    """The objects of a file with one JSON object on each line. Raises [`DataError`] if it has none."""
     found = False
     for number, line in enumerate(lines_of(path), start=1):
         try:
@@ -325,19 +331,20 @@ def json_lines(path: Path, left_out: LeftOut) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if not found and number > 100:
                 break
-            left_out.add("rows", f"{path.name}, line {number}", f"no JSON ({one_line(error)})")
+            left_out.add("rows", f"{path.name}, line {number}", f"not JSON ({one_line(error)})")
             continue
         found = True
         yield row
     if not found:
         raise DataError(
-            f"{printable(path)}: holds no JSON object a line. Download the file of another year or format."
+            f"{printable(path)}: does not hold one JSON object on each line. Download the file of another year or "
+            "format."
         )
 
 
 @functools.lru_cache(maxsize=2**16)
 def seconds_of(text: str, form: str | None = None) -> int | None:
-    """Seconds since 1970 of a time, in UTC unless it says its zone; `None` if it is none."""
+    """Seconds since 1970 of a time (in UTC, unless it names a time zone); `None` if the text is not a time."""
     try:
         time = datetime.strptime(text, form) if form else datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
@@ -346,7 +353,7 @@ def seconds_of(text: str, form: str | None = None) -> int | None:
 
 
 def number_of(text: Any) -> float | None:
-    """A number, or `None` if it is none."""
+    """A number, or `None` if the value is not a number."""
     try:
         number = float(text)
     except (TypeError, ValueError):
@@ -355,6 +362,6 @@ def number_of(text: Any) -> float | None:
 
 
 def time_of(text: str) -> int | None:
-    """A time that is written as a number, or else as a date."""
+    """A time that is written as a number or as a date; `None` if the text is neither."""
     number = number_of(text)
     return seconds_of(text) if number is None else int(number)

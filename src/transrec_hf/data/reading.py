@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 BLOCK = 2**18
-"""Interactions read, sorted or counted at a time: what is done with all of them is done in such blocks."""
+"""Number of interactions that are read, sorted or counted at a time."""
 
 
 def _check_file(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"{printable(path)}: unsupported extension {path.suffix!r}. Save it as one of {', '.join(SUFFIXES)} "
-            "(comma-separated, or one JSON object a line)."
+            "(comma-separated, or one JSON object on each line)."
         )
     if path.stat().st_size == 0:
         raise DataError(f"{printable(path)}: the file is empty. Write it again.")
 
 
 def read_items(place: Place) -> datasets.Dataset:
-    """The items. Those of a Parquet file go through the cache of `datasets`, hence memory-mapped, images included."""
+    """The items. Items of a Parquet file, images included, are memory-mapped from the cache of `datasets`."""
     import datasets
 
     table = place.table
@@ -55,13 +55,13 @@ def read_items(place: Place) -> datasets.Dataset:
 
 
 def check_item_columns(columns: list[str], name: str) -> None:
-    """Columns of items: an id, and something of what items have."""
+    """Check that a table of items has a column of ids and at least one column of contents."""
     named = ["image" if column == "file_name" and "image" not in columns else column for column in columns]
     check_columns(named, name, ("item_id",), tuple(MODALITIES))
 
 
 def read_interactions(place: Place) -> tuple[int, Iterator[pa.Table]]:
-    """Number of interactions, and their three columns in blocks. Parquet and data sets are never held as a whole."""
+    """The number of interactions, and their columns in blocks. Parquet and data sets are never read as a whole."""
     table, columns = place.table, list(INTERACTION_COLUMNS)
     if isinstance(table, Path):
         _check_file(table)

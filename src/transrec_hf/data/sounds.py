@@ -1,4 +1,4 @@
-"""Sounds of items, decoded by PyAV as far as they are needed."""
+"""Sounds of items, decoded by PyAV, and only the parts that are needed."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AAC", "M4A")
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 1000, 768_000, 64
 MAX_LEVEL = 100.0
-"""Of samples, where 1 is the loudest that files of whole numbers have."""
+"""Largest allowed sample; in files of whole numbers, the loudest sample is 1."""
 MAX_JUMPS = 100_000
-"""From place to place in one file."""
+"""Most jumps within one file."""
 MAX_BROKEN = 100
-"""Packets of a stream that may be damaged: as players do, they are left out."""
+"""Most damaged packets of a stream; they are left out, as players do."""
 PIECE = 2**14
 """Samples that are resampled at a time."""
 CHECKED_SECONDS = 30.0
-"""Of a sound that are decoded when it is checked."""
+"""Seconds that are decoded to check a sound."""
 
 
 def format_of(head: bytes) -> str | None:
     """
-    The demuxer for a file that begins with `head` (16 bytes), told by its contents. No other is tried: some, as those
-    of playlists, open whatever files and addresses they are told to.
+    The demuxer for a file that begins with `head` (16 bytes). No other demuxer is tried, because some of them, such as
+    those of playlists, open other files and network addresses.
     """
     if head[:4] in (b"RIFF", b"RF64", b"BW64"):
         return {b"WAVE": "wav", b"AVI ": "avi"}.get(head[8:12])
@@ -56,8 +56,8 @@ def format_of(head: bytes) -> str | None:
 
 class _Bounded:
     """
-    A file as a demuxer reads it, which opens nothing itself. Beyond its end there is nothing, whatever its header
-    says, and a file of millions of empty parts is given up.
+    A file for a demuxer, which then opens nothing itself. Reading ends at the end of the file, whatever its header
+    says, and a file with millions of empty parts is refused.
     """
 
     def __init__(self, source: pa.Buffer | str):
@@ -72,7 +72,7 @@ class _Bounded:
     def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
         self._jumps += 1
         if self._jumps == MAX_JUMPS:
-            raise BadContent(f"damaged: it cannot be read without {MAX_JUMPS:,} jumps. Save it anew")
+            raise BadContent(f"damaged: it cannot be read without {MAX_JUMPS:,} jumps. Save it again")
         place += (0, self.tell(), self._size)[whence]
         return self._file.seek(min(max(0, place), self._size)) if self._jumps < MAX_JUMPS else -1
 
@@ -83,27 +83,27 @@ class _Bounded:
 @contextmanager
 def opened(source: pa.Buffer | str, formats: tuple[str, ...]) -> Iterator[InputContainer]:
     """
-    A file of sound or moving pictures, open for decoding.
+    A sound or video file, open for decoding.
 
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
-        formats (`tuple[str]`): Which are read, for messages.
+        formats (`tuple[str]`): The formats that can be read, for messages.
 
     Raises:
-        [`BadContent`]: If it is none, or damaged.
+        [`BadContent`]: If the file has another format, or is damaged.
         [`DataError`]: If PyAV is not installed.
     """
     try:
         import av
     except ImportError as error:
-        raise DataError("sounds and moving pictures need PyAV: pip install 'transrec-hf[media]'") from error
+        raise DataError("sounds and videos need PyAV: pip install 'transrec-hf[media]'") from error
     try:
         with closing(_Bounded(source)) as file:
             demuxer = format_of(file.read(16))
             if demuxer is None:
                 raise BadContent(f"not a file of a known format ({', '.join(formats)})")
             file.seek(0)
-            # what a WAV file holds is in its header alone, and need not be found out
+            # the header of a WAV file tells what it holds, so the stream need not be analysed
             options = {"probesize": "32"} if demuxer == "wav" else {}
             readable: Any = file
             with av.open(readable, format=demuxer, options=options, metadata_errors="replace") as container:
@@ -118,7 +118,7 @@ def opened(source: pa.Buffer | str, formats: tuple[str, ...]) -> Iterator[InputC
 
 
 def frames_of(container: InputContainer, stream: Any) -> Iterator[Any]:
-    """What a stream decodes to, without its damaged packets. Raises [`BadContent`] if there are too many of them."""
+    """The decoded frames of a stream, without damaged packets. Raises [`BadContent`] if too many are damaged."""
     import av
 
     packets, broken = container.demux(stream), 0
@@ -141,18 +141,19 @@ def decode_sound(
     at: float = 0.5,
 ) -> np.ndarray:
     """
-    A sound, the mean of its channels: `(samples,)`, float32. Of one that is longer than `seconds` as many are decoded:
-    the first ones or, if there are several windows, evenly spread pieces of it, one after the other.
+    Decode a sound: the mean of its channels, `(samples,)`, float32. If it is longer than `seconds`, only so many
+    seconds are decoded: the first ones or, with several windows, evenly spread pieces, one after the other.
 
     Args:
         source (`pa.Buffer` or `str`): The encoded file, or its path.
-        sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
-        seconds (`float`, *optional*, defaults to 30): How much of it is decoded at most.
-        windows (`int`, *optional*, defaults to 1): In how many pieces.
-        at (`float`, *optional*, defaults to 0.5): Where in its part of the sound each piece is, from 0 to 1.
+        sampling_rate (`int`, *optional*, defaults to 16000): Samples per second.
+        seconds (`float`, *optional*, defaults to 30): Most seconds that are decoded.
+        windows (`int`, *optional*, defaults to 1): Number of pieces.
+        at (`float`, *optional*, defaults to 0.5): The sound is divided into `windows` equal parts; position of the
+            piece in its part, from 0 to 1.
 
     Raises:
-        [`BadContent`]: If it cannot be used.
+        [`BadContent`]: If the sound cannot be used.
     """
     wanted = round(sampling_rate * seconds)
     with opened(source, AUDIO_FORMATS) as container:
@@ -165,7 +166,7 @@ def decode_sound(
             samples = _samples(container, stream, sampling_rate, wanted, [0.0], seconds)
     found = len(samples)
     if not found:
-        raise BadContent("no sound in it: 0 samples")
+        raise BadContent("it has no samples")
     if 2 * found < min(wanted, length * sampling_rate):
         raise BadContent(
             f"truncated: {found / sampling_rate:.1f} of {length:.1f} seconds can be decoded. Get the file again"
@@ -173,14 +174,14 @@ def decode_sound(
     if not np.isfinite(samples).all():
         raise BadContent("some samples are NaN or infinite")
     if (peak := np.abs(samples).max()) > MAX_LEVEL:
-        raise BadContent(f"samples of up to {peak:.0e}, where 1 is the loudest: save it with 16 bits a sample")
+        raise BadContent(f"it has samples of up to {peak:.0e}, but 1 is the loudest: save it with 16 bits per sample")
     return samples
 
 
 def _samples(
     container: InputContainer, stream: Any, sampling_rate: int, wanted: int, starts: Iterable[float], seconds: float
 ) -> np.ndarray:
-    """At most `wanted` samples, of so many seconds from each start on."""
+    """At most `wanted` samples: `seconds` from each start on."""
     pieces = _joined(chain.from_iterable(_piece(container, stream, start, seconds) for start in starts))
     sounds = pieces if stream.rate == sampling_rate else _resampled(pieces, stream.rate, sampling_rate)
     parts, found = [np.empty(0, dtype=np.float32)], 0
@@ -193,12 +194,12 @@ def _samples(
 
 
 def _piece(container: InputContainer, stream: Any, start: float, seconds: float) -> Iterator[np.ndarray]:
-    """The samples of so many seconds from a time on, at the rate of the stream."""
+    """The samples of `seconds` from the time `start` on, at the rate of the stream."""
     import av
 
     start += float((stream.start_time or 0) * stream.time_base)
     left = math.ceil(seconds * stream.rate) + 1
-    with suppress(av.FFmpegError):  # what cannot be sought is read on
+    with suppress(av.FFmpegError):  # if seeking fails, read on
         container.seek(int(start / stream.time_base), stream=stream)
     for frame in frames_of(container, stream):
         samples = _mono(frame)[_before(frame, start) :][:left]
@@ -209,12 +210,12 @@ def _piece(container: InputContainer, stream: Any, start: float, seconds: float)
 
 
 def _before(frame: AudioFrame, start: float) -> int:
-    """How many samples of a frame are before a time."""
+    """The number of samples of a frame before a time."""
     return 0 if frame.time is None else max(0, round((start - frame.time) * frame.sample_rate))
 
 
 def _joined(sounds: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces of a sound in larger ones."""
+    """The pieces of a sound, joined into larger pieces."""
     parts: list[np.ndarray] = []
     found = 0
     for samples in sounds:
@@ -228,9 +229,9 @@ def _joined(sounds: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _stream(container: InputContainer) -> Any:
-    """The first stream of sound. Raises [`BadContent`] if there is none, or its header is absurd."""
+    """The first audio stream. Raises [`BadContent`] if there is none, or its header is absurd."""
     if not container.streams.audio:
-        raise BadContent("no sound in it: the file has no audio stream")
+        raise BadContent("the file has no audio stream")
     stream = container.streams.audio[0]
     if stream.codec_context is None:
         raise BadContent("its codec is not known: save it as WAV or FLAC")
@@ -239,18 +240,18 @@ def _stream(container: InputContainer) -> Any:
         raise BadContent("truncated or damaged file (no frame of sound can be found in it)")
     if not MIN_RATE <= rate <= MAX_RATE or channels > MAX_CHANNELS:
         raise BadContent(
-            f"{rate:,} samples a second in {channels} channels; {MIN_RATE:,} to {MAX_RATE:,} in up to {MAX_CHANNELS} "
-            "are read"
+            f"it has {rate:,} samples per second in {channels} channels; {MIN_RATE:,} to {MAX_RATE:,} in at most "
+            f"{MAX_CHANNELS} channels can be read"
         )
     return stream
 
 
 def seconds_of(container: InputContainer, stream: Any) -> float:
-    """How long a stream is as its header says; 0 if it does not."""
+    """The length of a stream in seconds by its header; 0 if the header does not tell."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     first = float((stream.start_time or 0) * stream.time_base)
-    return max(0.0, (container.duration or 0) / 1_000_000 - max(0.0, first))  # of Matroska, whose clock starts at 0
+    return max(0.0, (container.duration or 0) / 1_000_000 - max(0.0, first))  # in Matroska, whose clock starts at 0
 
 
 def _mono(frame: AudioFrame) -> np.ndarray:
@@ -285,7 +286,7 @@ def _resampled(sounds: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator
 
 
 class Sounds(Files):
-    """Sounds, mono at the rate that is asked for; see [`Files`]."""
+    """Sounds, which are read as mono at a given rate; see [`Files`]."""
 
     name = "audio"
 
@@ -294,11 +295,11 @@ class Sounds(Files):
         self._lengths = np.zeros(len(rows))
 
     def lengths(self) -> np.ndarray:
-        """Seconds of each sound as its header says, `(N,)`; 0 where it does not, or was not read yet."""
+        """Seconds of each sound by its header, `(N,)`; 0 if the header does not tell, or was not read yet."""
         return self._lengths[self._places]
 
     def read(self, row: int, **form: Any) -> np.ndarray:
-        """A sound or pieces of it, `(samples,)`, float32; `form` as of [`decode_sound`]."""
+        """A sound or pieces of it, `(samples,)`, float32; `form` holds arguments of [`decode_sound`]."""
         return decode_sound(self._source(row), **form)
 
     def _check(self, row: int, full: bool) -> None:

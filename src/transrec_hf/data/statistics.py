@@ -1,4 +1,4 @@
-"""What a reader of results must know of the data."""
+"""Statistics of the data that a reader of results must know."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .reading import BLOCK
 
 
 def log_popularity(counts: np.ndarray) -> np.ndarray:
-    """log of every item's share of the interactions, (N,) float32; an item without any counts as one.
+    """The logarithm of every item's share of the interactions, (N,) float32; an item without interactions counts as
+    one.
 
-    The `log p` of the debiased cross-entropy (Yi et al., RecSys 2019), from training counts.
+    It is the `log p` of the debiased cross-entropy (Yi et al., RecSys 2019), computed from training counts.
     """
     counts = np.asarray(counts, dtype=np.float64)
     return np.log(np.maximum(counts, 1) / max(counts.sum(), 1)).astype(np.float32)
@@ -30,8 +31,8 @@ def log_popularity(counts: np.ndarray) -> np.ndarray:
 
 def co_occurrences(train: Sequences, num_items: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Pairs `left * num_items + right` of different items within the window, both ways, and their counts; sorted, in
-    blocks.
+    Pairs of different items within a window, in both orders, and their counts. A pair is the number
+    `left * num_items + right`. Pairs are sorted and come in blocks.
     """
     pairs = flat_column(2 * window * int(train.lengths.sum()), np.int64)
     size = 0
@@ -55,10 +56,11 @@ def co_occurrences(train: Sequences, num_items: int, window: int) -> Iterator[tu
 
 
 def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
-    """What a reader of the results must know of the data, as a small JSON-able dictionary.
+    """Statistics of the data that a reader of results must know, as a small dictionary that JSON can hold.
 
-    Counts, lengths, modality mix, repeats (targets that the user chose before cannot be hit when the history is
-    masked), cold share (items without training interactions) and popularity. Shares are between 0 and 1.
+    It holds counts, lengths, the mix of modalities, repeats (targets that the user chose before; they cannot be hit
+    when the history is masked), the cold share (items without training interactions) and popularity. Shares are
+    between 0 and 1.
     """
     counts = split.train.item_counts(len(catalogue))
     parts = split.train, split.validation, split.test
@@ -84,7 +86,7 @@ def data_statistics(catalogue: Catalogue, split: Split) -> dict[str, Any]:
 
 
 def modality_shares(catalogue: Catalogue) -> dict[str, float]:
-    """The share of items with one modality alone, `NAME_only`, and with several, `both`; all add up to 1."""
+    """The shares of items with one modality only, `NAME_only`, and with several, `both`; the shares add up to 1."""
     present = np.stack([catalogue.has(name) for name in MODALITIES], axis=1)
     several = present.sum(axis=1) > 1
     only = {name: float((present[:, index] & ~several).mean()) for index, name in enumerate(MODALITIES)}
@@ -115,7 +117,7 @@ def _target_statistics(sequences: Sequences, train_counts: np.ndarray) -> dict[s
 
 
 def popularity_statistics(counts: np.ndarray) -> dict[str, Any]:
-    """Gini coefficient of the training counts, and the share of interactions of every tenth of the catalogue."""
+    """The Gini coefficient of the training counts, and the share of interactions of every tenth of the catalogue."""
     ascending = np.sort(counts).astype(np.float64)
     total, size = max(ascending.sum(), 1.0), len(ascending)
     gini = 2 * (np.arange(1, size + 1) * ascending).sum() / (size * total) - (size + 1) / size

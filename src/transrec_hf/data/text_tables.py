@@ -1,6 +1,7 @@
-"""CSV and JSONL files as Arrow tables: quickly by Arrow where it reads them rightly, else row by row in Python.
+"""CSV and JSONL files as Arrow tables. Arrow reads the files that it reads correctly; Python reads all others row by
+row.
 
-Rows are named as users see them: data rows counted from 1, the header of a CSV file and blank lines not counted.
+Messages name rows as users see them: data rows count from 1; the header of a CSV file and blank lines do not count.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from .frames import plain_table_of
 
 BYTES = 1 << 24  # read at a time
 ROWS = 2**16  # converted at a time
-DEEPEST = 64  # brackets in a line of JSON that Arrow is given: it has no limit of its own, and ends the process
+DEEPEST = 64  # most nested brackets in a line of JSON for Arrow, which has no limit and would crash the process
 
 
 def read_text_table(path: Path) -> pa.Table:
-    """CSV or JSONL as an Arrow table; encoding and shape of every row are checked. Cells of CSV are strings."""
+    """A CSV or JSONL file as an Arrow table; encoding and shape of every row are checked. Cells of CSV are strings."""
     return _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file that is UTF-8 to its end."""
+    """The bytes of a file in blocks. Raises [`DataError`] if they are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         try:
@@ -54,7 +55,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
             name = shortened(path.name.encode("utf-8", "backslashreplace").decode())
             raise DataError(
                 f"{printable(path)}: line {line} of the file is not UTF-8 (byte 0x{byte:02x}). "
-                f"Convert it, from Windows for example: iconv -f {encoding} -t UTF-8 '{name}' > utf8.csv"
+                f"Convert it, for example: iconv -f {encoding} -t UTF-8 '{name}' > utf8.csv"
             ) from None
 
 
@@ -72,7 +73,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _header(path: Path) -> tuple[list[str], str]:
-    """The names of the columns and what separates them: what gives the most names that are known, else a comma."""
+    """The names of the columns and their separator: the one that gives most known names, otherwise a comma."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         line = file.readline(2**20)
     found = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t|"}
@@ -83,13 +84,13 @@ def _header(path: Path) -> tuple[list[str], str]:
 
 
 def _raise_ragged(path: Path, cells: dict[int, int], columns: int) -> None:
-    what = f"number of cells other than the {columns} of the header"
-    mend = "Quote text that holds commas, quotes or line breaks."
+    what = f"number of cells differs from the {columns} of the header"
+    mend = "Put text that holds commas, quotes or line breaks in quotes."
     raise_defects(printable(path), describe(what, list(cells), mend, lambda row: f"{cells[row]} cells"))
 
 
 def _read_plain_csv(path: Path, names: list[str], delimiter: str) -> pa.Table:
-    """A file without any quote."""
+    """Read a file without any quotes."""
     ragged: list[pa.csv.InvalidRow] = []
 
     def skip(row: pa.csv.InvalidRow) -> str:
@@ -100,7 +101,7 @@ def _read_plain_csv(path: Path, names: list[str], delimiter: str) -> pa.Table:
         try:
             table = pa.csv.read_csv(
                 file,
-                read_options=pa.csv.ReadOptions(use_threads=False),  # so that ragged rows carry their number
+                read_options=pa.csv.ReadOptions(use_threads=False),  # so that errors name the row
                 parse_options=pa.csv.ParseOptions(delimiter=delimiter, quote_char=False, invalid_row_handler=skip),
                 convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
             )
@@ -113,7 +114,7 @@ def _read_plain_csv(path: Path, names: list[str], delimiter: str) -> pa.Table:
 
 
 def _read_quoted_csv(path: Path, delimiter: str) -> pa.Table:
-    """A file with quotes, by the rules of RFC 4180: what Arrow makes of a quote that nobody closes swallows rows."""
+    """Read a file with quotes by the rules of RFC 4180; Arrow would lose rows after a quote that is not closed."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -146,8 +147,8 @@ class _Records:
 
     Attributes:
         row (`int`): Rows read so far, without the header.
-        faults (`dict[int, str]`): The first rows that are not CSV, and why. After each, reading goes on in the line
-            below the one where it begins.
+        faults (`dict[int, str]`): The first rows that are not CSV, and why. After such a row, reading continues in the
+            line after the one where the row begins.
     """
 
     def __init__(self, file: Iterable[str], delimiter: str) -> None:
@@ -207,12 +208,12 @@ def _read_jsonl(path: Path) -> pa.Table:
         try:
             return _read_simple_jsonl(path)
         except pa.ArrowInvalid:
-            pass  # Python finds out what is wrong, and where, or reads it after all
+            pass  # Python reads it, or finds out what is wrong and where
     return _read_odd_jsonl(path)
 
 
 def _is_simple(lines: bytes) -> bool:
-    """Whether every line is an object by itself, without deep nesting, as far as its brackets tell."""
+    """Whether every line seems to be one object without deep nesting, judged by its brackets."""
     block = np.frombuffer(b"\n%b\n" % lines, dtype=np.uint8)
     block = block[block != ord("\r")]
     ends = np.flatnonzero(block == ord("\n"))
@@ -224,7 +225,9 @@ def _is_simple(lines: bytes) -> bool:
 
 
 def _read_simple_jsonl(path: Path) -> pa.Table:
-    """By Arrow, with strings as strings, lest it reads titles such as "1984-06-08" as dates; ids may be integers."""
+    """
+    Read a file with Arrow. Strings stay strings (a title such as "1984-06-08" is not a date); ids may be integers.
+    """
     with open(path, encoding="utf-8-sig") as file:
         first = next((line for line in file if line.strip()), "{}")
     try:
@@ -244,7 +247,7 @@ def _read_simple_jsonl(path: Path) -> pa.Table:
 
 
 def _read_odd_jsonl(path: Path) -> pa.Table:
-    """By Python: what Arrow cannot read, with the rows that nobody can read in the error."""
+    """Read with Python a file that Arrow cannot read; the error names rows that Python cannot read either."""
     rows: list[dict[str, Any]] = []
     bad: dict[int, str] = {}
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
@@ -256,12 +259,12 @@ def _read_odd_jsonl(path: Path) -> pa.Table:
                 if not isinstance(cells, dict):
                     bad[len(rows)], cells = "not an object", {}
             except RecursionError:
-                bad[len(rows)], cells = "nested too deep", {}
+                bad[len(rows)], cells = "nested too deeply", {}
             except ValueError as problem:
                 bad[len(rows)], cells = shortened(problem), {}
             rows.append(cells)
     name = printable(path)
-    raise_defects(name, describe("malformed JSON", list(bad), "Write an object a line.", bad.__getitem__))
+    raise_defects(name, describe("malformed JSON", list(bad), "Write one object on each line.", bad.__getitem__))
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     defects = Defects()
     for key in set(columns) & set(NEEDED):
@@ -271,7 +274,9 @@ def _read_odd_jsonl(path: Path) -> pa.Table:
 
 
 def _check_cells(name: str, cells: list[Any], defects: Defects) -> None:
-    """Cells of one column of JSON: that their types fit, and that Arrow can hold them. Changes what means the same."""
+    """
+    Check that the cells of a JSON column have one type that Arrow can hold; equivalent cells are converted in place.
+    """
 
     def add(what: str, wrong: list[bool], mend: str) -> None:
         defects.add(f"{what} in column {name!r}", np.array(wrong), mend, 0, lambda row: shortened(repr(cells[row])))

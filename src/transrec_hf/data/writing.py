@@ -1,4 +1,4 @@
-"""From a published data set to a checked domain: what cannot be used is left out, listed and counted."""
+"""From a published data set to a checked one: what cannot be used is left out, listed and counted."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def write_published(
     k_core: int = 1,
 ) -> dict[str, Any]:
     """
-    Write `items.parquet`, `interactions.parquet` and, of what was left out, `left_out.csv`.
+    Write `items.parquet`, `interactions.parquet`, and a list of everything that was left out, `left_out.csv`.
 
-    Files are read twice from their beginning and never held as a whole. Every image, sound and video is decoded before
-    it is taken in; an item without any content is left out with its interactions.
+    Files are read twice and never held in memory as a whole. Every image, sound and video is decoded before it is
+    accepted; an item without any content is left out, together with its interactions.
 
     Args:
         published ([`Published`]): The data set.
         folder (`Path`): An empty folder.
-        text (`list[str]`, *optional*): Fields that are joined to the text; by default those of the layout.
-        separator (`str`, *optional*, defaults to `". "`): Between the fields.
-        modalities (`list[str]`, *optional*): Which contents are taken in; all by default.
-        min_value (`float`, *optional*): Interactions of a lower rating are left out.
-        k_core (`int`, *optional*, defaults to 1): Users and items with fewer interactions are left out, again and
-            again until all have as many; before items are read.
+        text (`list[str]`, *optional*): Fields that are joined to make the text; by default those of the layout.
+        separator (`str`, *optional*, defaults to `". "`): Separator between the fields.
+        modalities (`list[str]`, *optional*): The contents to read; all by default.
+        min_value (`float`, *optional*): Interactions with a lower rating are left out.
+        k_core (`int`, *optional*, defaults to 1): Users and items with fewer interactions are left out, repeatedly,
+            until all have this many; this happens before items are read.
 
     Returns:
-        `dict`: `dropped`, counts of what was left out by kind, and `notes`.
+        `dict`: `dropped`, the number of things that were left out, by kind, and `notes`.
 
     Raises:
         [`DataError`]: If nothing is left, or a field of the text does not exist.
@@ -62,15 +62,17 @@ def write_published(
     log = _Log(published, min_value)
     users, wanted = log.core(k_core) if k_core > 1 else (None, log.items())
     if not wanted:
-        raise DataError(f"{published.place}: no interaction is left: none has a user, an item and a time")
+        raise DataError(
+            f"{published.place}: no interaction is left: none has a user, an item and a time. Check the files."
+        )
     columns = [name for name in published.media if modalities is None or name in modalities]
     fields = list(text or published.text) if modalities is None or "text" in modalities else []
     items = _Items(published, wanted, fields, separator, columns)
     known = items.write(folder / "items.parquet")
     if not known:
         raise DataError(
-            f"{published.place}: no item is left: none of those that interactions name has a title or a file that can "
-            "be read"
+            f"{published.place}: no item is left: no item of the interactions has a title or a file that can be read. "
+            "Check the files."
         )
     log.write(folder / "interactions.parquet", known, users)
     left_out.counts["items that no interaction names"] = items.unused
@@ -83,7 +85,7 @@ def write_published(
 
 
 class _Log:
-    """The interactions of a published data set, read as often as they are needed."""
+    """The interactions of a published data set, which can be read several times."""
 
     def __init__(self, published: Published, min_value: float | None):
         self.published, self.min_value = published, min_value
@@ -100,11 +102,11 @@ class _Log:
         bar.close()
 
     def items(self) -> set[str]:
-        """The items that are named."""
+        """The ids of the items that occur in interactions."""
         return {item for _, item, _, _ in self._rows("Reading")}
 
     def core(self, k: int) -> tuple[set[str], set[str]]:
-        """Users and items of which each has `k` interactions with the others."""
+        """The `k`-core: users and items that each have at least `k` interactions among themselves."""
         names: tuple[dict[str, int], dict[str, int]] = ({}, {})
         codes = array("i"), array("i")
         for row in self._rows("Counting"):
@@ -126,7 +128,7 @@ class _Log:
         return kept_users, kept_items
 
     def write(self, path: Path, known: set[str], users: set[str] | None) -> None:
-        """Those with the known items and users."""
+        """Write the interactions of known items and users."""
         fields = (("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64()))
         schema, rows = pa.schema(list(fields)), 0
         with pa.parquet.ParquetWriter(path, schema) as writer:
@@ -136,7 +138,9 @@ class _Log:
                 writer.write_table(pa.table(arrays, schema=schema))
                 rows += len(block)
         if not rows:
-            raise DataError("no interaction is left: none has a user, a time and an item that can be used")
+            raise DataError(
+                "no interaction is left: none has a user, a time and an item that can be used. Check the files."
+            )
 
     def _kept(self, known: set[str], users: set[str] | None) -> Iterator[tuple[str, str, int]]:
         for user, item, time, _ in self._rows("Writing"):
@@ -151,7 +155,7 @@ class _Log:
 
 
 class _Items:
-    """The items of a published data set that are wanted, with their contents."""
+    """The wanted items of a published data set, with their contents."""
 
     def __init__(
         self, published: Published, wanted: set[str], fields: Sequence[str], separator: str, media: Sequence[str]
@@ -161,7 +165,7 @@ class _Items:
         self.unused = 0
 
     def write(self, path: Path) -> set[str]:
-        """Write them, a part after the other, and return their ids."""
+        """Write the items part by part, and return their ids."""
         kinds = [("item_id", pa.string()), *([("text", pa.string())] if self.fields else [])]
         kinds += [(name, pa.binary()) for name in self.media]
         schema, written = pa.schema(kinds), set()
@@ -216,7 +220,7 @@ class _Items:
             return None
 
     def _sound(self, table: pa.Table, name: str) -> pa.ChunkedArray:
-        """A column of files without those that cannot be decoded."""
+        """A column of files, without the files that cannot be decoded."""
         import datasets
 
         column = table[name]
@@ -233,12 +237,12 @@ class _Items:
 
 
 def _is_missing(name: str) -> bool:
-    """Whether an id is none."""
+    """Whether an id is a missing value."""
     return not name or name == "NA" or name.lower() in MISSING_WORDS
 
 
 def _blocks(rows: Iterable[Any], most: int, most_bytes: int | None = None) -> Iterator[list[Any]]:
-    """Rows in lists of at most `most`, or of files of about `most_bytes`."""
+    """Rows in lists of at most `most` rows, or of files of about `most_bytes` in total."""
     block: list[Any] = []
     size = 0
     for row in rows:

@@ -461,8 +461,10 @@ class ItemEncoder(nn.Module):
         return masked_mean(states, real) if pooling is None else pooling(states, real)
 
     def pool(self, output: Any, mask: Tensor | None) -> Tensor:
-        """Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the
-        tower does it itself."""
+        """
+        Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the tower
+        does it itself.
+        """
         states = output.last_hidden_state
         if mask is not None:
             if self.pooling_strategy == "attention":

@@ -1,4 +1,4 @@
-"""An item index as others take it: an Arrow table of ids, vectors and columns, and a table of LanceDB."""
+"""An item index for other programs: an Arrow table of ids, vectors and columns, and a table of LanceDB."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ VECTOR = "vector"
 
 def to_arrow(index: ItemIndex) -> pa.Table:
     """
-    `item_id`, `vector` (fp32, of one length) and the columns of the items that may be recommended, a row each. A score
-    is the dot product of a vector with that of a user.
+    A table with one row for each item that may be recommended: `item_id`, `vector` (fp32, all of one length), and the
+    columns of the items. A score is the dot product of an item's vector with the vector of a user.
     """
     table = pa.table({"item_id": pa.array(index.item_ids, pa.string()), VECTOR: _as_lists(index)})
     for name in [] if index.columns is None else index.columns.column_names:
         if name in table.column_names:
-            raise DataError(f"the items have a column {name!r}, which is the name of ids or vectors here: rename it")
+            raise DataError(
+                f"the items have a column {name!r}, a name that ids or vectors have in this table: rename it"
+            )
         table = table.append_column(name, index.columns[name])  # type: ignore[index]
     return table if index.hidden is None else table.filter(pa.array(~index.hidden.numpy()))
 
@@ -35,30 +37,30 @@ def _as_lists(index: ItemIndex) -> pa.Array:
 
 def to_lancedb(index: ItemIndex, uri: str | os.PathLike, name: str = "items") -> Any:
     """
-    Write an index as a table of LanceDB, or bring the one that is there up to date: items are updated and added by
-    their ids, and those that are gone are deleted.
+    Write an index as a table of LanceDB, or update an existing table: items are updated and added by their ids, and
+    items that are not in the index are deleted.
 
     Args:
-        index ([`ItemIndex`]): E.g. that of a [`Recommender`].
+        index ([`ItemIndex`]): The index, for example `recommender.index`.
         uri (`str`): Folder of the database.
-        name (`str`, *optional*, defaults to `"items"`): Of the table.
+        name (`str`, *optional*, defaults to `"items"`): Name of the table.
 
     Returns:
         The table. Search it by `distance_type("dot")` with the vectors of users; call `optimize()` on a schedule.
 
     Raises:
-        [`DataError`]: If LanceDB is not there.
+        [`DataError`]: If LanceDB is not installed.
     """
     try:
         import lancedb
     except ImportError as error:
-        raise DataError("writing a table of LanceDB needs it: pip install lancedb") from error
+        raise DataError("LanceDB is not installed: pip install lancedb") from error
     rows, database = to_arrow(index), lancedb.connect(os.fspath(uri))
     try:
         table = database.open_table(name)
     except (ValueError, FileNotFoundError):
         return database.create_table(name, rows)
-    table.checkout_latest()  # a stale handle would add rows twice
+    table.checkout_latest()  # an outdated handle would add rows twice
     merge = table.merge_insert("item_id").when_matched_update_all().when_not_matched_insert_all()
     merge.when_not_matched_by_source_delete().execute(rows)
     return table

@@ -1,4 +1,4 @@
-"""A demo in the browser: choose items, or bring some of your own, and see what is recommended and why."""
+"""A demo in the browser: choose items, or add your own, and see what is recommended and why."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ COLOURS = (
     "#666666",
     "#b2df8a",
 )
-"""Of the groups of a map; they can be told apart by most people."""
-FONTS = ["system-ui", "sans-serif"]  # of the machine: nothing is loaded from elsewhere
+"""Colours of the groups of a map, which most people can tell apart."""
+FONTS = ["system-ui", "sans-serif"]  # fonts of the machine: nothing is loaded from other sites
 CSS = """
 .gradio-container {max-width: 1400px !important; width: 100% !important; margin: auto}
 .shelf, .shelf .grid-wrap, .shelf .gallery-container {min-height: 0 !important; max-height: none !important}
@@ -64,25 +64,27 @@ LAUNCH: dict[str, Any] = {
     "max_file_size": MAX_IMAGE,
     "footer_links": [],
 }
-"""Arguments of `Blocks.launch` that belong to the demo."""
+"""Arguments of `Blocks.launch` for the demo."""
 
 History = list[dict[str, Any]]
 
 
 class Shop:
     """
-    A catalogue as people see it.
+    A catalogue with titles and pictures, as people see it.
 
     Args:
-        recommender ([`Recommender`]): With its catalogue.
+        recommender ([`Recommender`]): A recommender that has its catalogue.
 
     Raises:
-        [`DataError`]: If it has none.
+        [`DataError`]: If the recommender has no catalogue.
     """
 
     def __init__(self, recommender: Recommender):
         if recommender.catalogue is None:
-            raise DataError("the demo shows pictures and titles: give --data or --items, not an index alone")
+            raise DataError(
+                "the demo shows pictures and titles, which an index does not have: give --data or --items too"
+            )
         self.recommender, self.catalogue = recommender, recommender.catalogue
         self.texts = [self.catalogue.text(row) or "" for row in range(len(self.catalogue))]
         self.lowered = [text.lower() for text in self.texts]
@@ -90,7 +92,7 @@ class Shop:
         self.picture = functools.lru_cache(maxsize=2048)(self._picture)
 
     def title(self, row: int, length: int = 60) -> str:
-        """What to call an item."""
+        """The text under the picture of an item."""
         text = " ".join(self.texts[row].split())
         if not text:
             return str(self.catalogue.item_ids[row])
@@ -106,7 +108,7 @@ class Shop:
         return [(self.picture(row), title) for row, title in zip(rows.tolist(), titles, strict=True)]
 
     def found(self, words: str, condition: str) -> np.ndarray:
-        """Rows of the items with all words for which a filter holds. Raises [`DataError`]."""
+        """Rows of the items that have all `words` and match the filter `condition`. Raises [`DataError`]."""
         rows = search(self.catalogue, self.lowered, words)
         if condition.strip():
             columns = self.recommender.items.columns
@@ -119,12 +121,12 @@ class Shop:
         return self.catalogue.rows([item.item_id for item in found])
 
     def entry(self, row: int) -> dict[str, Any]:
-        """An item as a history has it."""
+        """An item of the catalogue as an entry of a history."""
         return {"item": str(self.catalogue.item_ids[row]), "title": self.title(row), "picture": self.picture(row)}
 
 
 def own_item(text: str | None, path: str | None) -> dict[str, Any]:
-    """An item that somebody brings, as a history has it. Raises [`DataError`]."""
+    """An item that a visitor adds, as an entry of a history. Raises [`DataError`]."""
     item: dict[str, Any] = {}
     text = (text or "").strip()
     if text:
@@ -136,7 +138,9 @@ def own_item(text: str | None, path: str | None) -> dict[str, Any]:
                 check_image_size(*image.size)
                 item["image"] = to_rgb(image)
         except Exception:  # whatever decoders raise
-            raise DataError("this image cannot be read: take a PNG, JPEG, WebP or GIF that is not too large") from None
+            raise DataError(
+                "this image cannot be read: choose a PNG, JPEG, WebP or GIF that is not too large"
+            ) from None
         picture = thumbnail(item["image"])
     if not item:
         raise DataError("give a text, an image or both")
@@ -144,7 +148,7 @@ def own_item(text: str | None, path: str | None) -> dict[str, Any]:
 
 
 def reasons(item: Recommendation, history: History) -> str:
-    """What moved a recommendation: the two items of the history that say most for it, and each modality."""
+    """The reasons for a recommendation: the two items of the history that raise its score most, and each modality."""
     why = item.explanation
     if why is None:
         return ""
@@ -155,7 +159,7 @@ def reasons(item: Recommendation, history: History) -> str:
 
 def as_table(rows: list[tuple[str, str, str]]) -> str:
     """Titles, scores and reasons, as HTML."""
-    head = "<tr><th>item</th><th>score</th><th>of that, by</th></tr>"
+    head = "<tr><th>item</th><th>score</th><th>raised by</th></tr>"
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
@@ -174,7 +178,7 @@ def answer(shop: Shop, history: History, k: int, condition: str, modality: str, 
         explain=True,
     )
     if found.fallback is not None:
-        gr.Info("Nothing of this history is known to the model: these are the popular items.")
+        gr.Info("The model knows no item of this history: these are the popular items.")
     rows = shop.rows(found)
     titles = [f"{rank}. {shop.title(row)}" for rank, row in enumerate(rows.tolist(), 1)]
     table = [(title, f"{item.score:.2f}", reasons(item, history)) for item, title in zip(found, titles, strict=True)]
@@ -199,7 +203,7 @@ def draw_map(shop: Shop, colour: str, history: History, recommended: list[str]) 
 
 
 def shelf(name: str, columns: int) -> gr.Gallery:
-    """Pictures in rows, to click at."""
+    """Pictures in rows, to click on."""
     return gr.Gallery(
         show_label=False,
         columns=columns,
@@ -218,10 +222,10 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
     The demo of one recommender, or of several side by side.
 
     Args:
-        recommenders (`dict[str, Recommender]`): By the name to show, each with its catalogue.
+        recommenders (`dict[str, Recommender]`): Recommenders by the name to show; each needs its catalogue.
 
     Raises:
-        [`DataError`]: If one has no catalogue.
+        [`DataError`]: If a recommender has no catalogue.
     """
     shops = {name: Shop(recommender) for name, recommender in recommenders.items()}
     first = next(iter(shops.values()))
@@ -262,8 +266,9 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
     with gr.Blocks(title="transrec-hf", analytics_enabled=False) as demo:
         history, here, page = gr.State([]), gr.State([]), gr.State(0)
         gr.Markdown(
-            f"## What next?\nClick items to build a history, or bring one of your own. **{'** and **'.join(shops)}** "
-            f"recommend{'s' if len(shops) == 1 else ''} from what items show, so a new item is as good as a known one."
+            "## What next?\nClick items to build a history, or add an item of your own. "
+            f"**{'** and **'.join(shops)}** recommend{'s' if len(shops) == 1 else ''} by the content of items, so a "
+            "new item works as well."
         )
         with gr.Tab("Recommend"):
             with gr.Row():
@@ -273,7 +278,7 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
                         condition = gr.Textbox(
                             label="Filter",
                             placeholder="price < 20 and 'hat' in text",
-                            info="Of the catalogue and of what is recommended.",
+                            info="Applies to the catalogue and to the recommendations.",
                             min_width=160,
                         )
                     catalogue = shelf("catalogue", 6)
@@ -285,7 +290,7 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
                     gr.Markdown("**History**, oldest first; click to remove")
                     chosen = shelf("history", 5)
                     clear = gr.Button("Clear the history", size="sm")
-                    with gr.Accordion("Bring an item of your own", open=False, elem_id="own"):
+                    with gr.Accordion("Add an item of your own", open=False, elem_id="own"):
                         text = gr.Textbox(label="Its text", placeholder="a small red hat", max_length=2000)
                         image = gr.Image(
                             label="Its image", type="filepath", height=140, sources=["upload", "clipboard"]
@@ -297,7 +302,9 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
                             [ANY, *first.recommender.model.config.modalities], value=ANY, label="Of items with"
                         )
                     repeats = gr.Checkbox(False, label="Recommend items of the history, too")
-            gr.Markdown("Scores compare within one list. Beside each: how much lower it would be without that part.")
+            gr.Markdown(
+                "Compare scores within one list only. Beside each score: how much lower it would be without that part."
+            )
             outputs: list[Any] = [chosen]
             recommended: list[Any] = []
             with gr.Row():
@@ -321,7 +328,9 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
                 elem_id="map",
                 buttons=[],
             )
-            gr.Markdown("Items of like vectors lie together: these are the two axes along which they differ most.")
+            gr.Markdown(
+                "Items with similar vectors are close together. The axes are the two along which items differ most."
+            )
 
         def draw(name: str, by: str, given: History, *lists: list[str]) -> gr.ScatterPlot:
             return gr.ScatterPlot(**draw_map(shops[name], by, given, lists[list(shops).index(name)]))
@@ -345,14 +354,14 @@ def build_demo(recommenders: dict[str, Recommender]) -> gr.Blocks:
 
 def launch(recommenders: dict[str, Recommender], host: str = "127.0.0.1", port: int = 7860, **kwargs: Any) -> Any:
     """
-    Show the demo; returns when it is stopped, unless `prevent_thread_lock`.
+    Show the demo. Returns when the demo is stopped, or at once with `prevent_thread_lock=True`.
 
     Args:
         recommenders (`dict[str, Recommender]`): See [`build_demo`].
-        host, port: Where to listen.
+        host (`str`), port (`int`): Address to listen on.
         kwargs: Further arguments of `gradio.Blocks.launch`.
     """
-    here = Path(__file__).parent  # the code, which no visitor needs
+    here = Path(__file__).parent  # visitors may not read the code
     place: dict[str, Any] = {
         "server_name": host,
         "server_port": port,

@@ -1,4 +1,4 @@
-"""Nearest items of a very large catalogue without looking at all of them, by faiss (the extra `faiss`)."""
+"""Nearest items of a very large catalogue, found by faiss (the extra `faiss`) without a look at every item."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from ..errors import DataError
 from .search import SHARE, Matrix, best_of, largest, search
 
 
-SAMPLE = 256  # queries by which the recall is measured
-TRAINED = 40  # vectors for each cell, from which the cells are found; faiss warns of fewer than 39
+SAMPLE = 256  # queries that measure the recall
+TRAINED = 40  # vectors for each cell that the cells are fitted on; faiss warns of fewer than 39
 ROUNDS = 10  # of k-means
-CANDIDATES = 4  # for each item that is wanted, which full precision orders
+CANDIDATES = 4  # items that are scored in full precision, for each item that is wanted
 
 
 @dataclass
 class ApproximateIndex:
     """
-    The cells of an inverted file with vectors of 8 bits a number (`IVF,SQ8` in an id map), of which as many are looked
-    at as a measured recall asks for. Sets that a filter leaves small are searched exactly.
+    An inverted file of cells with 8 bits for each number of a vector (`IVF,SQ8` in an id map). It searches as many
+        cells
+    as the measured recall needs. If a filter leaves few items, these are searched exactly.
 
     Args:
         matrix ([`Matrix`]): The vectors.
-        cells (`faiss.IndexIDMap2`): What faiss has made of them.
-        nprobe (`int`): Cells that are looked at.
-        recall (`float`): Share of the exact ten best items that were found by it in a sample.
+        cells (`faiss.IndexIDMap2`): The index that faiss has made of them.
+        nprobe (`int`): Number of cells that are searched.
+        recall (`float`): Share of the exact ten best items that this search found for a sample of queries.
     """
 
     matrix: Matrix
@@ -47,19 +48,19 @@ class ApproximateIndex:
         """
         Args:
             matrix ([`Matrix`]): The vectors.
-            recall (`float`, *optional*, defaults to 0.99): The least share of the exact ten best items to be found.
-            queries (`Tensor` of shape `(n, width)`, *optional*): Vectors of users by which it is measured; if not
-                given, means of items that are near each other.
-            seed (`int`, *optional*, defaults to 0): Of the samples.
+            recall (`float`, *optional*, defaults to 0.99): Share of the exact ten best items that must be found.
+            queries (`Tensor` of shape `(n, width)`, *optional*): User vectors for the measurement of the recall; by
+                default, means of items that are near each other.
+            seed (`int`, *optional*, defaults to 0): Seed of the samples.
 
         Raises:
-            [`DataError`]: If faiss is not there, or there are too few items for it.
+            [`DataError`]: If faiss is not installed, or there are too few items.
         """
         if not 0 < recall <= 1:
-            raise DataError(f"the recall is a share of the best items, above 0 and at most 1, got {recall!r}")
+            raise DataError(f"the recall must be above 0 and at most 1, got {recall!r}")
         n = len(matrix)
         if n < 39 * 16:
-            raise DataError(f"{n} items are too few for an approximate index: search them exactly")
+            raise DataError(f"{n} items are too few for an approximate index: leave it out, and the search is exact")
         try:
             import faiss
         except ImportError as error:
@@ -79,7 +80,7 @@ class ApproximateIndex:
         return found
 
     def save(self, file: str | os.PathLike, state: str) -> None:
-        """Keep the cells for other processes, and beside them that they are of an index in this state."""
+        """Save the cells for other processes, with the state of the index that they belong to."""
         import faiss
 
         faiss.write_index(self.cells, os.fspath(file))
@@ -89,8 +90,8 @@ class ApproximateIndex:
     @classmethod
     def load(cls, file: str | os.PathLike, state: str, matrix: Matrix) -> ApproximateIndex | None:
         """
-        The cells that another process has saved, mapped into memory; none if the index was in another state. Of a file
-        of one's own only: faiss does not check what it reads.
+        Map the cells that another process has saved into memory; `None` if they belong to another state of the index.
+        Read only your own files: faiss does not check what it reads.
         """
         about = json.loads(Path(f"{file}.json").read_text(encoding="utf-8"))
         if about.pop("state") != state:
@@ -100,14 +101,14 @@ class ApproximateIndex:
         return cls(matrix, faiss.read_index(os.fspath(file), faiss.IO_FLAG_MMAP), **about)
 
     def sample(self, rng: np.random.Generator) -> Tensor:
-        """Vectors such as users have: means of an item and some that are near it."""
+        """Vectors like those of users: means of an item and some items near it."""
         rows = torch.from_numpy(rng.permutation(len(self.matrix))[:SAMPLE])
         near = search(self.matrix, self.matrix.exact[rows], 5)[1]
         means = self.matrix.exact[near].mean(dim=1)
         return torch.nn.functional.normalize(means, dim=1) * self.matrix.whole
 
     def tune(self, recall: float, queries: Tensor) -> None:
-        """Look at as many cells as give a recall, by doubling."""
+        """Double the number of searched cells until the recall is reached."""
         exact = search(self.matrix, queries, 10)[1]
         most = self.num_cells
         while True:
@@ -120,7 +121,7 @@ class ApproximateIndex:
 
     @property
     def num_cells(self) -> int:
-        """How many cells there are."""
+        """The number of cells."""
         import faiss
 
         return faiss.extract_index_ivf(self.cells.index).nlist
@@ -132,7 +133,7 @@ class ApproximateIndex:
         allowed: Tensor | None = None,
         excluded: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As [`search`], of the cells that are looked at; exactly if few rows are allowed."""
+        """Like [`search`], among the cells that are searched; exact if few rows are allowed."""
         import faiss
 
         if allowed is not None and int(allowed.count_nonzero()) * SHARE <= len(allowed):

@@ -1,4 +1,4 @@
-"""From a catalogue to the index of a model: what is known already is taken over, the rest is encoded."""
+"""From a catalogue to the index of a model: known vectors are used again, all other items are encoded."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from .raw import without_ids
 
 logger = logging.get_logger(__name__)
 
-BLOCK = 2**13  # items that are encoded before their vectors are put by
-RESUMED = 2 * BLOCK  # items from which they are
-NEW_SHARE = 0.2  # of new or changed items from which on it is asked whether this is another catalogue
+BLOCK = 2**13  # items that are encoded before their vectors are saved
+RESUMED = 2 * BLOCK  # catalogues of at least so many items are saved block by block
+NEW_SHARE = 0.2  # from this share of new or changed items on, the catalogue may be another one
 
 
 NUMBER = r"^\s*-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?\s*$"
-"""How numbers look that are read as such; `007` is a name."""
+"""Strings that are read as numbers; `007` is a name."""
 
 
 def columns_of(catalogue: Catalogue, like: pa.Schema | None = None) -> pa.Table:
     """
-    What an index keeps of the items besides vectors: all columns of plain values. A text that is hidden is null. Cells
-    of a CSV file are strings: where all of a column look like numbers, they become such.
+    The columns of the items that an index keeps beside the vectors: all columns of plain values. A hidden text is
+    null. Cells of a CSV file are strings; if all cells of a column look like numbers, they become numbers.
 
     Args:
         catalogue ([`Catalogue`]): The items.
-        like (`pa.Schema`, *optional*): The columns that there are already, which say what is a number.
+        like (`pa.Schema`, *optional*): Existing columns of the index, whose types decide which columns are numbers.
     """
     left_out = {"item_id", *MODALITIES} - {"text"}
     table: pa.Table = catalogue.items.with_format("arrow")[:] if len(catalogue.items.column_names) else pa.table({})
@@ -67,7 +67,7 @@ def _type_in(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 
 def _as_numbers(column: pa.ChunkedArray, kind: pa.DataType | None) -> pa.ChunkedArray:
-    """A column of strings as numbers, if all of them are and `kind` is none of strings."""
+    """A column of strings as numbers, if all its cells are numbers and `kind` is not a string type."""
     written = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     is_text = kind is not None and pa.types.is_string(kind)
     if is_text or written.null_count == len(written) or not pc.all(pc.match_substring_regex(written, NUMBER)).as_py():
@@ -82,7 +82,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def counts_of(catalogue: Catalogue, statistics: ItemStatistics | None, counts: Any) -> Tensor | None:
-    """How often each item occurs in the training data, `(n_items,)`, if anything says so."""
+    """How often each item occurs in the training data, of shape `(n_items,)`; `None` if that is not known."""
     if isinstance(counts, Mapping):
         return torch.tensor([int(counts.get(item_id, 0)) for item_id in catalogue.item_ids.tolist()])
     if counts is not None:
@@ -94,7 +94,7 @@ def counts_of(catalogue: Catalogue, statistics: ItemStatistics | None, counts: A
 
 
 def log_popularity_of_new(counts: Tensor | np.ndarray | None) -> float:
-    """What a model with a popularity prior takes for an item that nobody has chosen yet."""
+    """The log popularity that a model uses for an item that nobody has chosen yet."""
     return 0.0 if counts is None else float(log_popularity(np.append(np.asarray(counts), 0))[-1])
 
 
@@ -110,15 +110,15 @@ def build_index(
     The index of a catalogue.
 
     Args:
-        model ([`TransRecModel`]): The model. A whitened item map takes the statistics of the catalogue, if it is
-            another one; those of `known` if it is the same with a few items more.
+        model ([`TransRecModel`]): The model. For another catalogue, a whitened item map takes the statistics of this
+            catalogue; for the same catalogue with a few more items, it takes those of `known`.
         source ([`ItemSource`]): The items.
-        known ([`ItemIndex`], *optional*): Of the same model; vectors of items whose contents have not changed are
-            taken over.
+        known ([`ItemIndex`], *optional*): An index of the same model. The vectors of items whose contents have not
+            changed are used again.
         counts (`Tensor` of shape `(n_items,)`, *optional*): See [`ItemIndex`].
-        folder (`str`, *optional*): Where vectors are put by while a large catalogue is encoded, so that a process
-            which comes after one that died has less to do.
-        kwargs: Of [`encode_catalogue`].
+        folder (`str`, *optional*): Where finished vectors of a large catalogue are saved during the encoding. If the
+            process dies, the next one continues from them.
+        kwargs: Further arguments of [`encode_catalogue`].
     """
     catalogue, ids = source.catalogue, source.catalogue.item_ids
     hashes = catalogue.item_hashes()
@@ -168,7 +168,7 @@ def _is_whole(rows: np.ndarray, known: ItemIndex) -> bool:
 def _encode(
     model: TransRecModel, source: ItemSource, hashes: np.ndarray, folder: str | os.PathLike | None, **kwargs: Any
 ) -> Tensor:
-    """Vectors of items; of many block by block, so that what is done is not lost."""
+    """Vectors of items. Many items are encoded and saved block by block, so that finished work is not lost."""
     if folder is None or len(source) < RESUMED or model.config.num_items is not None or "accelerator" in kwargs:
         return encode_catalogue(model, source, **kwargs)
     digest = hashlib.sha256(encoder_hash(model, source.processor).encode())
@@ -202,14 +202,14 @@ def index_of_new(
     **kwargs: Any,
 ) -> ItemIndex:
     """
-    The index of items that come to a catalogue which has been met already: its statistics stay, and ID vectors that
-    the model has of others are none of theirs.
+    The index of items that are added to a known catalogue. The statistics of the catalogue stay as they are, and the
+    new items have no ID vectors.
 
     Args:
         model ([`TransRecModel`]): The model.
         source ([`ItemSource`]): The new items.
-        known ([`ItemIndex`], *optional*): What is known of items of the same ids; if their contents are the same,
-            their vectors are taken over.
+        known ([`ItemIndex`], *optional*): An index of items with the same ids. If the contents are the same, the
+            vectors are used again.
         unknown (`float`): The log popularity of an item that nobody has chosen yet.
         like (`pa.Schema`, *optional*): See [`columns_of`].
         kwargs: Of [`encode_catalogue`].

@@ -1,4 +1,4 @@
-"""From the vectors of users to answers: which rows are allowed, the best of them, their order, and their columns."""
+"""From the vectors of users to answers: the allowed rows, the best of them, their order, and their columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .results import Explanation, Recommendation, Recommendations, Versions
 from .snapshot import Snapshot
 
 
-POOL = (10, 100)  # items that are ordered anew: so many times as are wanted, at least so many
+POOL = (10, 100)  # items that are reordered: this many for each item that is wanted, at least this many
 
 
 def allowed_rows(
@@ -32,13 +32,13 @@ def allowed_rows(
 
     Args:
         snapshot ([`Snapshot`]): The items.
-        modalities (`Sequence[str]`): Which the model reads.
+        modalities (`Sequence[str]`): The modalities that the model reads.
         chosen (`str`, mask or ids, *optional*): An expression over columns, a boolean for each item, or ids.
-        modality (`str`, *optional*): One that they have to show.
+        modality (`str`, *optional*): A modality that the items must have.
         skips (`bool`, *optional*): What to do about unknown ids, see [`find_items`].
 
     Raises:
-        [`DataError`]: If one of these is none.
+        [`DataError`]: If one of these arguments is wrong.
     """
     allowed = None
     if isinstance(chosen, str):
@@ -48,10 +48,12 @@ def allowed_rows(
     if modality is None:
         return allowed
     if modality not in modalities:
-        raise DataError(f"modality is one of {', '.join(modalities) or 'none'}, got {shortened(repr(modality))}")
+        raise DataError(f"modality must be one of {', '.join(modalities) or 'none'}, got {shortened(repr(modality))}")
     present = snapshot.all_present
     if present is None:
-        raise DataError("the item index does not know which modalities items show")
+        raise DataError(
+            "this item index does not hold the modalities of the items: encode them again, or leave out modality"
+        )
     return present[:, COLUMNS[modality]] & (snapshot.offered if allowed is None else allowed)
 
 
@@ -61,7 +63,7 @@ def _chosen_rows(snapshot: Snapshot, chosen: Any, skips: bool | None) -> np.ndar
         chosen = chosen.cpu()
     if isinstance(chosen, (bytes, Mapping)) or not isinstance(chosen, Iterable):
         raise DataError(
-            "a filter is an expression over columns, a boolean for each item, or ids, got "
+            "a filter must be an expression over columns, a boolean for each item, or a list of ids, got "
             f"{shortened(repr(chosen), 40)}"
         )
     values = np.asarray(chosen) if hasattr(chosen, "__array__") else list(chosen)
@@ -70,12 +72,14 @@ def _chosen_rows(snapshot: Snapshot, chosen: Any, skips: bool | None) -> np.ndar
         return find_items(snapshot, values, skips)
     known = snapshot.known_rows
     if len(values) != len(known):
-        raise DataError(f"the filter has {len(values):,} entries, and there are {len(known):,} items")
+        raise DataError(
+            f"the filter has {len(values):,} entries for {len(known):,} items: give one entry for each item"
+        )
     return known[np.asarray(values, dtype=bool)]
 
 
 def among(snapshot: Snapshot, allowed: Tensor | None, rows: np.ndarray) -> Tensor:
-    """Those of some rows that are allowed, `(n_rows,)`, bool."""
+    """Which rows are among some given rows and are allowed, `(n_rows,)`, bool."""
     found = torch.zeros_like(snapshot.offered)
     found[torch.from_numpy(rows).to(found.device)] = True
     return found & (snapshot.offered if allowed is None else allowed)
@@ -84,11 +88,11 @@ def among(snapshot: Snapshot, allowed: Tensor | None, rows: np.ndarray) -> Tenso
 def candidate_rows(
     snapshot: Snapshot, candidates: Any, num_users: int, skips: bool
 ) -> np.ndarray | list[np.ndarray] | None:
-    """The rows of which to choose, for all users or for each. Raises [`DataError`]."""
+    """The rows of the candidates, for all users or for each user. Raises [`DataError`]."""
     if candidates is None:
         return None
     candidates = list(candidates) if isinstance(candidates, (set, frozenset)) else candidates
-    lists, is_shared = as_histories(candidates, "candidates are a list of ids")
+    lists, is_shared = as_histories(candidates, "candidates must be a list of ids")
     if is_shared:
         return find_items(snapshot, lists[0], skips)
     if len(lists) != num_users:
@@ -111,14 +115,15 @@ def best_rows(
     Args:
         snapshot ([`Snapshot`]): The items.
         states (`Tensor` of shape `(n_users, width)`): The vectors of the users.
-        histories (`Sequence[History]`): What they had.
-        k (`int`): How many.
-        exclude_seen (`bool`): Whether that is left out.
-        allowed (`Tensor` of shape `(n_rows,)`, *optional*): Of which all may choose.
-        candidates (`Sequence[np.ndarray]`, *optional*): Of which each may choose.
+        histories (`Sequence[History]`): The histories of the users.
+        k (`int`): Number of items for each user.
+        exclude_seen (`bool`): Whether items of the history are left out.
+        allowed (`Tensor` of shape `(n_rows,)`, *optional*): Boolean, the rows that may be recommended to all users.
+        candidates (`Sequence[np.ndarray]`, *optional*): The rows that may be recommended to each user.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Both `(n_users, at most k)`; a score of minus infinity where there are fewer.
+        `tuple[np.ndarray, np.ndarray]`: Scores and rows, both `(n_users, at most k)`; where a user has fewer items,
+            the score is minus infinity.
     """
     seen: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(histories)
     if exclude_seen:
@@ -141,7 +146,7 @@ def best_rows(
 def reordered(
     snapshot: Snapshot, steps: Sequence[Step], scores: np.ndarray, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` items of each user in the order that steps give them; arguments as [`best_rows`] returns them."""
+    """The best `k` items of each user, reordered by `steps`; scores and rows are those of [`best_rows`]."""
     if not steps or not rows.size:
         return scores[:, :k], rows[:, :k]
     new_scores = np.full((len(rows), min(k, rows.shape[1])), -np.inf, dtype=np.float32)
@@ -166,7 +171,7 @@ def as_answers(
     rows: np.ndarray,
     explanations: Sequence[Sequence[Explanation]] | None = None,
 ) -> list[Recommendations]:
-    """The answers to users, with the columns of their items; `scores` and `rows` as [`best_rows`] returns them."""
+    """The answers for users, with the columns of their items; `scores` and `rows` are those of [`best_rows`]."""
     real = scores > -np.inf
     unique, places = np.unique(rows[real], return_inverse=True)
     ids = snapshot.ids(unique)

@@ -23,14 +23,14 @@ from .snapshot import Snapshot
 @dataclass(frozen=True)
 class UserInputs:
     """
-    What a model reads of users.
+    The inputs from which a model computes user vectors.
 
     Args:
-        table (`Tensor` of shape `(n, width)`): Vectors of the items of their histories.
+        table (`Tensor` of shape `(n, width)`): Vectors of the items of all histories.
         index (`Tensor` of shape `(n_users, length)`): Rows of the table, oldest first, padded with -1.
-        present (`Tensor` of shape `(n, n_modalities)`, *optional*): Which modalities the items show.
-        times (`Tensor` of shape `(n_users, length)`, *optional*): When each was chosen.
-        origin (`np.ndarray` of shape `(n,)`): Row of each item in the snapshot; `-1 - i` of the `i`-th raw one.
+        present (`Tensor` of shape `(n, n_modalities)`, *optional*): Which modalities the items have.
+        times (`Tensor` of shape `(n_users, length)`, *optional*): When each item was chosen.
+        origin (`np.ndarray` of shape `(n,)`): Row of each item in the snapshot; `-1 - i` for the `i`-th raw item.
     """
 
     table: Tensor
@@ -54,8 +54,8 @@ class Contents:
 
     def hide(self, name: str, origin: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, Tensor] | None:
         """
-        The items that show another modality too, as places in `origin`, and their vectors without this one; `None` if
-        the contents of one are not at hand.
+        The items that also have another modality, as positions in `origin`, and their vectors without the modality
+        `name`; `None` if the contents of an item are not available.
         """
         places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
         vectors: list[Tensor] = [torch.empty(0, self.model.config.hidden_size)]
@@ -94,15 +94,15 @@ def explain_users(
     contents: Contents | None,
 ) -> list[list[Explanation]]:
     """
-    By counterfactual masking, what moved the recommendations of users.
+    Explain the recommendations of users by counterfactual masking: hide a part, and see how the scores change.
 
     Args:
         snapshot ([`Snapshot`]): The items.
-        states_of (`Callable`): From what is read of users to their vectors.
-        histories (`Sequence[History]`): Their histories.
-        inputs ([`UserInputs`]): What was read of them.
-        scores, rows (`np.ndarray` of shape `(n_users, k)`): What is recommended.
-        contents ([`Contents`], *optional*): For the modalities; without it these are left out.
+        states_of (`Callable`): Computes user vectors from [`UserInputs`].
+        histories (`Sequence[History]`): The histories of the users.
+        inputs ([`UserInputs`]): The inputs of the users.
+        scores, rows (`np.ndarray` of shape `(n_users, k)`): Scores and rows of the recommended items.
+        contents ([`Contents`], *optional*): The contents of the items; without them, modalities are not explained.
     """
     by_modality = {} if contents is None else _without_modalities(snapshot, states_of, inputs, rows, contents)
     explanations = []
@@ -142,7 +142,7 @@ def _without_items(
 def _without_modalities(
     snapshot: Snapshot, states_of: States, inputs: UserInputs, rows: np.ndarray, contents: Contents
 ) -> dict[str, np.ndarray]:
-    """By modality, the scores if neither histories nor recommended items showed it, `(n_users, k)` each."""
+    """By modality, the scores if neither histories nor recommended items had it, each of shape `(n_users, k)`."""
     model, found = contents.model, {}
     if len(model.config.modalities) < 2:
         return {}

@@ -32,19 +32,19 @@ from ..model.user_encoder_transrec import last_state
 
 MANIFEST_NAME = "export.json"
 TOLERANCE = 1e-4
-"""Largest difference between a graph and the model, of numbers as large as those of the model's output."""
+"""Largest allowed difference between the outputs of a graph and of the model, for outputs of size 1."""
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 def without(module: Any, *names: str) -> Any:
-    """The same module without some of its parts, whose weights would be written into the file of a graph."""
+    """The same module without some of its parts, so that their weights are not written into the file of a graph."""
     light = copy.copy(module)
     light._modules = {name: part for name, part in module._modules.items() if name not in names}
     return light
 
 
 class Tower(nn.Module):
-    """Contents of one modality, and their mask if it has one, to their vectors `(n, hidden_size)`."""
+    """Turns contents of one modality, and their mask if there is one, into vectors `(n, hidden_size)`."""
 
     def __init__(self, model: TransRecModel, name: str):
         super().__init__()
@@ -58,9 +58,10 @@ class Tower(nn.Module):
 
 class Items(nn.Module):
     """
-    Vectors of the modalities of items `(n, hidden_size)` each, whatever they are where an item lacks it, `present`
-    `(n, n_modalities)` in the order of the model, the rows of the items if it has ID vectors (-1 for those without),
-    and their log popularity if scores add it: to item vectors `(n, hidden_size)`, with popularity one number wider.
+    Turns the vectors of the modalities of items into item vectors `(n, hidden_size)`, one number wider if the model
+    adds popularity. The inputs are one tensor `(n, hidden_size)` for each modality (any numbers where an item lacks
+    it); `present`, `(n, n_modalities)`, in the order of the model; the rows of the items if the model has ID vectors
+    (-1 for items without one); and their log popularity if the model adds popularity.
     """
 
     def __init__(self, model: TransRecModel):
@@ -90,8 +91,8 @@ class Items(nn.Module):
 
 class Users(nn.Module):
     """
-    Item vectors of histories, oldest first, and their mask `(n_users, length)`: to what a dot product with item
-    vectors ranks them by. Both are as wide as the vectors of [`Items`].
+    Turns the item vectors of histories, oldest first, and their mask `(n_users, length)` into user vectors, whose dot
+    product with item vectors is the score. All vectors are as wide as those of [`Items`].
     """
 
     def __init__(self, model: TransRecModel):
@@ -110,13 +111,15 @@ class Users(nn.Module):
 
 
 def parts_of(model: TransRecModel, name: str) -> list[str]:
-    """Names in the item encoder of what the contents of one modality pass alone."""
+    """Names of the parts of the item encoder that only the contents of one modality pass."""
     modality = MODALITIES[name]
     return [part for part in (modality.tower, modality.projection, f"{name}_side") if part]
 
 
 def all_columns(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
-    """Which of the model's modalities items have, as columns of the table of all."""
+    """
+    Which modalities items have, `(n, n)`, with one column for every modality of `MODALITIES`, not only the model's.
+    """
     absent = torch.zeros_like(present[:, 0])
     given = {COLUMNS[name]: present[:, i] for i, name in enumerate(modalities)}
     return torch.stack([given.get(column, absent) for column in range(len(MODALITIES))], dim=1)
@@ -128,12 +131,12 @@ class Graph:
     One graph of an export.
 
     Args:
-        name (`str`): Of its file.
-        module (`nn.Module`): What it computes.
+        name (`str`): Name of its file.
+        module (`nn.Module`): The module that it computes.
         output (`str`): Name of the output.
         inputs (`dict[str, Tensor]`): Example inputs.
-        others (`dict[str, Tensor]`): Others, of another batch and another length.
-        dynamic (`dict[str, list[str]]`): Of each input, the names of the leading dimensions that may change.
+        others (`dict[str, Tensor]`): Example inputs of another batch size and another length.
+        dynamic (`dict[str, list[str]]`): For each input, the names of the leading dimensions that may change.
     """
 
     name: str
@@ -228,8 +231,8 @@ def graphs_of(model: TransRecModel, processor: TransRecProcessor | None) -> Iter
 
 def program_of(graph: Graph) -> ExportedProgram:
     """
-    A graph as a program of `torch.export`. Batch and length stay free: where the code makes one of them a constant,
-    this fails, whereas an exporter to ONNX that is given the module writes the constant into its file in silence.
+    A graph as a program of `torch.export`, with free batch size and length. This fails if the code makes one of them a
+    constant. The ONNX exporter alone would write such a constant into the file without a warning.
     """
     shapes = [
         {i: Dim.DYNAMIC for i in range(len(graph.dynamic[name])) if tensor.shape[i] > 2}
@@ -248,26 +251,27 @@ def export_model(
     statistics: ItemStatistics | None = None,
 ) -> dict[str, float]:
     """
-    Write a graph for each modality of a model, one that fuses their vectors to those of items, and one that reads
-    histories of these; the processor; the statistics of the items; and `export.json`, which names inputs, outputs and
-    sizes. Each graph is run on another batch and another length than it was made from, and compared with the model.
+    Write a model as graphs: one for each modality, one that combines their vectors into item vectors, and one that
+    turns the item vectors of histories into user vectors. The folder also holds the processor, the statistics of the
+    items, and `export.json`, which names inputs, outputs and sizes. Each graph is run on another batch size and
+    another length than its examples, and compared with the model.
 
     Args:
         model ([`TransRecModel`]): The model, exported in fp32.
-        processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
-        folder (`str` or `os.PathLike`): Where to; it appears as a whole.
+        processor ([`TransRecProcessor`], *optional*): The processor of the model; the ID baseline has none.
+        folder (`str` or `os.PathLike`): Output folder; it appears as a whole.
         file_format (`str`, *optional*, defaults to `"onnx"`): Or `"torch"`, for `torch.export.load`.
-        statistics ([`ItemStatistics`], *optional*): Of the checkpoint, by which a caller knows the row of an item's ID
-            vector and its popularity.
+        statistics ([`ItemStatistics`], *optional*): The item statistics of the checkpoint, in which callers find the
+            row of an item's ID vector and its popularity.
 
     Returns:
-        `dict[str, float]`: By graph, its largest difference to the model.
+        `dict[str, float]`: For each graph, its largest difference to the model.
 
     Raises:
-        [`DataError`]: If a library for ONNX is missing, or a graph computes something else than the model.
+        [`DataError`]: If a library for ONNX is missing, or the output of a graph differs from the model's.
     """
     if file_format not in SUFFIXES:
-        raise DataError(f"no export to {file_format!r}: choose one of {', '.join(SUFFIXES)}")
+        raise DataError(f"there is no file format {file_format!r}: choose one of {', '.join(SUFFIXES)}")
     for library in ("onnx", "onnxscript", "onnxruntime") if file_format == "onnx" else ():
         if importlib.util.find_spec(library) is None:
             raise DataError(f"{library} is not installed: pip install 'transrec-hf[export]'")
@@ -295,7 +299,7 @@ def export_model(
             found[graph.name] = difference(graph, file)
             if not found[graph.name] <= TOLERANCE:
                 raise DataError(
-                    f"{file.name}: the graph differs from the model by {found[graph.name]:.1e} where numbers are 1, "
+                    f"{file.name}: the graph differs from the model by {found[graph.name]:.1e} of its largest number, "
                     f"more than {TOLERANCE:.0e}. Nothing was written; report this with the output of `transrec env`."
                 )
             manifest["graphs"][graph.name] = {
@@ -319,7 +323,7 @@ def export_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say of themselves: operators of torchvision that are missing, deprecations."""
+    """A context without the messages of exporters about missing operators of torchvision and about deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -332,7 +336,7 @@ def _quiet() -> Iterator[None]:
 
 
 def difference(graph: Graph, file: Path) -> float:
-    """The largest difference between a graph in a file and its module, of outputs scaled to numbers around 1."""
+    """The largest difference between the outputs of a graph in a file and of its module, with outputs scaled to 1."""
     worst = 0.0
     for inputs in (graph.inputs, graph.others):
         expected = graph.module(*inputs.values()).numpy()

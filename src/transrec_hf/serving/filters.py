@@ -17,7 +17,7 @@ from ..errors import DataError, one_line, shortened
 
 
 MAX_LENGTH = 4000  # characters of an expression
-MEND = "Write one such as \"price < 20 and category in ['hat', 'sock']\"."
+MEND = "An example is \"price < 20 and category in ['hat', 'sock']\"."
 
 _COMPARISONS: dict[type, Callable[[Any, Any], pc.Expression]] = {
     ast.Lt: operator.lt,
@@ -38,16 +38,17 @@ _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 
 def matching_rows(expression: str, columns: pa.Table) -> np.ndarray:
     """
-    Where an expression over columns is true: `(n_rows,)`, bool. Python's comparisons, `and`, `or`, `not`, `in`, `is
-    None` and arithmetic; `'hat' in text` finds a part of a text, and `col('unit price')` names any column. What is
-    null is not true.
+    The rows for which an expression over columns is true: `(n_rows,)`, bool. The expression may use Python's
+    comparisons, `and`, `or`, `not`, `in`, `is None` and arithmetic. `'hat' in text` finds a part of a text, and
+    `col('unit price')` names any column. Null counts as not true.
 
     Args:
         expression (`str`): E.g. `"price < 20 and stock > 0"`.
         columns (`pa.Table`): The columns that it may name.
 
     Raises:
-        [`DataError`]: If it cannot be read, names no column or does not fit the types of the columns.
+        [`DataError`]: If the expression cannot be read, names an unknown column, or does not fit the types of the
+            columns.
     """
     parsed = parse_filter(expression, tuple(columns.column_names))
     try:
@@ -57,17 +58,17 @@ def matching_rows(expression: str, columns: pa.Table) -> np.ndarray:
             f"the filter {shortened(expression)!r} does not fit the columns ({shortened(one_line(error), 200)})"
         ) from error
     if not pa.types.is_boolean(found.type):
-        raise DataError(f"the filter {shortened(expression)!r} is not true or false of an item. {MEND}")
+        raise DataError(f"the filter {shortened(expression)!r} does not give true or false for an item. {MEND}")
     return pc.fill_null(found, False).to_numpy()
 
 
 @functools.lru_cache(maxsize=256)
 def parse_filter(expression: str, names: tuple[str, ...]) -> pc.Expression:
-    """The expression as one of Arrow, over columns of these names. Raises [`DataError`]."""
+    """The expression as an Arrow expression over columns of these names. Raises [`DataError`]."""
     if not isinstance(expression, str) or not expression.strip():
-        raise DataError(f"a filter is an expression over columns, got {shortened(repr(expression))}. {MEND}")
+        raise DataError(f"a filter must be an expression over columns, got {shortened(repr(expression))}. {MEND}")
     if len(expression) > MAX_LENGTH:
-        raise DataError(f"the filter has {len(expression):,} characters, and {MAX_LENGTH:,} are the most")
+        raise DataError(f"the filter has {len(expression):,} characters; at most {MAX_LENGTH:,} are allowed")
     try:
         return _Reader(expression, names).expression(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
@@ -78,7 +79,7 @@ def parse_filter(expression: str, names: tuple[str, ...]) -> pc.Expression:
 
 
 class _Reader:
-    """From the syntax of Python to expressions of Arrow. Whatever is not listed here is refused."""
+    """Turns Python syntax into Arrow expressions. Syntax that is not listed here is refused."""
 
     def __init__(self, text: str, names: tuple[str, ...]):
         self.text, self.names = text, names
@@ -89,11 +90,13 @@ class _Reader:
 
     def column(self, name: str) -> pc.Expression:
         if name not in self.names:
-            raise DataError(f"the filter names {shortened(name)!r}, and the items have the columns {list(self.names)}")
+            raise DataError(
+                f"the filter names the unknown column {shortened(name)!r}; the items have {list(self.names)}"
+            )
         return pc.field(name)
 
     def expression(self, node: ast.AST) -> pc.Expression:
-        """A column, a number, a text, or what is computed of them."""
+        """A column, a number, a text, or an expression of them."""
         if isinstance(node, ast.BoolOp):
             join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
             return functools.reduce(join, map(self.expression, node.values))

@@ -1,4 +1,4 @@
-"""What a request passes before the service reads it: its token, the size and the pace of its body; and counters."""
+"""Checks before the service reads a request: its token, and the size and time of its body; and counters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 OPEN = ("/healthz", "/readyz")
-"""Routes that need no token: load balancers ask for them."""
+"""Routes that need no token, because load balancers call them."""
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """What `/metrics` shows, of all workers if there are several."""
+    """The counters that `/metrics` shows, summed over all workers."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -37,7 +37,7 @@ class Metrics:
         self.items = Gauge("transrec_items", "Items of the catalogue.", multiprocess_mode="livemax", **of)
 
     def text(self) -> bytes:
-        """In the format of Prometheus."""
+        """The counters in the format of Prometheus."""
         registry = self.registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             registry = CollectorRegistry()
@@ -52,10 +52,10 @@ class Guard:
     Args:
         app (`Callable`): The service.
         metrics ([`Metrics`]): Where requests are counted.
-        routes (`set[str]`): The paths that it has; all others are counted as one.
-        token (`str`, *optional*): What clients have to show.
-        max_body (`int`): Bytes of a body.
-        timeout (`float`): Seconds in which a body has to arrive.
+        routes (`set[str]`): The paths of the service; all other paths are counted as one.
+        token (`str`, *optional*): The token that clients have to send.
+        max_body (`int`): Most bytes of a body.
+        timeout (`float`): Seconds within which a body has to arrive.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class Guard:
         try:
             headers = dict(scope["headers"])
             if not self._is_known(scope["path"], headers.get(b"authorization", b"")):
-                return await problem(watched, 401, "unauthorized", "give the token: Authorization: Bearer ...")
+                return await problem(
+                    watched, 401, "unauthorized", "send the token in the header, Authorization: Bearer ..."
+                )
             if int(headers.get(b"content-length", b"0") or 0) > self.max_body:
                 return await problem(watched, 413, "too_large", f"a body has at most {self.max_body:,} bytes")
             try:
@@ -106,7 +108,7 @@ class Guard:
         return hmac.compare_digest(scheme.lower() + b" " + given.strip(), self.token)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; `None` as soon as it is too large. What is not kept of it is not read either."""
+        """The whole body; `None` as soon as it is too large, and then the rest is not read."""
         parts: list[bytes] = []
         size, more = 0, True
         while more:
@@ -121,7 +123,7 @@ class Guard:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read already, then what comes."""
+    """Returns a body that was already read, then further messages."""
     given = False
 
     async def again() -> Message:
@@ -135,7 +137,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def problem(send: Send, status: int, kind: str, message: str) -> None:
-    """A refusal, after which the connection is closed: what is still to come of the request is not read."""
+    """Refuse a request and close the connection, so that the rest of the request is not read."""
     body = to_json({"type": kind, "message": message, "where": [], "item_ids": []})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(b"connection", b"close")] + ([(b"www-authenticate", b"Bearer")] if status == 401 else [])

@@ -1,4 +1,4 @@
-"""Requests as they come: one history or several, of ids and raw items, to rows of the catalogue and a small table."""
+"""From requests (one or several histories of ids and raw items) to rows of the catalogue and a table of raw items."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ MENDS = {None: "Add them, or leave them out.", False: "Add them, leave them out,
 @dataclass
 class History:
     """
-    What one user chose.
+    The items that one user chose.
 
     Args:
-        rows (`list[int]`): Rows of the catalogue, oldest first; of a raw item `-1 - i`, if it is the `i`-th of those
-            of all users.
-        places (`list[int]`): Where each of them stands in the history as it was given.
-        skipped (`list[str]`): Ids that are not known.
+        rows (`list[int]`): Rows of the catalogue, oldest first; `-1 - i` for the `i`-th raw item of all users.
+        places (`list[int]`): Position of each of these items in the history that was given.
+        skipped (`list[str]`): Unknown ids that were skipped.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -36,17 +35,19 @@ class History:
     skipped: list[str] = field(default_factory=list)
 
     def known(self) -> list[int]:
-        """The rows of those that the catalogue has."""
+        """The rows of the items that the catalogue has."""
         return [row for row in self.rows if row >= 0]
 
 
-def as_histories(given: Any, what: str = "a history is a list of items, oldest first") -> tuple[list[list[Any]], bool]:
+def as_histories(
+    given: Any, what: str = "a history must be a list of items, oldest first"
+) -> tuple[list[list[Any]], bool]:
     """
-    The histories of several users, and whether it was that of one. A list whose elements are lists, or arrays of ids,
-    is of several; any other list is of one.
+    The histories of several users, and whether the input was the history of one user. A list whose elements are lists,
+    or arrays of ids, holds several histories; any other list is one history.
 
     Raises:
-        [`DataError`]: If it is none of both; the message begins with `what`.
+        [`DataError`]: If the input is neither; the message begins with `what`.
     """
     if isinstance(given, (set, frozenset)):
         raise DataError(f"{what}, got a set, which has no order: make it a list")
@@ -59,17 +60,19 @@ def as_histories(given: Any, what: str = "a history is a list of items, oldest f
     if not any(several):
         return [elements], True
     if not all(several):
-        raise DataError(f"a list of histories holds lists only, or a history items only; {HOW}")
+        raise DataError(
+            f"give either a list of lists (several histories) or a list of items (one history), not a mixture; {HOW}"
+        )
     return [list(element) for element in elements], False
 
 
 def is_ids(value: Any) -> bool:
-    """Whether it is an array of ids; one of other numbers is a vector, so a raw item."""
+    """Whether a value is an array of ids; an array of floats is a vector, and so a raw item."""
     return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "USOTiu"
 
 
 def check_k(k: Any) -> int:
-    """How many items are wanted. Raises [`DataError`]."""
+    """The number of items that are wanted. Raises [`DataError`]."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise DataError(f"k must be a whole number of 1 or more, got {shortened(repr(k))}")
     return int(k)
@@ -78,18 +81,21 @@ def check_k(k: Any) -> int:
 def check_on_unknown(on_unknown: str) -> bool:
     """Whether unknown ids are skipped. Raises [`DataError`]."""
     if on_unknown not in ("raise", "skip"):
-        raise DataError(f"on_unknown is 'raise' or 'skip', got {shortened(repr(on_unknown))}")
+        raise DataError(f"on_unknown must be 'raise' or 'skip', got {shortened(repr(on_unknown))}")
     return on_unknown == "skip"
 
 
 def find_items(snapshot: Snapshot, item_ids: Iterable[Any], skips: bool | None = None) -> np.ndarray:
-    """Rows of ids `(n,)`; of unknown ones none if that is wanted (`None`: cannot be). Raises [`DataError`]."""
+    """
+    Rows of ids, of shape `(n,)`. Unknown ids are left out if `skips`, and an error otherwise (`None`: the caller
+    offers no skipping, so the error does not propose it). Raises [`DataError`].
+    """
     if isinstance(item_ids, (str, bytes)) or not isinstance(item_ids, Iterable):
-        raise DataError(f"item ids are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
+        raise DataError(f"item ids must be a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
     ids = []
     for item_id in item_ids:
         if not is_id(item_id):
-            raise DataError(f"an item id is a string, got {type(item_id).__name__}")
+            raise DataError(f"an item id must be a string, got {type(item_id).__name__}")
         ids.append(str(item_id))
     rows = snapshot.find(ids)
     if not skips and (rows < 0).any():
@@ -101,7 +107,7 @@ def read_histories(
     histories: Sequence[Sequence[Any]], snapshot: Snapshot, skips: bool
 ) -> tuple[list[History], list[Any]]:
     """
-    Histories by their rows, and the raw items in them.
+    The histories as rows of the catalogue, and the raw items in them.
 
     Args:
         histories (`Sequence[Sequence]`): Items of each user.
@@ -109,7 +115,7 @@ def read_histories(
         skips (`bool`): Whether unknown ids are left out.
 
     Raises:
-        [`UnknownItems`]: If there are any, and they are not to be skipped.
+        [`UnknownItems`]: If there are unknown ids, and they are not skipped.
     """
     flat = [str(item) for history in histories for item in history if is_id(item)]
     found = iter(snapshot.find(flat).tolist())

@@ -1,4 +1,4 @@
-"""The vectors of a catalogue, their ids and columns, and what they were made from, in one file that is mapped."""
+"""The vectors of a catalogue, with ids, columns and the hashes of their origin, in one memory-mapped file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .search import Scan
 
 INDEX_NAME = "item_index.safetensors"
 IDS_NAME = "item_index.json"
-"""The ids of an index of format 1, which had them in a file of their own."""
+"""The file of the ids of an index of format 1."""
 FORMAT = 3
-MAX_LENGTH = 2.0**60  # of a vector: the product of two is a number of fp32
-MAX_CHECKED = 2**28  # bytes of vectors that are checked whenever they are read; of more by `verify` only
+MAX_LENGTH = 2.0**60  # of a vector, so that the product of two fits into fp32
+MAX_CHECKED = 2**28  # up to so many bytes, vectors are checked whenever they are read; larger ones only by `verify`
 
 
 def encoder_hash(
@@ -41,16 +41,16 @@ def encoder_hash(
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
     """
-    SHA-256 over all that item vectors depend on besides the items: weights and their dtype, settings of the towers,
-    pooling and projections, the adapters in use, and the preprocessing. It is followed by a hash of the axes of each
-    whitened item map that has met a catalogue, so that one which has not yet may take those of an index.
+    SHA-256 over everything that item vectors depend on, except the items: weights and their dtype, settings of the
+    towers, pooling and projections, the adapters in use, and the preprocessing. A hash of the axes of each whitened
+    item map that has met a catalogue follows. A map that has not met one may take the axes of an index.
 
     Args:
         model ([`TransRecModel`]): The model.
-        processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
-        index_format (`int`, *optional*): Of the index that the hash is compared with; 1 knew of weights, pooling and
-            preprocessing alone.
-        weights (`dict[str, Tensor]`, *optional*): Those of the item encoder, where the model itself lacks some.
+        processor ([`TransRecProcessor`], *optional*): The processor of the model; the ID baseline has none.
+        index_format (`int`, *optional*): The format of the index that the hash is compared with; the hash of format 1
+            covered only weights, pooling and preprocessing.
+        weights (`dict[str, Tensor]`, *optional*): The weights of the item encoder, if the model itself lacks some.
     """
     config, encoder = model.config, model.item_encoder
     settings: list[Any] = [config.text_pooling]
@@ -73,7 +73,7 @@ def encoder_hash(
             hash_weight(digest, value)
         return digest.hexdigest()
     digests = []
-    for value in values:  # without their names, which change between libraries and are others in files
+    for value in values:  # without their names, which differ between versions of libraries and in files
         hash_weight(of_value := hashlib.sha256(), value)
         digests.append(of_value.digest())
     digest.update(b"".join(sorted(digests)))
@@ -86,12 +86,12 @@ def encoder_hash(
 
 
 def is_made_by(made_by: str, own: str) -> bool:
-    """Whether an index with one [`encoder_hash`] is of the model with another: it has all that the model has."""
+    """Whether an index with the [`encoder_hash`] `made_by` was made by the model with the hash `own`."""
     return set(own.split("-")) <= set(made_by.split("-"))
 
 
 def read_encoder_hash(folder: str | os.PathLike) -> str | None:
-    """The [`encoder_hash`] of the index in a folder, if there is one of this format."""
+    """The [`encoder_hash`] of the index in a folder; `None` without an index of this format."""
     try:
         with safe_open(Path(folder) / INDEX_NAME, framework="pt") as content:
             made_from = content.metadata() or {}
@@ -101,36 +101,37 @@ def read_encoder_hash(folder: str | os.PathLike) -> str | None:
 
 
 def check_beside(file: Path, ids: Any) -> None:
-    """Raises `ValueError` if the ids of an index of format 1 lie beside another index, and are others than its own."""
+    """Raises `ValueError` if beside an index there is an ids file of format 1 with other ids."""
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != list(ids):
-        raise ValueError(f"{file} has other ids: delete it")
+        raise ValueError(f"{file} is of an older index and has other ids: delete it")
 
 
 @dataclass
 class ItemIndex:
     """
-    The vectors of a catalogue, and what they were made from.
+    The vectors of a catalogue, and the hashes of the items and of the model that they were made from.
 
     Args:
         item_ids (`np.ndarray` of shape `(n_items,)`): Ids, in catalogue order.
         item_embeds (`torch.Tensor` of shape `(n_items, hidden_size)`): Item vectors, fp32.
-        item_modalities (`torch.Tensor` of shape `(n_items, n_modalities)`, *optional*): Which of them the model read.
+        item_modalities (`torch.Tensor` of shape `(n_items, n_modalities)`, *optional*): Boolean, the modalities that
+            the model read of each item.
         catalogue_hash (`str`): See [`hash_of_items`]; up to format 2, [`Catalogue.content_hash`].
         encoder_hash (`str`): See [`encoder_hash`].
-        format (`int`, *optional*): Of the file that it came from.
-        item_hashes (`np.ndarray` of shape `(n_items, 16)`, *optional*): Of the contents of each item; see
+        format (`int`, *optional*): Format of the file that the index was read from.
+        item_hashes (`np.ndarray` of shape `(n_items, 16)`, *optional*): Hashes of the contents of each item; see
             [`Catalogue.item_hashes`].
-        columns (`pa.Table`, *optional*): What else is known of the items, e.g. their texts and prices, row by row.
-        counts (`torch.Tensor` of shape `(n_items,)`, *optional*): How often each occurs in the training data.
-        hidden (`torch.Tensor` of shape `(n_items,)`, *optional*): Boolean, items that may stand in histories but are
+        columns (`pa.Table`, *optional*): Further columns of the items, e.g. texts and prices, row by row.
+        counts (`torch.Tensor` of shape `(n_items,)`, *optional*): How often each item occurs in the training data.
+        hidden (`torch.Tensor` of shape `(n_items,)`, *optional*): Boolean, items that may occur in histories but are
             not recommended.
-        statistics (`dict[str, torch.Tensor]`, *optional*): Those of the catalogue that the vectors were whitened by,
-            and the axes.
-        scan ([`Scan`], *optional*): A smaller copy of the vectors, to look through.
-        state (`str`, *optional*): The hash of the contents of the file that it came from.
+        statistics (`dict[str, torch.Tensor]`, *optional*): Statistics of the catalogue with which the vectors were
+            whitened, and the axes.
+        scan ([`Scan`], *optional*): A smaller copy of the vectors, for fast scans.
+        state (`str`, *optional*): The hash of the contents of the file that the index was read from.
 
     Raises:
-        [`DataError`]: If ids and vectors do not belong together, or one of them is none.
+        [`DataError`]: If ids and vectors do not belong together, or are invalid.
     """
 
     item_ids: np.ndarray
@@ -152,13 +153,13 @@ class ItemIndex:
         beside = [self.item_modalities, self.item_hashes, self.columns, self.counts, self.hidden, self.scan]
         wrong = None
         if ids.ndim != 1 or ids.dtype.kind not in "UTO" or not len(ids) or embeds.ndim != 2:
-            wrong = "it holds no list of ids with a vector each"
+            wrong = "it does not hold a list of ids with one vector for each"
         elif len(ids) != len(embeds) or any(part is not None and len(part) != len(ids) for part in beside):
             wrong = f"{len(ids)} ids, but {len(embeds)} vectors"
         elif self.item_modalities is not None and (
             self.item_modalities.dtype != torch.bool or self.item_modalities.ndim != 2
         ):
-            wrong = "what was read of each item is not told by true and false"
+            wrong = "the modalities of its items are not true or false"
         elif embeds.nbytes <= MAX_CHECKED:
             wrong = self._defect()
         if wrong:
@@ -177,19 +178,19 @@ class ItemIndex:
         usable = torch.linalg.vector_norm(embeds, dim=1) < MAX_LENGTH
         if not usable.all():
             row = int((~usable).nonzero()[0])
-            return f"the vector of item {ids[row]!r} (row {row + 1}) is not finite, or so long that no score would be"
+            return f"the vector of item {ids[row]!r} (row {row + 1}) is not finite, or too long for finite scores"
         return None
 
     def verify(self) -> None:
-        """Check every id and vector, and of an index that came from a file its hash. Raises [`DataError`]."""
+        """Check every id and vector, and the hash of the file that the index was read from. Raises [`DataError`]."""
         wrong = self._defect()
         if not wrong and self.state and self.format == FORMAT and _contents_hash(self._tensors()) != self.state:
             wrong = "its contents have changed since it was written"
         if wrong:
-            raise DataError(f"item index: {wrong}. Make it again, or get it again.")
+            raise DataError(f"item index: {wrong}. Make it again, or download it again.")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All that it holds but for the hashes of what it was made from."""
+        """The tensors of the index, except the hashes of its origin."""
         ids = pa.table({"item_id": pa.array(self.item_ids, pa.string())})
         tensors = {"item_embeds": self.item_embeds, "items": _as_bytes(ids)}
         parts = {
@@ -207,11 +208,11 @@ class ItemIndex:
 
     def save(self, folder: str | os.PathLike, columns: bool = True) -> str:
         """
-        Write `item_index.safetensors`: all in one file, which is old or new as a whole, and its hash.
+        Write the index into one file, `item_index.safetensors`, which is replaced as a whole.
 
         Args:
-            folder (`str`): Where to.
-            columns (`bool`, *optional*, defaults to `True`): Whether texts and other columns of the items go along.
+            folder (`str`): Output folder.
+            columns (`bool`, *optional*, defaults to `True`): Whether texts and other columns of the items are saved.
 
         Returns:
             `str`: The hash of the contents.
@@ -226,12 +227,12 @@ class ItemIndex:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ItemIndex | None:
         """
-        The index in a folder or a repository of the Hub, `None` if there is none. Its vectors are mapped into memory,
+        The index in a folder or a repository of the Hub, `None` if there is none. The vectors are mapped into memory,
         and read when they are used.
 
         Raises:
-            [`DataError`]: If it is damaged, or its parts do not belong together. Whether the contents of a file of
-                more than `MAX_CHECKED` bytes are those that were written is told by [`~ItemIndex.verify`] alone.
+            [`DataError`]: If the index is damaged, or its parts do not belong together. The hash of a file of more
+                than `MAX_CHECKED` bytes is checked only by [`~ItemIndex.verify`].
         """
         kwargs["_raise_exceptions_for_missing_entries"] = False
         file = cached_file(pretrained_model_name_or_path, INDEX_NAME, **kwargs)
@@ -243,7 +244,10 @@ class ItemIndex:
                 made_from = content.metadata() or {}
             index_format = int(made_from.get("format", 1))
             if index_format > FORMAT:
-                raise ValueError(f"format {index_format}, and this version of transrec-hf reads up to {FORMAT}")
+                raise ValueError(
+                    f"it has format {index_format}, but this version of transrec-hf reads up to {FORMAT}: update "
+                    "transrec-hf"
+                )
             state = made_from["contents_hash"] if index_format > 1 else ""
             is_small = os.path.getsize(file) <= MAX_CHECKED
             if index_format > 1 and (is_small or index_format == 2) and state != _contents_hash(tensors):
@@ -294,17 +298,17 @@ class ItemIndex:
         )
 
     def to_bytes(self) -> bytes:
-        """All that it holds, for a journal."""
+        """The index as bytes, for a journal."""
         return save(self._tensors())
 
     @classmethod
     def from_bytes(cls, data: bytes, encoder_hash: str) -> ItemIndex:
-        """What [`~ItemIndex.to_bytes`] has written."""
+        """The index from the bytes of [`~ItemIndex.to_bytes`]."""
         return cls._from_tensors(load(data), "", encoder_hash)
 
     def belongs_to(self, model: TransRecModel, processor: TransRecProcessor | None) -> bool:
-        """Whether the vectors are those that the model makes."""
-        width = model.config.hidden_size + model.config.popularity_prior  # with what scores add for popularity
+        """Whether the vectors were made by this model."""
+        width = model.config.hidden_size + model.config.popularity_prior  # one more number for the popularity
         own = encoder_hash(model, processor, self.format)
         return self.item_embeds.shape[1] == width and is_made_by(self.encoder_hash, own)
 
@@ -317,7 +321,7 @@ def hash_of_items(item_ids: np.ndarray, item_hashes: np.ndarray) -> str:
 
 
 def statistics_of(model: TransRecModel) -> dict[str, torch.Tensor]:
-    """What a whitened item map has of catalogues, by modality and name; empty for other models."""
+    """The catalogue statistics of a whitened item map, by modality and name; empty for other models."""
     return {
         f"{name}.{statistic}": getattr(projection, statistic).detach().clone()
         for name in model.config.modalities
@@ -327,7 +331,7 @@ def statistics_of(model: TransRecModel) -> dict[str, torch.Tensor]:
 
 
 def set_statistics(model: TransRecModel, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Let a model whiten as it did when [`statistics_of`] was asked."""
+    """Set the catalogue statistics of a model to those that [`statistics_of`] returned."""
     for key, value in statistics.items():
         name, _, statistic = key.partition(".")
         getattr(model.item_encoder.projection(name), statistic).copy_(value)

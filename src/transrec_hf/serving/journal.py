@@ -1,9 +1,9 @@
 """
-Changes to an item index, written ahead: each one is on the disk, whole, before anybody sees it.
+A journal of the changes to an item index: each change is on the disk as a whole before any reader sees it.
 
-The file begins with the state of the index that its changes are of; one that is of another state is left over, and not
-read. A record is its length, the SHA-256 of its contents, and these; what a process that died has left of its last one
-is not read, and overwritten by the next.
+The file begins with the state of the index that its changes belong to; a journal of another state is an old one and is
+not read. A record is the length of its contents, their SHA-256, and the contents. An incomplete last record of a
+process that died is not read, and the next record overwrites it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ LENGTH, DIGEST = 8, 32  # bytes
 
 def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple[list[bytes], int]:
     """
-    The records of the changes to an index that is in `state`.
+    The records of the changes to an index in the given state.
 
     Args:
-        folder (`str`): Where the index is.
-        state (`str`): The hash of its contents.
-        start (`int`, *optional*, defaults to 0): Where in the file the records begin that are not known yet.
+        folder (`str`): Folder of the index.
+        state (`str`): The hash of the contents of the index.
+        start (`int`, *optional*, defaults to 0): Position in the file from which records are not known yet.
 
     Returns:
-        `tuple[list[bytes], int]`: The records, and where in the file they end.
+        `tuple[list[bytes], int]`: The records, and the position in the file where they end.
 
     Raises:
-        [`DataError`]: If its head is damaged, or a record that is followed by others.
+        [`DataError`]: If the head of the file is damaged, or a record that is not the last one.
     """
     path, head = Path(folder) / JOURNAL_NAME, _head(state)
     try:
@@ -43,7 +43,7 @@ def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple
             found = file.read(len(head))
             if found != head:
                 if len(found) == len(head) and not re.match(MAGIC + rb"[0-9a-f]*\n", found):
-                    raise DataError(f"{path}: its head is damaged. Delete it, and all changes with it.")
+                    raise DataError(f"{path}: its head is damaged. Delete it; its changes are lost.")
                 return [], 0
             file.seek(start or len(head))
             content = file.read()
@@ -54,7 +54,7 @@ def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple
         if not is_whole and after < len(content):
             raise DataError(
                 f"{path}: a change is damaged, {len(content) - after:,} bytes before the end. Make the index again, "
-                "or delete this file, and all changes with it."
+                "or delete this file; its changes are lost."
             )
         if not is_whole:
             break
@@ -65,10 +65,11 @@ def read_journal(folder: str | os.PathLike, state: str, start: int = 0) -> tuple
 
 def append_record(folder: str | os.PathLike, state: str, end: int, record: bytes) -> int:
     """
-    Add a record where the others end, and return where it ends; nothing of it is kept if it cannot be written.
+    Add a record at the position `end`, and return the position where it ends. If it cannot be written, nothing is
+    kept.
 
     Raises:
-        `OSError`: If there is no room for it, say.
+        `OSError`: If the record cannot be written, for example because the disk is full.
     """
     path, head = Path(folder) / JOURNAL_NAME, _head(state)
     is_new = not path.exists()
@@ -102,7 +103,7 @@ def _head(state: str) -> bytes:
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, int, bool]]:
-    """Each record, where it ends, and whether it is whole."""
+    """Each record, the position where it ends, and whether it is complete."""
     place = 0
     while place < len(content):
         begin = place + LENGTH + DIGEST

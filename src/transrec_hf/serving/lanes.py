@@ -1,4 +1,4 @@
-"""Requests of many clients, computed together: a bounded queue before one thread."""
+"""Batches of the requests of many clients: a bounded queue in front of one thread."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 
 class Busy(Exception):
-    """More requests are waiting than will be computed in time."""
+    """Too many requests are waiting."""
 
 
 class Lane:
     """
-    A queue of jobs and the thread that computes them. Whatever has come while it was busy is computed together, so
-    batches grow with the load, and nobody waits for one to fill.
+    A queue of jobs and the thread that computes them. Jobs that arrive while the thread is busy are computed together
+    afterwards. So batches grow with the load, and no job waits for a batch to fill.
 
     Args:
-        compute (`Callable`): From jobs to a result for each, or to the exception that it ended with.
-        max_waiting (`int`): Jobs that may wait; more are refused.
-        max_batch (`int`): Jobs that are computed together.
-        observe (`Callable`, *optional*): Is told the size of each batch.
+        compute (`Callable`): Returns a result for each of several jobs, or the exception of the job.
+        max_waiting (`int`): Number of jobs that may wait; further ones are refused.
+        max_batch (`int`): Most jobs that are computed together.
+        observe (`Callable`, *optional*): Called with the size of each batch.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Lane:
         self._tasks: asyncio.Event
 
     def start(self) -> None:
-        """Begin to compute; called in the event loop."""
+        """Start the computing; call it in the event loop."""
         self._tasks = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop when the batch at hand is done; jobs that wait are cancelled."""
+        """Stop after the current batch; waiting jobs are cancelled."""
         if self._task is not None:
             self._task.cancel()
         for _, answer in self._waiting:
@@ -63,8 +63,8 @@ class Lane:
         The result of a job.
 
         Raises:
-            [`Busy`]: If too many are waiting.
-            `TimeoutError`: If it took longer than `timeout` seconds; it is not computed then, unless it already was.
+            [`Busy`]: If too many jobs are waiting.
+            `TimeoutError`: If the job took longer than `timeout` seconds. If it is still waiting, it is not computed.
         """
         if self.is_full():
             raise Busy
@@ -103,7 +103,7 @@ class Lane:
 
 
 def one_by_one(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The result of each job, or the exception that it ended with."""
+    """The result of each job, or the exception that it raised."""
     results: list[Any] = []
     for job in jobs:
         try:

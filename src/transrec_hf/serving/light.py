@@ -1,4 +1,4 @@
-"""A model without its towers: an index has the vectors of the items, so histories of them need nothing else."""
+"""A model without its towers, for histories of items whose vectors are in an index."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def load_without_towers(
     checkpoint: str | os.PathLike, place: Mapping[str, Any], made_by: str
 ) -> tuple[TransRecModel, TransRecProcessor] | None:
     """
-    A model whose towers are on the device "meta", and its processor; the weights of the towers are read once, to know
-    them, and not kept. `None` for checkpoints of another kind than one file of fp32 weights: adapters, shards, thin
-    ones, and whatever does not fit; they are loaded as a whole, and errors are told then.
+    A model whose towers are on the device "meta", and its processor. The weights of the towers are read once for their
+    hash, and not kept. The result is `None` if the checkpoint is not a single file of fp32 weights (adapters, shards
+    and thin checkpoints, for example); such a checkpoint is loaded as a whole, which also reports its errors.
 
     Args:
         checkpoint (`str`): Folder or Hub id.
-        place (`dict`): `revision`, `token` and what else says where it is; and `trust_remote_code`.
-        made_by (`str`): The [`encoder_hash`] of the index. With another one it is `None`, too.
+        place (`dict`): `revision`, `token` and other keywords that say where the checkpoint is; and
+            `trust_remote_code`.
+        made_by (`str`): The [`encoder_hash`] of the index. If the model has another hash, the result is `None`.
     """
     place = dict(place)
     trusted = place.pop("trust_remote_code", False)

@@ -1,6 +1,6 @@
 """
-The items of a recommender, which change while it serves. With a folder, a change is in its journal before anybody sees
-it; when the journal has grown, index and journal are written anew as one file.
+The items of a recommender, which may change while it serves. With a folder, a change is written to its journal before
+any reader sees it; when the journal has grown, index and journal are written again as one file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 INDEX_LOCK = ".index.lock"
 WAIT = 30.0  # seconds for another process that changes the same index
-MIN_COMPACTED = 2**13  # rows that were added or have gone before an index is written anew
+MIN_COMPACTED = 2**13  # added or removed rows after which an index is written again
 COMPACTED_SHARE = 0.25  # of all rows
 
 
@@ -38,14 +38,14 @@ class LiveItems:
     The items of a recommender, and their changes.
 
     Args:
-        items ([`ItemIndex`]): Those to begin with.
-        size (`int`, *optional*): Numbers of an item vector without the popularity, which the model knows; not given
-            where items are looked at and removed, but not searched.
-        folder (`str`, *optional*): Where the index is, if changes are to be kept.
-        device (`torch.device`, *optional*): Where it is searched.
+        items ([`ItemIndex`]): The items at the start.
+        size (`int`, *optional*): Length of an item vector without the popularity, which the model tells. Leave it out to
+            read and remove items without searching them.
+        folder (`str`, *optional*): Folder of the index, if changes are to be kept.
+        device (`torch.device`, *optional*): Device on which the items are searched.
 
     Attributes:
-        snapshot ([`Snapshot`]): The items now.
+        snapshot ([`Snapshot`]): The current items.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LiveItems:
         """
         seen, items = read_whole(folder, lambda: (_stamp(folder, INDEX_NAME), ItemIndex.from_pretrained(folder)))
         if items is None:
-            raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one: transrec encode.")
+            raise DataError(f"{folder}: there is no item index here ({INDEX_NAME}). Make one with transrec encode.")
         return cls(items, size, folder, device, _seen=seen)
 
     def remove(self, item_ids: Iterable[Any], readable: bool = False) -> list[str]:
@@ -89,13 +89,13 @@ class LiveItems:
 
         Args:
             item_ids (`Iterable[str]`): Their ids.
-            readable (`bool`, *optional*, defaults to `False`): Whether they may still stand in histories.
+            readable (`bool`, *optional*, defaults to `False`): Whether they may still occur in histories.
 
         Returns:
             `list[str]`: The ids.
 
         Raises:
-            [`UnknownItems`]: If one is not there.
+            [`UnknownItems`]: If an id is unknown.
         """
         removed: list[str] = []
         item_ids = item_ids if isinstance(item_ids, str) else list(item_ids)
@@ -119,19 +119,19 @@ class LiveItems:
 
     @property
     def base(self) -> ItemIndex:
-        """The index without the changes since it was written."""
+        """The index as it was written, without later changes."""
         return self.snapshot.segments[0].items
 
     def refresh(self) -> bool:
         """
-        See what other processes have changed in the folder.
+        Read the changes that other processes have made in the folder.
 
         Returns:
-            `bool`: Whether there was anything.
+            `bool`: Whether there were changes.
 
         Raises:
-            `FileNotFoundError`: If the index is gone.
-            [`DataError`]: If it is damaged.
+            `FileNotFoundError`: If the index was deleted.
+            [`DataError`]: If the index is damaged.
         """
         if self.folder is None or self._stamp() == self._seen:
             return False
@@ -148,29 +148,29 @@ class LiveItems:
             return self.snapshot.version != before
 
     def _stamp(self) -> tuple[int, ...]:
-        """What tells one state of the folder from another one."""
+        """A value that changes whenever the folder changes."""
         assert self.folder is not None
         return (*_stamp(self.folder, INDEX_NAME), *_stamp(self.folder, JOURNAL_NAME))
 
     def _reread(self) -> ItemIndex | None:
-        """The index in the folder, if it is not the one that is known."""
+        """The index in the folder; `None` if it is the known one."""
         assert self.folder is not None
         if self._seen and self._stamp()[:3] == self._seen[:3]:
             return None
         items = ItemIndex.from_pretrained(self.folder)
         if items is None:
-            raise FileNotFoundError(f"{self.folder}: the item index is gone ({INDEX_NAME}). Make it again.")
+            raise FileNotFoundError(f"{self.folder}: the item index ({INDEX_NAME}) was deleted. Make it again.")
         return None if items.state == self.base.state else items
 
     def change(self, make: Callable[[Snapshot], Change | None]) -> Snapshot:
         """
-        Make a change, and keep it.
+        Make a change, and save it.
 
         Args:
-            make (`Callable`): From the items as they are to the change; nothing happens if it returns `None`.
+            make (`Callable`): Returns the change for the current items, or `None` for no change.
 
         Raises:
-            `OSError`: If it cannot be written, or another process is changing the index all the time.
+            `OSError`: If the change cannot be written, or other processes constantly change the index.
         """
         with self._lock:
             if self.folder is None:
@@ -197,14 +197,14 @@ class LiveItems:
 
     def search_by(self, find_cells: Callable[[Snapshot], ApproximateIndex]) -> float:
         """
-        Look through the index as it is written by its cells; what came since is searched exactly. When it is written
-        anew, its cells are found anew in a thread, and all is searched exactly until they are there.
+        Search the written index by its cells, and later items exactly. When the index is written again, its cells are
+        computed again in a thread, and until then all items are searched exactly.
 
         Args:
-            find_cells (`Callable`): From the items to the cells of the index among them.
+            find_cells (`Callable`): Returns the cells for the current items.
 
         Returns:
-            `float`: The recall that was measured.
+            `float`: The measured recall.
         """
         cells = find_cells(self.snapshot)
         self._find_cells = find_cells
@@ -213,7 +213,7 @@ class LiveItems:
         return cells.recall
 
     def _set_cells(self, cells: ApproximateIndex) -> bool:
-        """Search by cells, unless they are those of an index that has been written anew."""
+        """Search by these cells, unless the index has been written again since they were computed."""
         with self._lock:
             is_current = cells.matrix is self.snapshot.segments[0].matrix
             if is_current:
@@ -229,7 +229,7 @@ class LiveItems:
             logger.warning("The items are searched exactly: %s", error)
 
     def compact(self) -> None:
-        """Write the index anew, with all changes in it. Raises `OSError`."""
+        """Write the index again, with all changes in it. Raises `OSError`."""
         with self._lock:
             assert self.folder is not None, "an index that is not in a folder has no journal"
             with locked(self.folder, INDEX_LOCK, WAIT, "another process is changing this index"):
@@ -249,14 +249,14 @@ class LiveItems:
         return changed > max(MIN_COMPACTED, COMPACTED_SHARE * len(self.base))
 
     def _check(self, change: Change) -> None:
-        """Refuse columns of another kind than those that are there, which no filter reads. Raises [`DataError`]."""
+        """Raise [`DataError`] if a new column has another type than in the index, since no filter could read both."""
         there = self.snapshot.columns.schema
         for new in [] if change.added is None or change.added.columns is None else change.added.columns.schema:
             kinds = {_kind(new.type), _kind(there.field(new.name).type) if new.name in there.names else "null"}
             if len(kinds - {"null"}) > 1:
                 raise DataError(
-                    f"the column {new.name!r} of the items holds {new.type}, and that of the index "
-                    f"{there.field(new.name).type}. Write it as there."
+                    f"the column {new.name!r} of the items has the type {new.type}, but in the index it has "
+                    f"{there.field(new.name).type}. Give it the type of the index."
                 )
 
     def _apply(self, change: Change) -> None:
@@ -265,7 +265,7 @@ class LiveItems:
 
 
 def _stamp(folder: str | os.PathLike, name: str) -> tuple[int, int, int]:
-    """What tells one state of a file from another one."""
+    """A value that changes whenever a file is replaced."""
     try:
         status = os.stat(Path(folder, name))
     except FileNotFoundError:
@@ -274,7 +274,7 @@ def _stamp(folder: str | os.PathLike, name: str) -> tuple[int, int, int]:
 
 
 def _kind(kind: pa.DataType) -> str:
-    """Which types of Arrow can be in one column."""
+    """A name for all Arrow types that fit into one column."""
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return "number"
     return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)

@@ -1,4 +1,4 @@
-"""An index in fewer bytes, to be sent or kept: its vectors in half precision, in bytes, as codes, or cut short."""
+"""An index in fewer bytes: its vectors in half precision, in 8 bits, as codes, or cut short."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .index import ItemIndex
 PACKED_NAME = "item_index.packed.safetensors"
 FORMS = ("fp16", "int8", "codes", "prefix")
 FORMAT = 1
-OF_VECTORS = ("item_embeds", "scan", "bounds")  # of an index, what is not kept but made again
+OF_VECTORS = ("item_embeds", "scan", "bounds")  # tensors of an index that are not packed but computed again
 
 
 def packed(vectors: Tensor, form: str, size: int | None = None, quantizer: ItemQuantizer | None = None) -> dict:
@@ -32,11 +32,11 @@ def packed(vectors: Tensor, form: str, size: int | None = None, quantizer: ItemQ
         vectors (`Tensor` of shape `(n, d)`): The vectors.
         form (`str`): `"fp16"`; `"int8"`, with a scale for each vector; `"codes"` of a quantizer; or `"prefix"`, the
             first numbers of each, for models with `matryoshka_dims`.
-        size (`int`, *optional*): Numbers that `"prefix"` keeps.
-        quantizer ([`ItemQuantizer`], *optional*): Of `"codes"`, fitted on these vectors.
+        size (`int`, *optional*): Number of values that `"prefix"` keeps.
+        quantizer ([`ItemQuantizer`], *optional*): The quantizer for `"codes"`, fitted on these vectors.
 
     Raises:
-        [`DataError`]: If the quantizer was fitted on other vectors, or the size is none.
+        [`DataError`]: If the quantizer was fitted on other vectors, or the size is wrong.
     """
     if form == "fp16":
         return {"half": vectors.half()}
@@ -45,14 +45,14 @@ def packed(vectors: Tensor, form: str, size: int | None = None, quantizer: ItemQ
         return {"bytes": (vectors / scale).round().to(torch.int8), "scale": scale}
     if form == "prefix":
         if size is None or not 1 <= size < vectors.shape[1]:
-            raise DataError(f"a prefix has 1 to {vectors.shape[1] - 1} numbers, got {size}")
+            raise DataError(f"a prefix must have 1 to {vectors.shape[1] - 1} numbers, got {size}")
         return {"prefix": vectors[:, :size].contiguous(), "width": torch.tensor(vectors.shape[1])}
     if form != "codes" or quantizer is None:
         raise DataError(f"form must be one of {', '.join(FORMS)}, with a quantizer for codes; got {form!r}")
     if quantizer.vectors_hash != hash_of_vectors(vectors):
         raise DataError(
-            "this quantizer was fitted on other vectors than those of the index, which its codes would not stand for: "
-            "fit one on these"
+            "this quantizer was fitted on other vectors than those of the index, so its codes would be wrong: fit one "
+            "on the vectors of the index"
         )
     small = torch.uint8 if quantizer.codebooks.shape[1] <= 256 else torch.uint16
     return {
@@ -62,7 +62,7 @@ def packed(vectors: Tensor, form: str, size: int | None = None, quantizer: ItemQ
 
 
 def unpacked(parts: Mapping[str, Tensor], method: str, is_unit: bool) -> Tensor:
-    """The vectors, fp32, that [`packed`] ones stand for; of length 1 if those were."""
+    """The fp32 vectors that [`packed`] vectors stand for; of length 1 if `is_unit`."""
     if "half" in parts:
         vectors = parts["half"].float()
     elif "bytes" in parts:
@@ -84,17 +84,17 @@ def pack_index(
     quantizer: ItemQuantizer | None = None,
 ) -> int:
     """
-    Write an index with packed vectors, `item_index.packed.safetensors`. What follows the vectors, such as popularity,
-    stays as it is.
+    Write an index with packed vectors, `item_index.packed.safetensors`. The popularity at the end of the vectors is
+    not packed.
 
     Args:
         index ([`ItemIndex`]): The index.
-        folder (`str`): Where to.
-        hidden_size (`int`): Numbers of a vector.
+        folder (`str`): Output folder.
+        hidden_size (`int`): Length of a vector, without the popularity.
         form, size, quantizer: See [`packed`].
 
     Returns:
-        `int`: Bytes that vectors take of each item, without codebooks.
+        `int`: Bytes that the vector of an item takes, without codebooks.
     """
     vectors, rest = index.item_embeds[:, :hidden_size].float(), index.item_embeds[:, hidden_size:]
     parts = packed(vectors, form, size, quantizer)
@@ -117,20 +117,20 @@ def pack_index(
 
 def unpack_index(folder: str | os.PathLike) -> ItemIndex:
     """
-    The index that [`pack_index`] has written, with the vectors that the packed ones stand for.
+    Read an index that [`pack_index`] has written, and unpack its vectors.
 
     Raises:
-        [`DataError`]: If there is none, or it is damaged.
+        [`DataError`]: If there is no packed index, or it is damaged.
     """
     file = Path(folder) / PACKED_NAME
     if not file.is_file():
-        raise DataError(f"{folder}: no {PACKED_NAME}. Make one: transrec index pack.")
+        raise DataError(f"{folder}: there is no {PACKED_NAME}. Make one with transrec index pack.")
     try:
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
             made_from = content.metadata() or {}
         if int(made_from["packed_format"]) > FORMAT:
-            raise ValueError(f"format {made_from['packed_format']}, and this version reads up to {FORMAT}")
+            raise ValueError(f"it has format {made_from['packed_format']}, but this version reads up to {FORMAT}")
         parts = {
             name.removeprefix("packed."): tensors.pop(name) for name in list(tensors) if name.startswith("packed.")
         }
@@ -139,4 +139,4 @@ def unpack_index(folder: str | os.PathLike) -> ItemIndex:
         tensors["item_embeds"] = torch.cat([vectors, rest.float()], dim=1)
         return ItemIndex._from_tensors(tensors, made_from["catalogue_hash"], made_from["encoder_hash"])
     except (LookupError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: damaged ({one_line(error)}). Pack the index again.") from error
+        raise DataError(f"{file}: is damaged ({one_line(error)}). Pack the index again.") from error

@@ -1,4 +1,4 @@
-"""What the demo draws: thumbnails of items, tiles for those without an image, and their places on a map."""
+"""Pictures of the demo: thumbnails of items, tiles for items without an image, and positions on a map."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tile(text: str) -> Image.Image:
 
 
 def groups_of(catalogue: Catalogue) -> dict[str, np.ndarray]:
-    """By name, a label of each item `(n_items,)`: what it shows, and columns of few values or of numbers."""
+    """Groupings of the items: by name, a label for each item, `(n_items,)`; by modality, and by suitable columns."""
     kinds = np.stack([catalogue.has(name) for name in ("text", "image", "features")], axis=1)
     names = {tuple(kind): " and ".join(np.array(["text", "image", "features"])[list(kind)]) for kind in kinds.tolist()}
     groups = {"what an item shows": np.array([names[tuple(kind)] for kind in kinds.tolist()])}
@@ -60,19 +60,21 @@ def groups_of(catalogue: Catalogue) -> dict[str, np.ndarray]:
 
 def places(recommender: Recommender, ids: list[str], seed: int = 0) -> pd.DataFrame:
     """
-    A map of the items: their vectors on the two axes along which they differ most (an exact principal component
-    analysis of all). Of a large catalogue a sample is shown.
+    A map of the items: their vectors on the two axes along which they differ most (a principal component analysis of
+    all vectors). For a large catalogue a sample is shown.
 
     Args:
-        recommender ([`Recommender`]): Whose items.
-        ids (`list[str]`): Of the items that are shown in any case.
-        seed (`int`, *optional*, defaults to 0): Of the sample.
+        recommender ([`Recommender`]): The recommender with the items.
+        ids (`list[str]`): Ids of the items that are always shown.
+        seed (`int`, *optional*, defaults to 0): Seed of the sample.
     """
     item_ids = recommender.item_ids
     vectors = recommender.item_embeds[:, : recommender.model.config.hidden_size].double().cpu()
     centred = vectors - vectors.mean(dim=0)
     axes = torch.linalg.eigh(centred.T @ centred)[1][:, -2:].flip(1)
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # or it would turn by chance
+    axes = (
+        axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    )  # otherwise the map could be mirrored by chance
     found = (centred @ axes).numpy()
     rows = np.arange(len(item_ids))
     if len(rows) > MAX_POINTS:
@@ -82,7 +84,7 @@ def places(recommender: Recommender, ids: list[str], seed: int = 0) -> pd.DataFr
 
 
 def search(catalogue: Catalogue, texts: list[str], words: str) -> np.ndarray:
-    """Rows of the items whose id or text holds all words."""
+    """Rows of the items whose id or text contains all words."""
     wanted = words.lower().split()
     pairs: Any = zip(catalogue.item_ids.tolist(), texts, strict=True)
     return np.array(

@@ -1,4 +1,4 @@
-"""Items that no catalogue has: read as a caller gives them, and turned into vectors."""
+"""Raw items, which no catalogue has: checking the contents that a caller gives, and turning them into vectors."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def is_id(item: Any) -> bool:
 
 def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     """
-    What a raw item shows, by modality: a text, an RGB image, a float32 vector, the bytes or samples of a sound, the
-    bytes or frames of a video.
+    The contents of a raw item, by modality: a text, an RGB image, a float32 vector, the bytes or samples of a sound,
+    the bytes or frames of a video.
 
     Args:
-        item (`dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): By modality the contents, an image as a PIL
-            image or as the bytes of a file, a sound as such bytes or as samples at the rate of the processor; or an
-            image or a vector alone.
-        modalities (`Sequence[str]`): Which the model reads.
+        item (`dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): A dictionary of contents by modality, or an
+            image or a vector alone. An image is a PIL image or the bytes of a file; a sound is the bytes of a file, or
+            samples at the rate of the processor.
+        modalities (`Sequence[str]`): The modalities that the model reads.
 
     Raises:
-        [`DataError`]: If nothing of it can be read.
+        [`DataError`]: If the item has no content that the model can read.
     """
     if isinstance(item, PIL.Image.Image):
         item = {"image": item}
     elif isinstance(item, (np.ndarray, Tensor)):
         item = {"features": item}
     if not isinstance(item, Mapping):
-        raise DataError(f"an item of a history is an id or raw, got {type(item).__name__}; {HOW}")
+        raise DataError(f"an item of a history must be an id or a raw item, got {type(item).__name__}; {HOW}")
     unknown = [name for name in item if name not in MODALITIES]
     if unknown:
-        raise DataError(f"a raw item has no {shortened(unknown[0])!r}: give some of {', '.join(MODALITIES)}")
+        raise DataError(f"a raw item cannot have {shortened(unknown[0])!r}: give some of {', '.join(MODALITIES)}")
     readers: dict[str, Callable[[Any], Any]] = {
         "text": _text,
         "image": _image,
@@ -65,8 +65,8 @@ def read_raw(item: Any, modalities: Sequence[str]) -> dict[str, Any]:
     shown = {name: readers[name](item[name]) for name in modalities if item.get(name) is not None}
     if not shown:
         given = ", ".join(name for name in item if item[name] is not None) or "nothing"
-        reads = ", ".join(modalities) or "no content: it knows items by their ids alone"
-        raise DataError(f"a raw item shows {given}, and this model reads {reads}")
+        reads = ", ".join(modalities) or "no content: it knows items by their ids only"
+        raise DataError(f"a raw item has {given}, but this model reads {reads}")
     return shown
 
 
@@ -76,7 +76,7 @@ def _text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"the text of a raw item holds half a character ({shortened(error)})") from error
+        raise DataError(f"the text of a raw item holds a broken character ({shortened(error)}): remove it") from error
     return text
 
 
@@ -92,7 +92,7 @@ def _image(image: Any) -> PIL.Image.Image:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    """Values as float32; none if they are no numbers."""
+    """Values as float32; an empty array if they are not numbers."""
     try:
         with np.errstate(over="ignore"):
             return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
@@ -103,14 +103,14 @@ def _numbers(values: Any) -> np.ndarray:
 def _vector(vector: Any) -> np.ndarray:
     numbers = _numbers(vector)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all() or not numbers.any():
-        raise DataError("the features of a raw item are a list of finite numbers that are not all zero")
+        raise DataError("the features of a raw item must be a list of finite numbers that are not all zero")
     return numbers
 
 
 def _codes(codes: Any) -> np.ndarray:
     numbers = _numbers(codes)
     if numbers.ndim != 1 or not len(numbers) or not (numbers >= 0).all() or (numbers % 1).any():
-        raise DataError("the codes of a raw item are a list of whole numbers from 0")
+        raise DataError("the codes of a raw item must be a list of whole numbers from 0")
     return numbers.astype(np.int64)
 
 
@@ -119,7 +119,7 @@ def _sound(sound: Any) -> Any:
         return bytes(sound)
     samples = _numbers(sound)
     if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
-        raise DataError("the audio of a raw item is the bytes of a file, or finite samples of one channel")
+        raise DataError("the audio of a raw item must be the bytes of a file, or finite samples of one channel")
     return samples
 
 
@@ -127,12 +127,12 @@ def _video(video: Any) -> Any:
     if isinstance(video, (bytes, bytearray, memoryview)):
         return bytes(video)
     if not isinstance(video, Sequence) or not video:
-        raise DataError("the video of a raw item is the bytes of a file, or a list of images")
+        raise DataError("the video of a raw item must be the bytes of a file, or a list of images")
     return [_image(frame) for frame in video]
 
 
 def without_ids(model: TransRecModel) -> TransRecModel:
-    """The same model with the same weights, for items that it has no ID vectors of: they count as zero."""
+    """The same model with the same weights, for items without ID vectors: they count as zero."""
     if model.config.num_items is None or not model.config.modalities:
         return model
     other = copy.copy(model)
@@ -142,7 +142,7 @@ def without_ids(model: TransRecModel) -> TransRecModel:
 
 
 def _decoded(processor: TransRecProcessor, name: str, content: Any) -> Any:
-    """The samples or frames of what may be the bytes of a file. Raises [`DataError`]."""
+    """The samples or frames of a content, decoded if it is the bytes of a file. Raises [`DataError`]."""
     if not isinstance(content, bytes):
         return content
     decode: Any = {"audio": decode_sound, "video": decode_clip}[name]
@@ -153,7 +153,7 @@ def _decoded(processor: TransRecProcessor, name: str, content: Any) -> Any:
 
 
 def raw_batch(processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]]) -> ItemBatch:
-    """What [`read_raw`] has read, as a batch that a model reads. Raises [`DataError`]."""
+    """The results of [`read_raw`] as a batch for the model. Raises [`DataError`]."""
     columns: dict[str, Any] = {name: [shown.get(name) for shown in contents] for name in processor.modalities}
     if "image" in columns:
         columns["images"] = columns.pop("image")
@@ -171,11 +171,11 @@ def encode_raw(
     model: TransRecModel, processor: TransRecProcessor, contents: Sequence[Mapping[str, Any]], unknown: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """
-    Vectors of raw items, as of a catalogue: `(n, width)`, fp32; and which modalities they show.
+    The vectors of raw items, `(n, width)`, fp32, and the modalities that they have.
 
     Args:
         model ([`TransRecModel`]): The model.
-        processor ([`TransRecProcessor`]): Of the model.
+        processor ([`TransRecProcessor`]): The processor of the model.
         contents (`Sequence[dict]`): See [`read_raw`].
         unknown (`float`, *optional*): The log popularity of an item that nobody has chosen yet.
     """
@@ -191,7 +191,7 @@ def encode_raw(
 
 
 def masked(batch: ItemBatch, name: str) -> ItemBatch | None:
-    """The items without what they show of a modality, as far as they show another one; `None` if none of them does."""
+    """The items with one modality hidden, if they have another one; `None` if no item has."""
     column = COLUMNS[name]
     hides = batch.present[:, column] & (batch.present.sum(dim=1) > 1)
     if not hides.any():

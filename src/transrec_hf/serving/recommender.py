@@ -36,7 +36,7 @@ from .served import ServedItems
 from .snapshot import Snapshot
 
 
-USERS = 1024  # whose histories are read at a time
+USERS = 1024  # users whose histories are read at a time
 
 
 class Recommender(ServedItems, PushToHubMixin):
@@ -47,29 +47,30 @@ class Recommender(ServedItems, PushToHubMixin):
         model ([`TransRecModel`]): The model.
         source ([`ItemSource`] or [`Catalogue`], *optional*): The items, of any platform if the model reads content.
             Not needed with an index.
-        processor ([`TransRecProcessor`], *optional*): Of the model, where the items do not bring it.
-        index ([`ItemIndex`] or [`LiveItems`], *optional*): The items' vectors, if they are known already. What was
-            made by another model is not used; items whose contents have changed are encoded anew.
-        statistics ([`ItemStatistics`], *optional*): What the model's checkpoint keeps of single items: ID vectors and
+        processor ([`TransRecProcessor`], *optional*): The processor of the model; needed if `source` is a
+            [`Catalogue`].
+        index ([`ItemIndex`] or [`LiveItems`], *optional*): Known vectors of the items. An index of another model is
+            not used; items whose contents have changed are encoded again.
+        statistics ([`ItemStatistics`], *optional*): What the checkpoint knows about single items; ID vectors and
             popularity are matched to the catalogue by id.
         counts (`dict[str, int]`, *optional*): How often items occur in the training data, for
-            [`~Recommender.popular`]; if not given, what `statistics` say.
-        folder (`str`, *optional*): Where the index is written, and changes to the items are kept.
-        load_all (`Callable`, *optional*): Loads the model as a whole, if the index has made do without its towers.
+            [`~Recommender.popular`]; by default, the counts of `statistics`.
+        folder (`str`, *optional*): Folder where the index and changes to the items are written.
+        load_all (`Callable`, *optional*): Loads the whole model, if `model` has no towers because an index spares
+            them.
         kwargs: Further arguments of [`encode_catalogue`], e.g. `batch_size`.
 
     Raises:
-        [`DataError`]: If there is no catalogue, and no index that belongs to the model.
-        `TypeError`: If the items are something else.
-        `ValueError`: If items with contents come without a processor.
+        [`DataError`]: If there is neither a catalogue nor an index that belongs to the model.
+        `TypeError`: If `source` is neither a [`Catalogue`] nor an [`ItemSource`].
+        `ValueError`: If items with contents are given without a processor.
 
     Example:
 
     ```python
     >>> recommender = Recommender.from_pretrained("my_checkpoint", "items.parquet")
     >>> recommender.recommend(["item-17", "item-4"], k=5)
-    >>> recommender.recommend([{"text": "a red hat"}], k=5, filter="price < 20")  # a stranger to the catalogue
-    >>> recommender.push_to_hub("me/my_recommender")  # the index goes along
+
     ```
     """
 
@@ -83,25 +84,25 @@ class Recommender(ServedItems, PushToHubMixin):
         **kwargs: Any,
     ) -> Recommender:
         """
-        A recommender from a checkpoint, or an adapter, and items.
+        Load a recommender from a checkpoint (or an adapter) and items.
 
         Args:
             pretrained_model_name_or_path (`str`): Hub id or folder of a checkpoint with its processor.
-            items (*optional*): A [`Catalogue`], or whatever [`load_catalogue`] reads; may be left out if the
-                checkpoint holds an item index, or `index` is one.
+            items (*optional*): A [`Catalogue`], or anything that [`load_catalogue`] reads. May be left out if the
+                checkpoint holds an item index, or if `index` names one.
             index (`str`, *optional*): Folder of an index, in which changes to the items are kept. It is written if it
                 is missing or was made by another model.
-            device (`torch.device` or `str`, *optional*): Where the model is put; the CPU if not given.
+            device (`torch.device` or `str`, *optional*): Device of the model; the CPU if not given.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` and `subfolder` as in
-                `PreTrainedModel.from_pretrained`, `trust_remote_code` if its tokenizer may run code of its own, and
+                `PreTrainedModel.from_pretrained`, `trust_remote_code` if the tokenizer may run its own code, and
                 further arguments of [`Recommender`] and [`encode_catalogue`].
 
         Raises:
-            [`HubError`]: If the checkpoint cannot be had, or a file of it is damaged.
-            [`DataError`]: If the items are not given and not in the checkpoint, or have defects.
+            [`HubError`]: If the checkpoint cannot be loaded, or one of its files is damaged.
+            [`DataError`]: If the items are neither given nor in the checkpoint, or have defects.
         """
         if index is not None and items is None and not has_index(index):
-            raise DataError(f"{index}: there is no item index here. Give the items, and it is made.")
+            raise DataError(f"{index}: there is no item index here. Give the items, then it is made.")
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
         with bad_input(f"{name}: not a checkpoint that can be read", *UNREADABLE), hub_errors(name):
@@ -132,20 +133,20 @@ class Recommender(ServedItems, PushToHubMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, columns: bool = False, **kwargs: Any) -> None:
         """
-        Write model, processor and item index to a folder; `push_to_hub` pushes the three.
+        Write model, processor and item index to a folder; `push_to_hub` pushes all three.
 
         Args:
             save_directory (`str`): The folder.
-            columns (`bool`, *optional*, defaults to `False`): Whether texts and other columns of the items go along.
+            columns (`bool`, *optional*, defaults to `False`): Whether texts and other columns of the items are saved.
             kwargs: Further arguments of `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
 
         Raises:
-            [`DataError`]: If the model is quantised by PyTorch, whose layers have no weights that could be saved.
-            `OSError`: If something cannot be written, and then nothing of it is kept.
+            [`DataError`]: If the model was quantised by PyTorch, so that it has no weights that could be saved.
+            `OSError`: If a file cannot be written; then nothing is kept.
         """
         model = self.whole_model()
         if not all(isinstance(value, torch.Tensor) for value in model.state_dict().values()):
-            raise DataError("a model that PyTorch has quantised cannot be saved: save the one that it was made of")
+            raise DataError("a model that PyTorch has quantised cannot be saved: save the model before quantisation")
         with written_whole(save_directory) as partial:
             model.save_pretrained(partial, **kwargs)
             if self.processor is not None:
@@ -173,34 +174,34 @@ class Recommender(ServedItems, PushToHubMixin):
         The best items for one user or several, best first.
 
         Args:
-            histories (`list` or `list[list]`): One history or a list of histories, of items, oldest first; the last
-                `max_position_embeddings` are read. An item is the id of one of the catalogue, a string (or an
-                integer), or raw: a dictionary such as `{"text": "a red hat", "image": image}`, a PIL image, or an
-                array of numbers. A string is always an id; a text is `{"text": ...}`. For an empty history the popular
-                items are given, and the answer says so.
-            k (`int`, *optional*, defaults to 10): How many; fewer if there are no more.
-            exclude_seen (`bool`, *optional*, defaults to `True`): Leave out what the user had.
+            histories (`list` or `list[list]`): One history or a list of histories. A history is a list of items,
+                oldest first; its last `max_position_embeddings` items are read. An item is an id of the catalogue (a
+                string or an integer), or a raw item: a dictionary such as `{"text": "a red hat", "image": image}`, a
+                PIL image, or an array of numbers. A string is always an id; a text is `{"text": ...}`. For an empty
+                history the answer holds the popular items, and its `fallback` says so.
+            k (`int`, *optional*, defaults to 10): Number of items; fewer if there are no more.
+            exclude_seen (`bool`, *optional*, defaults to `True`): Whether items of the history are left out.
             filter (`str`, mask or ids, *optional*): Which items may be recommended: an expression over their columns,
                 e.g. `"price < 20 and stock > 0"` (see [`matching_rows`]); a boolean for each of `item_ids`; or ids.
-            candidates (`list[str]` or `list[list[str]]`, *optional*): Ids of which to choose, for all users or for
-                each.
-            modality (`str`, *optional*): Recommend only items that show it, e.g. `"image"`.
+            candidates (`list[str]` or `list[list[str]]`, *optional*): Ids of the only items that may be recommended,
+                for all users or for each user.
+            modality (`str`, *optional*): Recommend only items that have this modality, e.g. `"image"`.
             on_unknown (`"raise"` or `"skip"`, *optional*): What to do about unknown ids in histories, candidates
                 and filters; the answer names those of a history that were skipped.
-            rerank (`Callable` or list of them, *optional*): Steps that order the best items anew, e.g.
+            rerank (`Callable` or list of them, *optional*): Steps that reorder the best items, e.g.
                 [`maximal_marginal_relevance`] and [`cap_per_attribute`].
-            explain (`bool`, *optional*, defaults to `False`): Tell which items of the history, and which modality,
-                moved each recommendation; see [`Explanation`].
+            explain (`bool`, *optional*, defaults to `False`): Whether to tell which items of the history, and which
+                modality, raised the score of each recommendation; see [`Explanation`].
             timestamps (`list[int]` or `list[list[int]]`, *optional*): When each item was chosen, in the unit of the
                 training data; for models with `time_buckets`.
 
         Returns:
-            [`Recommendations`] of one history, [`UserRecommendations`] of a list of histories.
+            [`Recommendations`] for one history, [`UserRecommendations`] for a list of histories.
 
         Raises:
             [`UnknownItems`]: For ids that are not in the catalogue.
-            [`DataError`]: If a history, `k`, a filter or timestamps are none, or scores are not finite.
-            `ValueError`: If the model needs the timestamps of all its items.
+            [`DataError`]: If a history, `k`, a filter or timestamps are wrong, or scores are not finite.
+            `ValueError`: If the model needs timestamps, and they are missing.
         """
         k, skips = check_k(k), check_on_unknown(on_unknown)
         snapshot, versions = self._now()
@@ -239,26 +240,27 @@ class Recommender(ServedItems, PushToHubMixin):
         return UserRecommendations((answers[user] for user in range(len(read))), versions)
 
     def recommend_batch(self, histories: Any, k: int = 10, **kwargs: Any) -> UserRecommendations:
-        """As [`~Recommender.recommend`] for a list of histories, under the name that this had in version 0.1.0."""
+        """[`~Recommender.recommend`] for a list of histories, under its name of version 0.1.0."""
         return self.recommend([list(history) for history in histories], k, **kwargs)
 
     @torch.no_grad()
     def user_vectors(self, histories: Any, *, on_unknown: str = "raise", timestamps: Any = None) -> np.ndarray:
         """
-        The vectors of users, for a search elsewhere: a score is the dot product with the vector of an item.
+        The vectors of users, for a search by another program: a score is the dot product with the vector of an item.
 
         Args:
-            histories (`list` or `list[list]`): As for [`~Recommender.recommend`], none of them empty.
+            histories (`list` or `list[list]`): See [`~Recommender.recommend`]; no history may be empty.
+            on_unknown, timestamps: See [`~Recommender.recommend`].
 
         Returns:
-            `np.ndarray` of shape `(width,)`, of several users `(n_users, width)`.
+            `np.ndarray` of shape `(width,)` for one history, `(n_users, width)` for a list of histories.
         """
         snapshot = self.items
         given, is_one = as_histories(histories)
         times = read_times(timestamps, given, is_one)
         read, raw = read_histories(given, snapshot, check_on_unknown(on_unknown))
         if not all(user.rows for user in read):
-            raise DataError("a history is empty, so there is nothing to score by: see `popular`")
+            raise DataError("a history is empty, so there is no user vector: give at least one item, or use `popular`")
         vectors, present = self._encode_raw(raw)
         parts = []
         for start in range(0, len(read), USERS):
@@ -269,18 +271,19 @@ class Recommender(ServedItems, PushToHubMixin):
 
     def approximate(self, recall: float = 0.99, seed: int = 0, file: str | os.PathLike | None = None) -> float:
         """
-        Search no longer all items, but as many as a recall asks for (needs the extra `faiss`). It is measured by
-        histories of five items that are near each other; again, in a thread, when the index is written anew.
+        Switch to approximate search (needs the extra `faiss`): from now on only so many items are searched as the
+        recall needs. The recall is measured by histories of five items that are near each other. When the index is
+        written again, it is measured again in a thread.
 
         Args:
-            recall (`float`, *optional*, defaults to 0.99): The least share of the ten best items that is found.
-            seed (`int`, *optional*, defaults to 0): Of the samples.
-            file (`str` or `os.PathLike`, *optional*): Of the cells of an index in a folder. The first process writes
-                it, the next ones map it into their memory. faiss does not check what it reads: let nobody else write
-                it.
+            recall (`float`, *optional*, defaults to 0.99): Share of the exact ten best items that must be found.
+            seed (`int`, *optional*, defaults to 0): Seed of the samples.
+            file (`str` or `os.PathLike`, *optional*): File for the cells of an index in a folder. The first process
+                writes it, other processes map it into their memory. faiss does not check what it reads, so nobody else
+                should be able to write it.
 
         Returns:
-            `float`: The share of the exact ten best items that was found.
+            `float`: The measured share of the exact ten best items that was found.
         """
 
         @torch.no_grad()
@@ -306,11 +309,12 @@ class Recommender(ServedItems, PushToHubMixin):
         self, item: Any, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
     ) -> Recommendations:
         """
-        The items that are most like one of the catalogue, or a raw one: the score is the cosine of their vectors.
+        The items that are most similar to an item of the catalogue, or to a raw one. The score is the cosine of their
+        vectors.
 
         Args:
-            item (`str` or raw): See [`~Recommender.recommend`].
-            k, filter, modality: As there.
+            item (`str` or raw item): See [`~Recommender.recommend`].
+            k, filter, modality: See [`~Recommender.recommend`].
         """
         k = check_k(k)
         snapshot, versions = self._now()
@@ -326,19 +330,22 @@ class Recommender(ServedItems, PushToHubMixin):
     @torch.no_grad()
     def score(self, history: Any, item_ids: Any, *, on_unknown: str = "raise", timestamps: Any = None) -> np.ndarray:
         """
-        What the model gives certain items, as [`~Recommender.recommend`] would.
+        The scores of given items, equal to those of [`~Recommender.recommend`].
 
         Args:
-            history (`list` or `list[list]`): Of one user or of several, as there; not empty.
+            history (`list` or `list[list]`): One history or a list of histories, see [`~Recommender.recommend`]; no
+                history may be empty.
             item_ids (`list`): Ids or raw items, the same for all users.
+            on_unknown, timestamps: See [`~Recommender.recommend`].
 
         Returns:
-            `np.ndarray` of shape `(n_items,)`, of several users `(n_users, n_items)`: The scores.
+            `np.ndarray` of shape `(n_items,)` for one history, `(n_users, n_items)` for a list of histories: The
+                scores.
         """
         states = self.user_vectors(history, on_unknown=on_unknown, timestamps=timestamps)
         snapshot = self.items
         if isinstance(item_ids, str) or not isinstance(item_ids, Iterable):
-            raise DataError(f"items to score are a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
+            raise DataError(f"items to score must be a list, got {shortened(repr(item_ids), 40)}: put it in brackets")
         items = list(item_ids)
         wanted = [i for i, item in enumerate(items) if is_id(item)]
         embeds = snapshot.vectors(np.zeros(len(items), dtype=np.int64))
@@ -352,10 +359,10 @@ class Recommender(ServedItems, PushToHubMixin):
         self, k: int = 10, *, filter: str | Iterable[Any] | None = None, modality: str | None = None
     ) -> Recommendations:
         """
-        The items that occur most often in the training data, whoever asks.
+        The items that occur most often in the training data, the same for every user.
 
         Raises:
-            [`DataError`]: If nothing is known of that: see `counts`.
+            [`DataError`]: If the popularity of the items is not known; see `counts` of [`Recommender`].
         """
         k = check_k(k)
         snapshot, versions = self._now()
@@ -366,7 +373,7 @@ class Recommender(ServedItems, PushToHubMixin):
     def _popular(self, snapshot: Snapshot, versions: Versions, k: int, allowed: Tensor | None) -> Recommendations:
         if snapshot.counts is None:
             raise DataError(
-                "a history is empty, and nothing is known of the popularity of the items: give `counts` to the "
+                "a history is empty, and the popularity of the items is not known: give `counts` to the "
                 "recommender, or histories of at least one item"
             )
         rows = snapshot.by_popularity
@@ -376,7 +383,7 @@ class Recommender(ServedItems, PushToHubMixin):
         return as_answers(snapshot, versions, snapshot.counts[rows].astype(np.float32)[None], rows[None])[0]
 
     def _now(self) -> tuple[Snapshot, Versions]:
-        """The items at this moment, and what an answer is made with."""
+        """The current items, and the versions that answers name."""
         snapshot = self.items
         return snapshot, Versions(self.model_version, snapshot.version)
 
@@ -388,7 +395,7 @@ class Recommender(ServedItems, PushToHubMixin):
         present: Tensor,
         times: Sequence[Sequence[int]] | None,
     ) -> UserInputs:
-        """What the model reads of users; `vectors` and `present` are of the raw items."""
+        """The inputs of the model for users; `vectors` and `present` are those of the raw items."""
         length, device = self.model.config.max_position_embeddings, self.device
         ends = [np.asarray(history.rows[-length:], dtype=np.int64) for history in histories]
         origin, places = np.unique(np.concatenate(ends), return_inverse=True)

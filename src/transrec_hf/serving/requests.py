@@ -1,4 +1,4 @@
-"""What the service takes and gives, with its limits: strict types, no field that it does not know."""
+"""The requests and answers of the service and their limits. Types are strict, and unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing_extensions import Self
 MAX_K = 1000
 MAX_HISTORIES = 256
 MAX_HISTORY = 1000
-MAX_RAW = 64  # raw items of a request, which the towers have to read
+MAX_RAW = 64  # raw items of a request
 MAX_EXPLAINED = 16  # histories
 MAX_CANDIDATES = 10_000
 MAX_ITEMS = 1000
@@ -54,13 +54,13 @@ Count = Annotated[StrictInt, Field(ge=1, le=MAX_K)]
 
 
 class Strict(BaseModel):
-    """What is not named here is refused."""
+    """A request in which unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class RawItem(Strict):
-    """An item that the catalogue need not have: text, image, vector, sound, video, codes, or several of them."""
+    """A raw item, which need not be in the catalogue: text, image, vector, sound, video, codes, or several of them."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
@@ -72,7 +72,7 @@ class RawItem(Strict):
     codes: Codes | None = None
 
     def contents(self) -> dict[str, Any]:
-        """What it shows, by modality; files as they came."""
+        """The contents by modality; files are not decoded."""
         return {name: value for name, value in self if value is not None}
 
 
@@ -85,7 +85,7 @@ IdOrRaw = Annotated[Annotated[ItemId, Tag("id")] | Annotated[RawItem, Tag("raw")
 
 
 class Recommend(Strict):
-    """For whom, and what may be recommended."""
+    """The histories, and which items may be recommended."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -98,7 +98,11 @@ class Recommend(Strict):
 
     histories: Annotated[
         list[Annotated[list[IdOrRaw], Field(max_length=MAX_HISTORY)]],
-        Field(min_length=1, max_length=MAX_HISTORIES, description="Of each user, ids or raw items, oldest first."),
+        Field(
+            min_length=1,
+            max_length=MAX_HISTORIES,
+            description="For each user a list of ids or raw items, oldest first.",
+        ),
     ]
     timestamps: Annotated[list[list[StrictInt]], Field(max_length=MAX_HISTORIES)] | None = None
     k: Count = 10
@@ -113,16 +117,16 @@ class Recommend(Strict):
     def _check(self) -> Self:
         lengths = [len(history) for history in self.histories]
         if self.timestamps is not None and [len(times) for times in self.timestamps] != lengths:
-            raise ValueError("timestamps have one entry for each item of each history")
+            raise ValueError("timestamps must have one entry for each item of each history")
         return self
 
     def is_quick(self) -> bool:
-        """Whether no tower has to read anything, and nothing is explained."""
+        """Whether the request needs no tower and no explanation."""
         return not self.explain and all(isinstance(item, str) for history in self.histories for item in history)
 
 
 class Similar(Strict):
-    """To which item, of the catalogue or raw."""
+    """The item, of the catalogue or raw, to which similar items are wanted."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"item": "item-17", "k": 5}]})
 
@@ -164,7 +168,7 @@ class Items(Strict):
 
 
 class Removal(Strict):
-    """Items to remove; `readable` ones may still stand in histories."""
+    """Items to remove; with `readable` they may still occur in histories."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["new-1"]}]})
 
@@ -173,21 +177,21 @@ class Removal(Strict):
 
 
 class VersionsOut(BaseModel):
-    """What an answer was made with."""
+    """The versions of model and index that an answer was made with."""
 
     model: str
     index: str
 
 
 class ExplanationOut(BaseModel):
-    """How much lower the score is without an item of the history, by its place, or without a modality."""
+    """How much lower the score would be without an item of the history (by its position), or without a modality."""
 
     history: dict[str, float]
     modalities: dict[str, float] | None = None
 
 
 class Recommended(BaseModel):
-    """An item and its score, comparable within one answer."""
+    """An item and its score; compare scores only within one answer."""
 
     item_id: str
     score: float
@@ -197,7 +201,7 @@ class Recommended(BaseModel):
 
 
 class UserOut(BaseModel):
-    """The items for one user; the popular ones for an empty history, and then `fallback` says so."""
+    """The items for one user; for an empty history the popular items, and then `fallback` says so."""
 
     items: list[Recommended]
     fallback: str | None = None
@@ -212,7 +216,7 @@ class RecommendOut(BaseModel):
 
 
 class SimilarOut(BaseModel):
-    """The items that are most like it; the score is the cosine of their vectors."""
+    """The most similar items; the score is the cosine of the vectors."""
 
     items: list[Recommended]
     versions: VersionsOut
@@ -226,7 +230,7 @@ class ChangedOut(BaseModel):
 
 
 class Health(BaseModel):
-    """That it runs, or that it answers requests; without `towers` the first that has contents to read loads them."""
+    """The state of the service; if `towers` is false, the first request with contents loads them."""
 
     status: str
     items: int | None = None

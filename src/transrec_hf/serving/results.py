@@ -1,4 +1,4 @@
-"""What a recommender answers: plain dataclasses, and a list of them that becomes a table."""
+"""The answers of a recommender: dataclasses, and lists of them that can become tables."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
-"""Of recommendations as a flat table."""
+"""Columns of recommendations as a flat table."""
 
 
 @dataclass(frozen=True)
 class Versions:
     """
-    What an answer was made with.
+    The versions of model and items that an answer was made with.
 
     Args:
         model (`str`): Changes with the weights and settings of the model.
-        index (`str`): Changes with the items, and with each change to them.
+        index (`str`): Changes with the items, also with each change to them.
     """
 
     model: str
@@ -34,14 +34,14 @@ class Versions:
 @dataclass(frozen=True)
 class Explanation:
     """
-    What moved a recommendation, by counterfactual masking: how much lower its score is without it. A negative number
-    is of what spoke against the item.
+    The reasons for a recommendation, by counterfactual masking: how much lower the score would be without a part. A
+    negative number means that the score would be higher without this part.
 
     Args:
-        history (`dict[int, float]`): By its place in the history, what each item that was read adds to the score. Of
-            a history of one item it is all of it.
-        modalities (`dict[str, float]`, *optional*): By modality, what it adds, as far as items have another one to be
-            told by; `None` if the contents of the items are not at hand.
+        history (`dict[int, float]`): For each item that was read, by its position in the history, how much it adds to
+            the score. In a history of one item it is the whole score.
+        modalities (`dict[str, float]`, *optional*): For each modality, how much it adds. Only items that have another
+            modality too can be read without it. `None` if the contents of the items are not available.
     """
 
     history: dict[int, float]
@@ -55,11 +55,11 @@ class Recommendation:
 
     Args:
         item_id (`str`): Its id in the catalogue.
-        score (`float`): What the model gives it; comparable within one user only. Of the popular items, the number of
+        score (`float`): The score of the model; compare it only within one user. For popular items, the number of
             their interactions in the training data.
-        text (`str`, *optional*): Its text, if the catalogue is at hand or the index has it.
+        text (`str`, *optional*): Its text, if the catalogue is available or the index has it.
         columns (`dict`, *optional*): Its further columns, e.g. `price`.
-        explanation ([`Explanation`], *optional*): If one was asked for.
+        explanation ([`Explanation`], *optional*): The reasons, with `explain=True`.
     """
 
     item_id: str
@@ -71,11 +71,11 @@ class Recommendation:
 
 class Recommendations(list[Recommendation]):
     """
-    The items recommended to one user, best first: a list, and what is to be said of it.
+    The items recommended to one user, best first: a list with some attributes.
 
     Attributes:
-        versions ([`Versions`]): What it was made with.
-        fallback (`str`, *optional*): `"popular"` if there was no history to go by, and these are the popular items.
+        versions ([`Versions`]): The versions of model and items that it was made with.
+        fallback (`str`, *optional*): `"popular"` if the history was empty, so that these are the popular items.
         skipped (`list[str]`): Unknown ids of the history, which were skipped.
     """
 
@@ -97,7 +97,9 @@ class Recommendations(list[Recommendation]):
         ]
 
     def to_arrow(self) -> pa.Table:
-        """One row an item: user_id, item_id, rank, score, its text, and its columns of other names than these."""
+        """
+        A table with one row for each item: user_id, item_id, rank, score, the text, and all columns of other names.
+        """
         table = pa.Table.from_pylist(self.rows(), SCHEMA)
         details = pa.Table.from_pylist([{"text": item.text, **item.columns} for item in self])
         for name in details.column_names:
@@ -106,13 +108,13 @@ class Recommendations(list[Recommendation]):
         return table
 
     def to_dataset(self) -> datasets.Dataset:
-        """As [`~Recommendations.to_arrow`], as a data set."""
+        """Like [`~Recommendations.to_arrow`], as a data set of `datasets`."""
         from datasets import Dataset
 
         return Dataset(self.to_arrow())
 
     def to_pandas(self) -> pd.DataFrame:
-        """As [`~Recommendations.to_arrow`], as a DataFrame."""
+        """Like [`~Recommendations.to_arrow`], as a DataFrame of pandas."""
         return self.to_arrow().to_pandas()
 
 
@@ -124,7 +126,9 @@ class UserRecommendations(list[Recommendations]):
         self.versions = versions
 
     def rows(self, user_ids: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """A dictionary of user_id (its place without `user_ids`), item_id, rank and score for each item."""
+        """
+        A dictionary of user_id (without `user_ids`, the position of the user), item_id, rank and score for each item.
+        """
         names = map(str, range(len(self)) if user_ids is None else user_ids)
         for name, found in zip(names, self, strict=True):
             yield from found.rows(name)
@@ -134,11 +138,11 @@ class UserRecommendations(list[Recommendations]):
         return pa.Table.from_pylist(list(self.rows(user_ids)), SCHEMA)
 
     def to_dataset(self, user_ids: Iterable[str] | None = None) -> datasets.Dataset:
-        """As [`~UserRecommendations.to_arrow`], as a data set."""
+        """Like [`~UserRecommendations.to_arrow`], as a data set of `datasets`."""
         from datasets import Dataset
 
         return Dataset(self.to_arrow(user_ids))
 
     def to_pandas(self, user_ids: Iterable[str] | None = None) -> pd.DataFrame:
-        """As [`~UserRecommendations.to_arrow`], as a DataFrame."""
+        """Like [`~UserRecommendations.to_arrow`], as a DataFrame of pandas."""
         return self.to_arrow(user_ids).to_pandas()

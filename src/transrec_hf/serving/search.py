@@ -15,20 +15,20 @@ from torch import Tensor
 from ..errors import DataError
 
 
-CHUNK = 2**13  # items that are scored at a time, at least
+CHUNK = 2**13  # least number of items that are scored at a time
 CACHED = 2**21  # scores that stay in the cache
 SCORES = 2**25  # held at a time: 128 MiB
 GATHERED = 2**20  # numbers of candidates' vectors that are held at a time
-BLOCK = 64  # items of which the best one is looked at first
-FEW = 2**14  # scores of which blocks do not pay
-SMALL = 2**12  # rows that are not worth a scan
+BLOCK = 64  # items of a block, of which the best one is looked at first
+FEW = 2**14  # up to so many scores, blocks are not faster
+SMALL = 2**12  # up to so many rows, a scan is not faster
 NOT_FINITE = "scores are not finite: there is a NaN or an infinity in the weights or the item vectors"
-SHARE = 16  # one row in so many, or fewer, allowed: they alone are scored
+SHARE = 16  # if at most one row in so many is allowed, only the allowed rows are scored
 
 
 @functools.cache
 def scans_in_int8(device_type: str = "cpu") -> bool:
-    """Whether the processor multiplies numbers of 8 bits in hardware, without rounding what comes out."""
+    """Whether the processor multiplies 8-bit numbers in hardware, without rounding the results."""
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return bool(torch.cpu._is_vnni_supported())  # type: ignore[attr-defined]
@@ -36,13 +36,13 @@ def scans_in_int8(device_type: str = "cpu") -> bool:
 
 class Scan(NamedTuple):
     """
-    A smaller copy of vectors, to look through.
+    A smaller copy of vectors, for fast scans.
 
     Args:
         values (`Tensor` of shape `(n, size)`): Whole numbers of 8 bits.
-        scales (`Tensor` of shape `(n,)`): By which they are multiplied.
-        bounds (`Tensor` of shape `(3,)`): The largest length of a vector with and without the popularity, and of what
-            the copy lacks of it.
+        scales (`Tensor` of shape `(n,)`): Factor of each row.
+        bounds (`Tensor` of shape `(3,)`): The largest length of a vector with the popularity, of one without it, and
+            of the difference between a vector and its copy.
     """
 
     values: Tensor
@@ -54,7 +54,7 @@ class Scan(NamedTuple):
 
 
 def _in_int8(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors in 8 bits, the scale of each, and the length of what they lack."""
+    """Vectors in 8 bits, the scale of each, and the length of the difference to the exact vector."""
     scales = np.maximum(np.abs(vectors).max(axis=1), 1e-30) / 127
     values = np.rint(vectors / scales[:, None])
     return values.astype(np.int8), scales, _lengths(vectors - values * scales[:, None])
@@ -67,12 +67,12 @@ def _lengths(vectors: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Matrix:
     """
-    Item vectors as they are searched.
+    Item vectors, prepared for search.
 
     Args:
-        exact (`Tensor` of shape `(n, width)`): In fp32, with the popularity of the items as the last column, if the
-            model adds it.
-        size (`int`): Numbers of a vector without that.
+        exact (`Tensor` of shape `(n, width)`): The vectors in fp32, with the popularity of the items as the last
+            column if the model adds it.
+        size (`int`): Length of a vector without the popularity.
         whole (`float`): Largest length of a row.
         scan ([`Scan`], *optional*): A smaller copy, without the popularity.
     """
@@ -85,8 +85,8 @@ class Matrix:
     @classmethod
     def of(cls, exact: Tensor, size: int, scan: Scan | None = None) -> Matrix:
         """
-        With the smaller copy where it is of use, which is made unless it is given. A `size` of 0 says that nothing is
-        searched.
+        A matrix of exact vectors. If a smaller copy makes the search faster, it is made unless `scan` is given. With a
+        `size` of 0 nothing is searched, and no copy is made.
         """
         is_scanned = size > 0 and len(exact) > SMALL and scans_in_int8(exact.device.type)
         if is_scanned and scan is not None:
@@ -99,7 +99,7 @@ class Matrix:
         for start in range(0, len(exact), CHUNK):
             chunk = slice(start, start + CHUNK)
             rows = exact[chunk].numpy()
-            with np.errstate(invalid="ignore"):  # numbers that are none are told when they are met
+            with np.errstate(invalid="ignore"):  # NaN is reported when the scores are used
                 values[chunk], scales[chunk], lacks = _in_int8(rows[:, :size])
             bounds = np.maximum(bounds, [part.max() for part in (_lengths(rows), _lengths(rows[:, :size]), lacks)])
         return cls(exact, size, bounds[0], Scan(*map(torch.from_numpy, (values, scales, bounds))))
@@ -110,12 +110,12 @@ class Matrix:
 
 def top(scores: Tensor, k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """
-    As `scores.topk(k)`, but several times as fast for many columns: the best blocks of columns are found first.
+    Like `scores.topk(k)`, but several times as fast for many columns: the best blocks of columns are found first.
 
     Args:
-        scores (`Tensor` of shape `(n_users, n)`): `n` is a multiple of `block`, filled up with minus infinity.
-        k (`int`): How many.
-        block (`int`, *optional*): Columns of a block.
+        scores (`Tensor` of shape `(n_users, n)`): `n` must be a multiple of `block`; fill up with minus infinity.
+        k (`int`): Number of values.
+        block (`int`, *optional*): Number of columns of a block.
 
     Returns:
         `tuple[Tensor, Tensor]`: Values and columns, both `(n_users, k)`.
@@ -137,19 +137,20 @@ def search(
     excluded: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    The rows with the largest dot products, the same as if all were computed in full precision: equal ones in the order
-    of the rows.
+    The rows with the largest dot products, exactly as if all were computed in full precision. Rows with equal scores
+    keep their order.
 
     Args:
         matrix ([`Matrix`]): The vectors.
-        queries (`Tensor` of shape `(n_users, width)`): In fp32.
-        k (`int`): How many.
-        allowed (`Tensor` of shape `(n,)`, *optional*): Boolean; other rows are left out.
-        excluded (`tuple[Tensor, Tensor]`, *optional*): Users and rows, `(any,)` each, that do not go together.
+        queries (`Tensor` of shape `(n_users, width)`): User vectors in fp32.
+        k (`int`): Number of rows for each user.
+        allowed (`Tensor` of shape `(n,)`, *optional*): Boolean; all other rows are left out.
+        excluded (`tuple[Tensor, Tensor]`, *optional*): Pairs of users and rows that are left out, as two tensors of
+            the same length.
 
     Returns:
-        `tuple[Tensor, Tensor]`: Scores, fp32, and rows, both `(n_users, at most k)`; minus infinity where a user has
-        fewer.
+        `tuple[Tensor, Tensor]`: Scores in fp32 and rows, both `(n_users, at most k)`; the score is minus infinity
+            where a user has fewer rows.
 
     Raises:
         [`DataError`]: If a score is not finite.
@@ -165,7 +166,7 @@ def search(
         return queries.new_empty(len(queries), 0), torch.empty(
             len(queries), 0, dtype=torch.long, device=queries.device
         )
-    size = max(1, SCORES // len(matrix))  # users whose scores are there at a time
+    size = max(1, SCORES // len(matrix))  # users whose scores are in memory at a time
     parts = []
     for start in range(0, len(queries), size):
         of_part = excluded
@@ -179,7 +180,7 @@ def search(
 
 
 def merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The best of what was found in several matrices, whose rows follow each other."""
+    """The best of the results of several matrices, whose rows follow each other."""
     scores, rows = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return scores.gather(1, order), rows.gather(1, order)
@@ -188,7 +189,7 @@ def merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
 def _subset(
     matrix: Matrix, rows: Tensor, excluded: tuple[Tensor, Tensor] | None
 ) -> tuple[Matrix, tuple[Tensor, Tensor] | None]:
-    """Some rows alone, and what is excluded of them, by its place among them."""
+    """Some rows only, and the exclusions among them, by their positions among these rows."""
     if excluded is not None and len(rows):
         places = torch.searchsorted(rows, excluded[1]).clamp(max=len(rows) - 1)
         among = rows[places] == excluded[1]
@@ -212,13 +213,15 @@ def _search(
         highest = top(estimates, k)[0].cpu().numpy()
         if np.isnan(highest[:, 0]).any():  # which `topk` puts first
             raise DataError(NOT_FINITE)
-        least = np.maximum(highest[:, -1] - 2 * errors, np.finfo(np.float32).min)  # of any that can be among the best
+        least = np.maximum(
+            highest[:, -1] - 2 * errors, np.finfo(np.float32).min
+        )  # least estimate of a row that can be among the best
         scores, rows = best_of(matrix, users, _possible(estimates, least), k)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
 
 def largest(matrix: Matrix, users: np.ndarray) -> np.ndarray:
-    """What a score of each user's can be at most, `(n_users,)`. Raises [`DataError`] if it is not finite."""
+    """An upper bound on the scores of each user, `(n_users,)`. Raises [`DataError`] if it is not finite."""
     most = _lengths(users) * matrix.whole
     if not np.isfinite(most).all():
         raise DataError(NOT_FINITE)
@@ -229,9 +232,9 @@ def _estimate(
     matrix: Matrix, queries: Tensor, users: np.ndarray, errors: np.ndarray, estimates: Tensor, allowed: Tensor | None
 ) -> np.ndarray:
     """
-    Fill in estimates of the scores of all rows, in a unit of each user's, and return how far they can be from the
-    scores, `(n_users,)`: `errors` and what the smaller copies lack. `users` are the same as `queries`: NumPy takes a
-    fraction of PyTorch's time for few numbers.
+    Fill in estimates of the scores of all rows, each user's in a unit of its own, and return how far they can be from
+    the scores, `(n_users,)`: `errors` plus the error of the smaller copies. `users` are `queries` as a NumPy array,
+    because NumPy is faster than PyTorch for few numbers.
     """
     if matrix.scan is not None:
         _, longest, lack = matrix.scan.bounds.tolist()
@@ -255,7 +258,7 @@ def _estimate(
 
 
 def _possible(estimates: Tensor, least: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows whose estimates are `least` or more, of each user."""
+    """For each user, the rows whose estimates are `least` or more."""
     for of_user, bound in zip(estimates, least, strict=True):
         if of_user.device.type == "cpu":
             yield np.flatnonzero(of_user.numpy() >= bound)
@@ -267,16 +270,18 @@ def best_of(
     matrix: Matrix, users: np.ndarray, candidates: Iterable[np.ndarray], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    The `k` best of a few rows for each user, by their scores in full precision; equal ones as they come.
+    The `k` best of a few rows for each user, by their scores in full precision. Rows with equal scores keep their
+    order.
 
     Args:
         matrix ([`Matrix`]): The vectors.
-        users (`np.ndarray` of shape `(n_users, width)`): Those of the users.
+        users (`np.ndarray` of shape `(n_users, width)`): The user vectors.
         candidates (`Iterable[np.ndarray]`): The rows for each user.
-        k (`int`): How many.
+        k (`int`): Number of rows for each user.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Scores, minus infinity where there are fewer rows, and rows, `(n_users, k)`.
+        `tuple[np.ndarray, np.ndarray]`: Scores (minus infinity where there are fewer rows) and rows, both
+            `(n_users, k)`.
     """
     on_cpu = matrix.exact.device.type == "cpu"
     vectors = matrix.exact.numpy() if on_cpu else np.empty(0)
@@ -296,12 +301,12 @@ def best_of(
     return scores, rows
 
 
-_kept: list[Tensor] = []  # memory for scores: the system takes as long to give it as it takes to compute them
+_kept: list[Tensor] = []  # memory for scores, kept because allocating it takes as long as computing them
 
 
 @contextmanager
 def _room(n_users: int, n_items: int, device: torch.device) -> Iterator[Tensor]:
-    """A tensor `(n_users, n_items)` to write scores to, and no longer used afterwards."""
+    """A tensor `(n_users, n_items)` for scores; do not use it after the block."""
     size = n_users * n_items
     if device.type != "cpu" or size > SCORES + n_items or size < SCORES // 64:
         yield torch.empty(n_users, n_items, device=device)

@@ -37,11 +37,11 @@ from .snapshot import Change, Snapshot
 
 logger = logging.get_logger(__name__)
 
-MAX_SOURCES = 256  # of which the contents are kept for explanations
+MAX_SOURCES = 256  # sources whose contents are kept for explanations
 
 
 class ServedItems:
-    """See [`Recommender`], which answers requests by them."""
+    """The items of a [`Recommender`], see there."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ServedItems:
         self.processor = processor = processor if source is None else source.processor
         self.catalogue = None if source is None else source.catalogue
         self._sources = [] if source is None else [source]
-        self._encoding = threading.RLock()  # tokenizers, and layers while they are packed, are of one thread
+        self._encoding = threading.RLock()  # tokenizers and layers that are being packed allow only one thread
         self._load_all = load_all
         self.device = next(value.device for value in model.parameters() if value.device.type != "meta")
         self._kwargs = kwargs
@@ -82,11 +82,11 @@ class ServedItems:
         live = index if isinstance(index, LiveItems) else None
         known = index.base if isinstance(index, LiveItems) else index
         if known is not None and load_all is None and not known.belongs_to(model, processor):
-            logger.warning("The item index was made with other weights or another preprocessing: it is not used.")
+            logger.warning("The item index was made with other weights or another preprocessing, so it is not used.")
             known = live = None
         if source is None:
             if known is None:
-                raise DataError("no item index that belongs to this model: give the catalogue, so that it is encoded")
+                raise DataError("there is no item index of this model: give the catalogue, so that it is encoded")
             set_statistics(model, known.statistics)
             if statistics is not None and known.counts is None:
                 rows = statistics.rows(np.array(known.item_ids.tolist(), dtype=str))
@@ -107,7 +107,7 @@ class ServedItems:
         folder: str | os.PathLike | None,
         **kwargs: Any,
     ) -> tuple[LiveItems | None, ItemIndex]:
-        """The items of a catalogue: those of an index as far as they are the same, else encoded."""
+        """The items of a catalogue. Items that an index already has are taken from it, all others are encoded."""
         catalogue = source.catalogue
         check_fits(self.model, catalogue)
         same = known is not None and np.array_equal(known.item_ids, catalogue.item_ids)
@@ -115,7 +115,7 @@ class ServedItems:
             if same and known.catalogue_hash == catalogue.content_hash():
                 known.columns, known.counts = columns_of(catalogue), counts_of(catalogue, self.statistics, counts)
                 return None, known
-            logger.warning("The item index was made from another catalogue: it is not used.")
+            logger.warning("The item index was made from another catalogue, so it is not used.")
             known = None
         elif live is not None:
             known = live.snapshot.to_index()
@@ -132,7 +132,7 @@ class ServedItems:
         return build_index(self.model, source, *args, **kwargs)
 
     def whole_model(self) -> TransRecModel:
-        """The model with its towers, which are loaded now if an index has made do without them so far."""
+        """The model with its towers, which are loaded now if that was not necessary before."""
         with self._encoding:
             if self._load_all is not None:
                 model = self._load_all().to(self.device).eval()
@@ -142,14 +142,14 @@ class ServedItems:
 
     @property
     def has_towers(self) -> bool:
-        """Whether contents of items can be read without loading the towers first."""
+        """Whether the towers are loaded, so that contents of items can be read at once."""
         return self._load_all is None
 
     @property
     def items(self) -> Snapshot:
         """
-        The items now, with what other processes have changed in the folder of the index; if that is gone, those that
-        were read from it.
+        The current items, with the changes that other processes have made in the folder of the index. If the folder
+        was deleted, the items that were last read from it.
         """
         try:
             self.live.refresh()
@@ -159,7 +159,7 @@ class ServedItems:
 
     @property
     def index(self) -> ItemIndex:
-        """The items now, as an index."""
+        """The current items as an index."""
         return self.items.to_index()
 
     @property
@@ -171,8 +171,8 @@ class ServedItems:
     @property
     def item_embeds(self) -> Tensor:
         """
-        Their vectors, `(n_items, hidden_size)`, with their popularity as one more number if scores add it; not copied
-        if no item has changed.
+        The vectors of all items, `(n_items, hidden_size)`, with the popularity as one more number if the model adds
+        it. They are not copied if no item has changed.
         """
         snapshot = self.items
         first = snapshot.segments[0].matrix.exact
@@ -187,7 +187,7 @@ class ServedItems:
 
     @property
     def versions(self) -> Versions:
-        """The versions of model and index that answers come from now."""
+        """The versions of model and index that answers name now."""
         return Versions(self.model_version, self.items.version)
 
     def __len__(self) -> int:
@@ -195,25 +195,25 @@ class ServedItems:
 
     def add_items(self, rows: Any, *, exist_ok: bool = False, **kwargs: Any) -> list[str]:
         """
-        Let items be recommended and stand in histories from now on.
+        Add items: from now on they are recommended and may occur in histories.
 
         Args:
-            rows: A [`Catalogue`], or whatever [`load_catalogue`] reads, e.g. a list of dictionaries with `item_id` and
-                contents; an image may be a PIL image.
-            exist_ok (`bool`, *optional*, defaults to `False`): Whether items of ids that are there are updated. What
-                has the same contents is not encoded again.
-            kwargs: Of [`encode_catalogue`].
+            rows: A [`Catalogue`], or anything that [`load_catalogue`] reads, e.g. a list of dictionaries with
+                `item_id` and contents; an image may be a PIL image.
+            exist_ok (`bool`, *optional*, defaults to `False`): Whether existing items are updated rather than refused.
+                Items with the same contents are not encoded again.
+            kwargs: Further arguments of [`encode_catalogue`].
 
         Returns:
             `list[str]`: The ids.
 
         Raises:
-            [`DataError`]: If an item is there already or has a defect, or the model knows items by their ids alone.
+            [`DataError`]: If an item exists already or has a defect, or the model knows items by their ids only.
         """
         return self._put(rows, None if exist_ok else False, **kwargs)
 
     def update_items(self, rows: Any, **kwargs: Any) -> list[str]:
-        """As [`~Recommender.add_items`], for items that are there. Raises [`UnknownItems`] for others."""
+        """Like [`~Recommender.add_items`], for existing items. Raises [`UnknownItems`] for others."""
         return self._put(rows, True, **kwargs)
 
     def remove_items(self, item_ids: Iterable[Any], *, readable: bool = False) -> list[str]:
@@ -222,22 +222,24 @@ class ServedItems:
 
         Args:
             item_ids (`Iterable[str]`): Their ids.
-            readable (`bool`, *optional*, defaults to `False`): Whether they may still stand in histories; if not, they
+            readable (`bool`, *optional*, defaults to `False`): Whether they may still occur in histories; if not, they
                 are unknown from now on.
 
         Returns:
             `list[str]`: The ids.
 
         Raises:
-            [`UnknownItems`]: If one is not there.
+            [`UnknownItems`]: If an id is unknown.
         """
         return self.live.remove(item_ids, readable)
 
     def _put(self, rows: Any, exist: bool | None, **kwargs: Any) -> list[str]:
-        """Add or update items that all exist, do not, or either."""
+        """Add or update items: with `exist` true all must exist, with false none may, with `None` either is fine."""
         model = self.whole_model()
         if not model.config.modalities or self.processor is None:
-            raise DataError("this ID baseline knows items by their ids alone, and no others: train a content model")
+            raise DataError(
+                "this ID baseline knows items by their ids only, and only those of its training: train a content model"
+            )
         catalogue = rows if isinstance(rows, Catalogue) else load_catalogue(_with_encoded_images(rows))
         check_fits(without_ids(model), catalogue)
         ids = catalogue.item_ids.tolist()
@@ -263,13 +265,13 @@ class ServedItems:
         if exist is False and (rows >= 0).any():
             there = [shortened(ids[i]) for i in np.flatnonzero(rows >= 0)]
             raise DataError(
-                f"{len(there)} items are there already: {there[:MAX_EXAMPLES]}. Update them, or leave them out."
+                f"{len(there)} items exist already: {there[:MAX_EXAMPLES]}. Update them, or leave them out."
             )
         if exist is True and (rows < 0).any():
             raise UnknownItems([ids[i] for i in np.flatnonzero(rows < 0)], "Add them.")
 
     def _popularity_of_new(self) -> float:
-        """Log popularity of items that nobody has chosen yet, as it would be in a catalogue that has them."""
+        """The log popularity of items that nobody has chosen yet, as if they were in the catalogue."""
         base = self.live.base
         if not self.model.config.popularity_prior:
             return 0.0
@@ -278,20 +280,20 @@ class ServedItems:
         return float(base.item_embeds[:, -1].min())
 
     def _encode_raw(self, raw: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Vectors of raw items, and which modalities they show."""
+        """The vectors of raw items, and the modalities that they have."""
         width = self.model.config.hidden_size + self.model.config.popularity_prior
         if not raw:
             return torch.empty(0, width), torch.empty(0, len(MODALITIES), dtype=torch.bool)
         contents = [read_raw(item, self.model.config.modalities) for item in raw]
         if self.processor is None:
-            raise DataError("raw items need the model's processor: give it to the recommender")
+            raise DataError("raw items need the processor of the model: give it to the recommender")
         model = self.whole_model()
         with self._encoding:
             return encode_raw(model, self.processor, contents, self._unknown)
 
 
 def model_version(model: TransRecModel, encoder: str) -> str:
-    """What changes with the weights and settings of a model; `encoder` is its [`encoder_hash`]."""
+    """A version that changes with the weights and settings of a model; `encoder` is its [`encoder_hash`]."""
     digest = hashlib.sha256(encoder.encode())
     settings = json.loads(model.config.to_json_string())
     digest.update(json.dumps([settings.get("user_encoder"), settings.get("num_attention_heads")]).encode())
@@ -307,7 +309,7 @@ def _same_columns(one: ItemIndex, other: ItemIndex) -> bool:
 
 
 def _with_encoded_images(rows: Any) -> Any:
-    """Rows in which images are the bytes of a file, as tables have them. Raises [`DataError`] for mixed columns."""
+    """Rows with their PIL images as the bytes of files, as in tables. Raises [`DataError`] for mixed columns."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         return rows
     for name in {name for row in rows for name in row} - {"item_id", *MODALITIES}:

@@ -51,14 +51,14 @@ logger = logging.get_logger(__name__)
 
 PROBLEMS: dict[int, str] = {
     400: "The body cannot be read.",
-    401: "The token is missing or another one.",
-    404: "Items that are not there.",
+    401: "The token is missing or wrong.",
+    404: "Some item ids are unknown.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    422: "The request breaks a rule, or asks for what model and items do not have.",
-    500: "A fault of the service.",
+    422: "The request breaks a rule, or asks for something that the model or the items do not have.",
+    500: "An error of the service.",
     503: "Too many requests are waiting: try again later.",
-    504: "It took too long.",
+    504: "The request took too long.",
 }
 
 
@@ -68,16 +68,17 @@ class Settings:
     Limits of the service.
 
     Args:
-        token (`str`, *optional*): What clients have to show as `Authorization: Bearer`.
+        token (`str`, *optional*): The token that clients have to send as `Authorization: Bearer`.
         read_only (`bool`, *optional*, defaults to `False`): Whether items cannot be changed.
-        timeout (`float`, *optional*, defaults to 10): Seconds until a request is given up.
-        timeout_of_changes (`float`, *optional*, defaults to 120): The same where towers have to read contents.
-        max_waiting (`int`, *optional*, defaults to 256): Requests that may wait; others are refused.
-        max_batch (`int`, *optional*, defaults to 64): Requests that are computed together.
-        max_body (`int`, *optional*, defaults to 16 MiB): Bytes of a request.
-        load_towers (`bool`, *optional*, defaults to `False`): Whether the towers of a model that an index has spared
-            are loaded before the first request, not by the first that needs them.
-        secrets (`tuple[str]`, *optional*): What no answer may tell, such as folders.
+        timeout (`float`, *optional*, defaults to 10): Seconds after which a request fails.
+        timeout_of_changes (`float`, *optional*, defaults to 120): The same for requests with contents, which the
+            towers have to read.
+        max_waiting (`int`, *optional*, defaults to 256): Number of requests that may wait; further ones are refused.
+        max_batch (`int`, *optional*, defaults to 64): Most requests that are computed together.
+        max_body (`int`, *optional*, defaults to 16 MiB): Most bytes of a request.
+        load_towers (`bool`, *optional*, defaults to `False`): With an index, whether the towers are loaded before the
+            first request, rather than by the first request that needs them.
+        secrets (`tuple[str]`, *optional*): Texts that no answer may contain, such as paths of folders.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -92,17 +93,17 @@ class Settings:
 
 
 class Refused(DataError):
-    """A request that is within the schema but beyond a limit of it."""
+    """A request that fits the schema but exceeds a limit."""
 
 
 def create_app(recommender: Recommender, settings: Settings | None = None) -> FastAPI:
     """
-    The service. Requests that need ids alone are computed in batches by one thread, those for which towers have to
-    read something by another one, so that they do not hold up the first.
+    Make the service. One thread computes the requests that hold only ids, in batches. Another thread computes requests
+    with contents that the towers have to read, so that they do not delay the first ones.
 
     Args:
         recommender ([`Recommender`]): The model and its items.
-        settings ([`Settings`], *optional*): Its limits.
+        settings ([`Settings`], *optional*): The limits of the service.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -133,8 +134,8 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
     app = FastAPI(
         title="transrec-hf",
         version=__version__,
-        summary="Recommendations from what items show.",
-        docs_url=None,  # their pages load scripts from elsewhere
+        summary="Recommendations by the content of items.",
+        docs_url=None,  # its pages would load scripts from other sites
         redoc_url=None,
         lifespan=lifespan,
         middleware=[guard],
@@ -155,7 +156,7 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
             answers = await on_slow(partial(answer_alone, recommender, request))
         return as_json(answers)
 
-    @guarded.post("/similar", response_model=SimilarOut, summary="The items that are most like one")
+    @guarded.post("/similar", response_model=SimilarOut, summary="The items that are most similar to one")
     async def similar(request: Similar) -> Response:
         return as_json(await on_slow(partial(answer_similar, recommender, request)))
 
@@ -163,7 +164,7 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
     async def healthz() -> Response:
         return as_json({"status": "alive"})
 
-    @app.get("/readyz", response_model=Health, summary="Whether requests would be answered")
+    @app.get("/readyz", response_model=Health, summary="Whether requests are answered")
     async def readyz() -> Response:
         if quick.is_full() or slow.is_full():
             raise Busy
@@ -193,17 +194,19 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
     async def add(request: Items) -> Response:
         return await change(partial(recommender.add_items, rows_of(request.items)))
 
-    @guarded.put("/items", response_model=ChangedOut, summary="Replace items that are there")
+    @guarded.put("/items", response_model=ChangedOut, summary="Replace existing items")
     async def update(request: Items) -> Response:
         return await change(partial(recommender.update_items, rows_of(request.items)))
 
-    @guarded.post("/items/remove", response_model=ChangedOut, summary="Recommend items no longer")
+    @guarded.post("/items/remove", response_model=ChangedOut, summary="Stop recommending items")
     async def remove(request: Removal) -> Response:
         return await change(partial(recommender.remove_items, request.item_ids, readable=request.readable))
 
     @guarded.post("/items/upload", response_model=ChangedOut, summary="Add or replace one item, with files")
     async def upload(
-        item: Annotated[str, Form(description="As one of `items` of POST /items, in JSON, without its files.")],
+        item: Annotated[
+            str, Form(description="The item as JSON, like one of `items` of POST /items, without its files.")
+        ],
         image: Annotated[UploadFile | None, File(description="A PNG, JPEG, WebP, ...")] = None,
         audio: Annotated[UploadFile | None, File(description="A WAV, FLAC, MP3, ...")] = None,
         video: Annotated[UploadFile | None, File(description="An MP4, WebM, ...")] = None,
@@ -219,8 +222,8 @@ def create_app(recommender: Recommender, settings: Settings | None = None) -> Fa
             if file is not None:
                 content = await file.read()
                 if len(content) > MAX_FILE:
-                    raise Refused(f"a file has at most {MAX_FILE:,} bytes")
-                row[name] = {"bytes": content, "path": None}  # the name that the client gave it is not looked at
+                    raise Refused(f"a file may have at most {MAX_FILE:,} bytes")
+                row[name] = {"bytes": content, "path": None}  # the file name of the client is ignored
         return await change(partial(recommender.add_items, [row], exist_ok=True))
 
     app.include_router(guarded)
@@ -238,7 +241,7 @@ def answer_together(recommender: Recommender, requests: Sequence[Recommend]) -> 
     for places in alike.values():
         try:
             found = answer_alike(recommender, [requests[place] for place in places])
-        except Exception:  # of one of them: the others are to have their answers
+        except Exception:  # one request failed: the others still get their answers
             found = one_by_one([partial(answer_alone, recommender, requests[place]) for place in places])
         for place, answer in zip(places, found, strict=True):
             answers[place] = answer
@@ -246,7 +249,7 @@ def answer_together(recommender: Recommender, requests: Sequence[Recommend]) -> 
 
 
 def answer_alike(recommender: Recommender, requests: Sequence[Recommend]) -> list[dict[str, Any]]:
-    """The answers to requests that differ in histories and `k` only."""
+    """The answers to requests that differ only in histories and `k`."""
     first = requests[0]
     found = recommender.recommend(
         [[item_of(item) for item in history] for request in requests for history in request.histories],
@@ -276,9 +279,14 @@ def answer_alone(recommender: Recommender, request: Recommend) -> dict[str, Any]
     """The answer to one request."""
     raw = sum(isinstance(item, RawItem) for history in request.histories for item in history)
     if raw > MAX_RAW:
-        raise Refused(f"{raw} raw items in a request, and {MAX_RAW} are the most: add them to the items")
+        raise Refused(
+            f"the request has {raw} raw items, and at most {MAX_RAW} are allowed: add them to the items first"
+        )
     if request.explain and len(request.histories) > MAX_EXPLAINED:
-        raise Refused(f"{len(request.histories)} histories are to be explained, and {MAX_EXPLAINED} are the most")
+        raise Refused(
+            f"explain is asked for {len(request.histories)} histories, and at most {MAX_EXPLAINED} are allowed: send "
+            "fewer"
+        )
     return answer_alike(recommender, [request])[0]
 
 
@@ -291,7 +299,7 @@ def answer_similar(recommender: Recommender, request: Similar) -> dict[str, Any]
 
 
 def item_of(item: str | RawItem) -> Any:
-    """An item of a history as a recommender reads it."""
+    """An item of a request in the form that a recommender reads."""
     if isinstance(item, str):
         return item
     return {name: bytes_of(value) if name in FILES else value for name, value in item.contents().items()}
@@ -302,7 +310,7 @@ def bytes_of(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Refused("a file is its bytes in base64, and this is none") from None
+        raise Refused("a file must be given as its bytes in base64, and this is not base64") from None
 
 
 def rows_of(items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -319,7 +327,7 @@ def rows_of(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def as_json(answer: Any) -> Response:
-    """An answer whose numbers are finite or null, and whose times are texts."""
+    """An answer as JSON; numbers that are not finite become null, and times become texts."""
     return Response(
         to_json(answer, inf_nan_mode="null", bytes_mode="base64", serialize_unknown=True),
         media_type="application/json",
@@ -327,7 +335,7 @@ def as_json(answer: Any) -> Response:
 
 
 def add_problems(app: FastAPI, settings: Settings) -> None:
-    """Let every error be a [`Problem`] which tells nothing of this machine."""
+    """Turn every error into a [`Problem`] that reveals nothing about this machine."""
     secrets = {*settings.secrets, os.getcwd(), os.path.expanduser("~"), tempfile.gettempdir()} - {"", "/"}
 
     def problem(status: int, kind: str, message: str, headers: Any = None, **more: Any) -> Response:
@@ -364,18 +372,18 @@ def add_problems(app: FastAPI, settings: Settings) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         headers = error.headers
-        if error.status_code == 405:  # those of one route are not all of the path
+        if error.status_code == 405:  # the methods of one route are not all methods of the path
             methods = app.openapi()["paths"].get(request.url.path, {})
             headers = {"Allow": ", ".join(sorted(methods)).upper()}
         return problem(error.status_code, "refused", str(error.detail), headers)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
-        return problem(500, "fault", "a fault of the service, which its log tells")
+        return problem(500, "fault", "an error of the service; its log has the details")
 
 
 def app_of_worker() -> FastAPI:
-    """The service in one of several processes, which are told by the first what it was told."""
+    """The service in one of several worker processes, with the options that the first process passes on."""
     import torch
 
     told = json.loads(os.environ["TRANSREC_SERVE"])

@@ -1,6 +1,6 @@
 """
-The items of a recommender at one moment. A request takes one snapshot and sees the items as they were then, whatever
-happens meanwhile: a change makes a new one, which adds rows after those that are there and marks rows as gone.
+The items of a recommender at one moment. A request takes one snapshot, so changes during the request do not affect it.
+A change makes a new snapshot, which adds rows at the end and marks removed rows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .index import ItemIndex
 from .search import Matrix, merged, search
 
 
-MIN_SCANNED = 2**16  # items from which the smaller copy of the vectors is kept in the file
+MIN_SCANNED = 2**16  # from so many items on, the smaller copy of the vectors is kept in the file
 
 
 @dataclass(frozen=True)
 class Change:
     """
-    What happens to the items in one step.
+    One change to the items.
 
     Args:
-        added ([`ItemIndex`], *optional*): Items that are new, or replace those of the same ids.
-        removed (`Sequence[str]`): Ids of items that go away.
-        hidden (`Sequence[str]`): Ids of items that are not recommended any more, but may stand in histories.
+        added ([`ItemIndex`], *optional*): Items that are new, or replace items with the same ids.
+        removed (`Sequence[str]`): Ids of items that are removed.
+        hidden (`Sequence[str]`): Ids of items that are no longer recommended, but may occur in histories.
     """
 
     added: ItemIndex | None = None
@@ -43,13 +43,13 @@ class Change:
     hidden: Sequence[str] = ()
 
     def to_bytes(self) -> bytes:
-        """For a journal."""
+        """The change as bytes, for a journal."""
         head = json.dumps({"removed": list(self.removed), "hidden": list(self.hidden)}).encode()
         return len(head).to_bytes(8, "little") + head + (self.added.to_bytes() if self.added is not None else b"")
 
     @classmethod
     def from_bytes(cls, record: bytes, encoder_hash: str) -> Change:
-        """What [`~Change.to_bytes`] has written."""
+        """The change from the bytes of [`~Change.to_bytes`]."""
         end = 8 + int.from_bytes(record[:8], "little")
         head, rest = json.loads(record[8:end]), record[end:]
         added = ItemIndex.from_bytes(rest, encoder_hash) if rest else None
@@ -58,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Items that came together, in rows that follow each other, the first of them `start`."""
+    """Items that were added together, in consecutive rows from `start` on."""
 
     items: ItemIndex
     matrix: Matrix
@@ -81,16 +81,16 @@ class Segment:
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """
-    The items at one moment, by rows that may have gaps.
+    The items at one moment, in rows of which some may be empty.
 
     Args:
-        segments (`tuple[Segment, ...]`): In the order of their rows.
-        known (`Tensor` of shape `(n_rows,)`): Boolean, rows that may stand in histories.
-        offered (`Tensor` of shape `(n_rows,)`): Boolean, those of them that may be recommended.
+        segments (`tuple[Segment, ...]`): The items, in the order of their rows.
+        known (`Tensor` of shape `(n_rows,)`): Boolean, rows that may occur in histories.
+        offered (`Tensor` of shape `(n_rows,)`): Boolean, rows that may be recommended.
         version (`str`): See [`Versions`].
-        size (`int`): Numbers of an item vector without the popularity.
-        changes (`int`): How many there were since the index was written.
-        cells ([`ApproximateIndex`], *optional*): Of the first segment, if not all of it is to be looked at.
+        size (`int`): Length of an item vector without the popularity.
+        changes (`int`): Number of changes since the index was written.
+        cells ([`ApproximateIndex`], *optional*): The cells of the first segment, for approximate search.
     """
 
     segments: tuple[Segment, ...]
@@ -113,11 +113,11 @@ class Snapshot:
 
     @functools.cached_property
     def num_items(self) -> int:
-        """Items that may stand in histories."""
+        """Number of items that may occur in histories."""
         return int(self.known.count_nonzero())
 
     def find(self, item_ids: Iterable[str]) -> np.ndarray:
-        """The row of each id, -1 where there is none: `(n,)`."""
+        """The row of each id, -1 for unknown ids, of shape `(n,)`."""
         rows = np.fromiter(map(self._row, item_ids), dtype=np.int64)
         return np.where((rows >= 0) & self._known[rows], rows, -1) if len(rows) else rows
 
@@ -134,7 +134,7 @@ class Snapshot:
 
     @functools.cached_property
     def known_rows(self) -> np.ndarray:
-        """The rows that may stand in histories."""
+        """The rows that may occur in histories."""
         return self._known.nonzero()[0]
 
     @functools.cached_property
@@ -142,7 +142,7 @@ class Snapshot:
         return np.array([segment.start + len(segment) for segment in self.segments])
 
     def places(self, rows: np.ndarray) -> Iterable[tuple[Segment, np.ndarray, np.ndarray]]:
-        """For each segment that has some of the rows: which of them, and their rows in the segment."""
+        """For each segment that has some of the rows: the positions in `rows`, and the rows within the segment."""
         if len(self.segments) == 1:
             yield self.segments[0], np.arange(len(rows)), rows
             return
@@ -168,7 +168,7 @@ class Snapshot:
         return found
 
     def present(self, rows: np.ndarray) -> Tensor | None:
-        """Which modalities the items at rows show, `(n, n_modalities)`, `None` if that is not known."""
+        """The modalities of the items in some rows, `(n, n_modalities)`; `None` if they are not known."""
         if any(segment.items.item_modalities is None for segment in self.segments):
             return None
         found = torch.zeros(len(rows), len(MODALITIES), dtype=torch.bool)
@@ -179,13 +179,13 @@ class Snapshot:
 
     @functools.cached_property
     def all_present(self) -> Tensor | None:
-        """As [`~Snapshot.present`], of all rows, where the index is searched."""
+        """Like [`~Snapshot.present`], for all rows, on the device of the search."""
         present = self.present(np.arange(len(self)))
         return None if present is None else present.to(self.known.device)
 
     @functools.cached_property
     def columns(self) -> pa.Table:
-        """What else is known of the items, a row for each row."""
+        """The further columns of the items, one line for each row."""
         tables = [
             segment.items.columns if segment.items.columns is not None else _no_columns(len(segment))
             for segment in self.segments
@@ -198,7 +198,7 @@ class Snapshot:
 
     @functools.cached_property
     def counts(self) -> np.ndarray | None:
-        """How often the items occur in the training data, `(n_rows,)`, `None` if that is not known."""
+        """How often the items occur in the training data, `(n_rows,)`; `None` if that is not known."""
         base = self.segments[0].items.counts
         if base is None:
             return None
@@ -212,7 +212,9 @@ class Snapshot:
         return rows if self.counts is None else rows[np.argsort(-self.counts[rows], kind="stable")]
 
     def matching(self, expression: str) -> Tensor:
-        """Which rows an expression over the columns and `item_id` is true of, `(n_rows,)`; see [`matching_rows`]."""
+        """
+        The rows for which an expression over the columns and `item_id` is true, `(n_rows,)`; see [`matching_rows`].
+        """
         if expression not in self._filters:
             if len(self._filters) > 32:
                 self._filters.clear()
@@ -232,8 +234,8 @@ class Snapshot:
         matrices: Sequence[Matrix] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
-        The best of the allowed rows, see [`search`]; of those that may be recommended without `allowed`; `excluded`
-        are users and rows that do not go together.
+        The best of the allowed rows, see [`search`]. Without `allowed`, all rows that may be recommended are allowed.
+        `excluded` holds pairs of users and rows that are left out.
         """
         everything = allowed is None and self._offers_all
         allowed = self.offered if allowed is None else allowed
@@ -261,7 +263,7 @@ class Snapshot:
         allowed: Tensor | None = None,
         excluded: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As [`~Snapshot.search`], by the cosine."""
+        """Like [`~Snapshot.search`], by the cosine."""
         return self.search(queries, k, allowed, excluded, self._of_unit_length)
 
     @functools.cached_property
@@ -271,7 +273,7 @@ class Snapshot:
         return [Matrix.of(torch.nn.functional.pad(unit, (0, width - self.size)), self.size) for unit in units]
 
     def select(self, rows: np.ndarray) -> ItemIndex | None:
-        """What is known of some rows; `None` without any."""
+        """The index of the items in some rows; `None` if there are no rows."""
         if not len(rows):
             return None
         first, parts = self.segments[0].items, [segment.items for segment in self.segments]
@@ -316,7 +318,9 @@ class Snapshot:
             start = segments[-1].start + len(segments[-1])
             device = self.segments[0].matrix.exact.device
             ids = items.item_ids.tolist()
-            row_of = dict(zip(ids, range(start, start + len(ids)), strict=True))  # of an item that came twice the last
+            row_of = dict(
+                zip(ids, range(start, start + len(ids)), strict=True)
+            )  # if an item was added twice, its last row counts
             segments.append(Segment(items, Matrix.of(items.item_embeds.to(device), self.size), row_of, start))
         return Snapshot(tuple(segments), known, offered, version, self.size, self.changes + 1, self.cells)
 
@@ -327,7 +331,7 @@ class Snapshot:
         if len(self.segments) > 1 or not self._known.all():
             items = self.select(self.known_rows)  # type: ignore[assignment]
             if items is None:
-                raise DataError("no item is left: an index has one at least")
+                raise DataError("no item would be left, and an index needs at least one: keep one")
         elif not self._offers_all:
             items = replace(items, hidden=~self.offered.cpu())
         if items.scan is None and first.matrix.scan is not None and len(items) >= MIN_SCANNED:
@@ -346,7 +350,7 @@ def joined(first: ItemIndex, second: ItemIndex) -> ItemIndex:
 
     hashes = [first.item_hashes, second.item_hashes]
     tables = [_no_columns(len(of)) if of.columns is None else of.columns for of in (first, second)]
-    result = replace(second)  # of which the fields are set below: an id may be in both
+    result = replace(second)  # its fields are set below, because an id may be in both
     result.item_ids = np.concatenate([first.item_ids, second.item_ids])
     result.item_embeds = torch.cat([first.item_embeds, second.item_embeds])
     result.item_modalities, result.counts = both("item_modalities"), both("counts")
