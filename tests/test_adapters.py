@@ -221,7 +221,7 @@ def test_several_adapters_at_a_time_are_refused(base: TransRecModel, tmp_path: P
     model = get_peft_model(base, lora(**options), adapter_name="one")
     model.add_adapter("two", lora(**options))
     model.base_model.set_adapter(["one", "two"])
-    with pytest.raises(ValueError, match="one adapter is trained at a time"):
+    with pytest.raises(ValueError, match="only one adapter can be trained at a time"):
         trainer_of(model, tmp_path)
 
 

@@ -291,7 +291,7 @@ NOISE = np.random.default_rng(0).normal(scale=0.1, size=4 * RATE)
         (b"ID3" + np.random.default_rng(0).bytes(20_000), "damaged|no audio stream"),
         (says(wav(np.zeros(300_000)), 40, "<I", 100), "damaged: it cannot be read without 100,000 jumps"),
         (says(GOOD, 20, "<H", 0x4242), "its codec is not known"),
-        (says(GOOD, 24, "<I", 1), "1 samples a second in 1 channels; 1,000 to 768,000"),
+        (says(GOOD, 24, "<I", 1), "1 samples per second in 1 channels; 1,000 to 768,000"),
         (says(wav(tone(0.1)), 20, "<HHIIHH", 3, 1, RATE, 4 * RATE, 4, 32), "NaN|but 1 is the loudest"),
         ("absent.wav", "audio file not found: 'absent.wav'"),
         ("https://example.org/a.mp3", "a URL, which is not read: download the audio"),

@@ -319,7 +319,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda folder: load_catalogue(
             datasets.DatasetDict({name: datasets.Dataset.from_dict(ITEMS) for name in ("a", "b")})
         ),
-        ("which split of ['a', 'b']",),
+        ("has several splits, ['a', 'b']",),
     ),
     "streamed data set": (
         lambda folder: load_catalogue(datasets.Dataset.from_dict(ITEMS).to_iterable_dataset()),

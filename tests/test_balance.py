@@ -89,7 +89,7 @@ def test_items_show_what_is_asked_where_they_have_it():
 
 
 def test_dropout_that_hides_nothing_or_is_no_probability_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="several, and none does: leave it out"):
+    with pytest.raises(ValueError, match="several, but no item has: leave it out"):
         make_trainer(tmp_path, catalogue=make_catalogue(kinds=("text", "image")), modality_dropout=0.2)
     with pytest.raises(ValueError, match="between 0 and 1, got"):
         TransRecTrainingArguments(str(tmp_path), modality_dropout=1.5, use_cpu=True)
@@ -160,7 +160,10 @@ def test_balance_is_on_the_card_and_in_a_plot(tmp_path):
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if "with all modalities" in line]
-    assert "with text alone (" in line and "below a model of nothing else) and" in line and "with image alone." in line
+    assert "with text alone (" in line and "with image alone." in line
+    assert "below a model that reads only it) and" in line
+        "with text alone (" in line and "below a model that reads only it) and" in line and "with image alone." in line
+    )
     plot_balance(trainer.state.log_history, tmp_path / "balance.png")
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
 

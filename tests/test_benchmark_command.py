@@ -92,7 +92,7 @@ def test_targets_are_prepared_compared_and_not_computed_again(capsys, monkeypatc
             "no target KU. Name some of QB, TN",
         ),
         (["ninerec", "--folder", "source", "--sources", "source"], "no target of NineRec's layout"),
-        (["ninerec", "--folder", "lacking", "--sources", "source"], r"Missing: interactions .DY_pair.csv"),
+        (["ninerec", "--folder", "lacking", "--sources", "source"], r"are missing: interactions .DY_pair.csv"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(options, said):

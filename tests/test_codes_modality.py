@@ -81,7 +81,7 @@ def quantizer() -> ItemQuantizer:
     [
         ([[0, 1], [2, -1], None], r"row 2.*'item-1'.*below 0"),
         ([[0, 1], [2, 70_000], None], r"row 2.*'item-1'.*above 65535"),
-        ([[0, 1], [2, 3], [1]], r"row 3.*'item-2'.*1 numbers where most have 2"),
+        ([[0, 1], [2, 3], [1]], r"row 3.*'item-2'.*1 numbers, but most items have 2"),
         ([[0, 1], [2, None], [1, 1]], r"row 2.*'item-1'.*missing"),
         (["1 2", "3 4", "5 6"], "Write a list of whole numbers"),
         ([[0.5, 1.0], [2.0, 3.0], [1.0, 1.0]], "Write a list of whole numbers"),
@@ -155,7 +155,7 @@ def test_codes_that_mean_something_else_are_refused(tmp_path, quantizer):
     with pytest.raises(DataError, match=r"another quantizer .*--quantizer"):
         check_fits(model, write_domain(tmp_path / "other", codes, other))
     check_fits(model, write_domain(tmp_path / "unknown", codes))  # of which nothing is known
-    with pytest.raises(DataError, match="2 codes an item, but this model reads 3"):
+    with pytest.raises(DataError, match="items have 2 codes, but this model reads 3"):
         check_fits(model, write_domain(tmp_path / "short", codes[:, :2]))
     codes[5, 1] = SIZE
     with pytest.raises(DataError, match=r"row 6.*'item-5': code 8, of 0 to 7"):

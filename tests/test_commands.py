@@ -715,7 +715,7 @@ BAD_INPUT: dict[str, Case] = {
     ),
     "unknown model key": with_yaml("hiden_size: 64", r"options\.yaml: unknown option hiden_size: .* hidden_size\?"),
     "malformed YAML": with_yaml("data: [demo:source\nseed: 1", r"options\.yaml: is not YAML .*line 2"),
-    "YAML that is a list": with_yaml("- data", "one 'option: value' a line"),
+    "YAML that is a list": with_yaml("- data", "one 'option: value' on each line"),
     "wrong type in YAML": with_yaml("hidden_size: wide", "hidden_size.* invalid int value: 'wide'"),
     "wrong number in YAML": with_yaml("num_negatives: 2.5", "num_negatives.* invalid int value: '2.5'"),
     "several seeds": with_arguments(

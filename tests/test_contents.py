@@ -80,8 +80,8 @@ DEFECTS: dict[str, tuple[Any, str]] = {
     "too large": ([1.0, 1e39, 2.0], "too large for float32"),
     "too small": ([0.0, 1e-60, 0.0], "all numbers are zero"),
     "zero": ([0.0, -0.0, 0.0], "all numbers are zero"),
-    "short": ([1.0], "1 numbers where most have 3"),
-    "long": ([1.0] * 4, "4 numbers where most have 3"),
+    "short": ([1.0], "1 numbers, but most items have 3"),
+    "long": ([1.0] * 4, "4 numbers, but most items have 3"),
 }
 
 

@@ -175,6 +175,6 @@ def test_the_command_leaves_a_checkpoint(tmp_path, capsys):
         distill([*place, *out, "--num_blocks", "2"])
     with pytest.raises(DataError, match="as large as its teacher"):
         distill([*place, "--output_dir", str(tmp_path / "no"), "--num_blocks", "4"])
-    with pytest.raises(DataError, match="Give num_blocks"):
+    with pytest.raises(DataError, match="give num_blocks"):
         distill([*place, "--output_dir", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()

@@ -153,7 +153,9 @@ def test_vectors_of_another_size_or_none_are_refused(source):
 
 
 def test_training_refuses_vectors_of_another_size(source, tmp_path):
-    with pytest.raises(DataError, match=r"features have 5 numbers, but this model reads vectors of 4\. Make them as"):
+    with pytest.raises(
+        DataError, match=r"features have 5 numbers, but this model reads vectors of 4\. Use the encoder"
+    ):
         make_trainer(
             tmp_path / "run",
             model=make_model(features_size=4),

@@ -105,14 +105,14 @@ def test_recommending_goes_on_after_an_interruption(
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "no action": (("index",), "Say one of add, remove, info"),
+    "no action": (("index",), "give one of add, remove, info"),
     "another action": (("index", "drop", "{index}"), "the verbs of index are add, remove, info"),
     "no index": (("index", "info", "{place}/nothing"), "there is no item index here"),
     "nothing to add": (("index", "add", "{index}", "--checkpoint", "{place}/model"), "give --items"),
     "no model": (("index", "add", "{index}", "--items", "{place}/new.csv"), "no model"),
     "new ones only": (
         ("index", "add", "{index}", "--checkpoint", "{place}/model", "--items", "{place}/new.csv", "--new_only"),
-        "1 items are there already",
+        "1 items exist already",
     ),
     "nothing to remove": (("index", "remove", "{index}"), "give --ids"),
     "an unknown id": (("index", "remove", "{index}", "--ids", "zz"), "unknown item ids: .'zz'"),
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "no image": (("similar", "{place}/model", "--index", "{index}", "--image", "no.png"), "no such file"),
     "a filter of no column": (
         ("recommend", "{place}/model", "--index", "{index}", "--history", "000", "--filter", "colour == 1"),
-        "names 'colour'",
+        "the unknown column 'colour'",
     ),
     "no items": (("recommend", "{place}/model", "--history", "000"), "no items: give --data"),
 }

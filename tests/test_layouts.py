@@ -241,7 +241,7 @@ def test_headers_and_the_order_of_columns_are_found_out_and_said(tmp_path: Path,
     ninerec(tmp_path)
     prepared(tmp_path, "ninerec", domain="TN", language="zh")
     printed = capsys.readouterr().out
-    assert "TN_pair.csv: no header; its columns are item, user, timestamp, as their cells tell" in printed
+    assert "TN_pair.csv: no header; its columns are item, user, timestamp, recognised by their cells" in printed
     assert "titles (zh) in column 2" in printed and "dropped 1 images" in printed
     catalogue, sequences = load_domain(tmp_path / "made")
     assert catalogue.text(0) == "红色的鞋" and sequences.timestamps.tolist() == [T, T + 60, T + 10, T + 70, T + 90]
@@ -281,7 +281,7 @@ def test_items_without_any_content_are_left_out_with_their_interactions(tmp_path
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("TN_pair.csv", "Missing: interactions .TN_pair.csv or TN_behaviour.tsv."),
+        ("TN_pair.csv", "are missing: interactions .TN_pair.csv or TN_behaviour.tsv."),
         ("TN_item.csv", "holds QB. Name one with --domain, not TN"),
     ],
 )
@@ -347,9 +347,9 @@ def test_rows_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("Games_5.json.gz", b"{'asin': 1}\n" * 200, "Games_5.json.gz: holds no JSON object a line"),
+        ("Games_5.json.gz", b"{'asin': 1}\n" * 200, "Games_5.json.gz: does not hold one JSON object on each line"),
         ("meta_Games.json.gz", None, "meta_Games.json.gz: cannot be read"),
-        ("Games_5.json.gz", b"\xff\xfe", "Games_5.json.gz: not UTF-8"),
+        ("Games_5.json.gz", b"\xff\xfe", "Games_5.json.gz: is not UTF-8"),
     ],
 )
 def test_files_of_another_kind_are_refused(name: str, content: Any, said: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_reports_pool_the_users_and_tell_the_domains_apart(tmp_path):
 
 
 def test_id_vectors_are_of_one_catalogue(tmp_path):
-    with pytest.raises(ValueError, match="ID vectors are of one catalogue"):
+    with pytest.raises(ValueError, match="ID vectors belong to one catalogue"):
         mixed_trainer(tmp_path, num_items=9)
 
 

@@ -158,7 +158,7 @@ def test_a_card_is_written_when_it_is_asked_for(tmp_path: Path) -> None:
     trainer.evaluate()
     assert not (tmp_path / "README.md").exists()  # nothing is saved yet
     trainer.save_model()
-    assert "Validation targets" in text_of(tmp_path) and "they flatter it" in text_of(tmp_path)
+    assert "Validation targets" in text_of(tmp_path) and "the numbers are too high" in text_of(tmp_path)
     trainer.report()
     assert "Validation targets" in text_of(tmp_path), "a report is no side effect"
     trainer.create_model_card()
@@ -230,7 +230,7 @@ def test_the_card_of_a_hybrid_says_that_it_reads_content(tmp_path: Path) -> None
     make_config(("text",), num_items=12).save_pretrained(tmp_path)
     text = checked(model_card(tmp_path)).text
     assert "reads the **text** of items" in text and "each of the 12 items of its training has a" in text
-    assert "number only" not in text and "cannot be recommended" not in text and "Transfer can hurt" in text
+    assert "ids only" not in text and "cannot be recommended" not in text and "Transfer can hurt" in text
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "id"])
@@ -238,10 +238,10 @@ def test_card_of_other_models(kind: str, tmp_path: Path) -> None:
     config = make_config((), num_items=12) if kind == "id" else make_config((kind,))
     config.save_pretrained(tmp_path)
     card = checked(model_card(tmp_path))
-    assert "Not evaluated yet." in card.text and "Its statistics were not kept." in card.text
+    assert "Not evaluated yet." in card.text and "Statistics of these data were not kept." in card.text
     assert card.data.eval_results is None and "multimodal" not in card.data.tags
     if kind == "id":
-        assert "knows its 12 items by number only" in card.text and "trust_remote_code" not in card.text
+        assert "knows its 12 items by ids only" in card.text and "trust_remote_code" not in card.text
     else:
         assert f"reads the **{kind}** of items" in card.text
         assert ("images=" in card.text) == (kind == "image") and ("text=" in card.text) == (kind == "text")
@@ -271,7 +271,7 @@ def test_arguments_shown_are_those_that_shaped_the_result() -> None:
     [
         ({"mask_history": "none", "max_history": 10}, "nothing is masked"),
         ({"mask_history": "window", "window_extra": 1, "max_history": 20}, "the last 20 + 1 items before the target"),
-        ({"mask_history": "full", "protect_target": True}, "no item that the user had can be recommended."),
+        ({"mask_history": "full", "protect_target": True}, "no item that the user had before can be recommended."),
         ({"ties": "pessimistic"}, "all count as ranked before it"),
         ({"candidates": "interacted", "num_items": 1234}, "all items that somebody chose, 1,234 in number"),
         ({"name": "ninerec", "min_interactions": 5, "num_users": 7}, "each of the 7 users with at least 5"),
@@ -517,7 +517,7 @@ def test_data_that_cannot_be_pushed(hub: LocalHub, monkeypatch: pytest.MonkeyPat
     catalogue, sequences = make_catalogue(), make_split().test
     with pytest.raises(DataError, match="no interactions"):
         push_dataset_to_hub(catalogue, sequences.select(np.array([], dtype=int)), "me/data")
-    with pytest.raises(DataError, match="several views of one user"):
+    with pytest.raises(DataError, match="a user has several views"):
         push_dataset_to_hub(catalogue, sequences.windows(3), "me/data")
     with pytest.raises(HubError, match="me/data: "):
         push_dataset_to_hub(catalogue, sequences, "me/data", token="hf_wrong")

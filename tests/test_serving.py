@@ -471,7 +471,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "an unknown way": (lambda of: of.recommend(HISTORY, on_unknown="ignore"), "'raise' or 'skip'"),
     "a short mask": (lambda of: of.recommend(HISTORY, filter=[True]), "1 entries for 12 items"),
     "unknown ids to filter": (lambda of: of.recommend(HISTORY, filter=["zz"]), "unknown item ids"),
-    "a filter of no column": (lambda of: of.recommend(HISTORY, filter="colour == 'red'"), "names the unknown column 'colour'"),
+    "a filter of no column": (
+        lambda of: of.recommend(HISTORY, filter="colour == 'red'"),
+        "names the unknown column 'colour'",
+    ),
     "unknown candidates": (lambda of: of.recommend(HISTORY, candidates=["zz"]), "unknown item ids"),
     "candidates of others": (lambda of: of.recommend(HISTORY, candidates=[[], []]), "2 lists of candidates for 1"),
     "a sound for a model of texts": (lambda of: of.recommend([{"audio": np.ones(9)}]), "has audio, but this model"),
@@ -486,7 +489,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a set for a history": (lambda of: of.recommend({"item-1"}), "has no order"),
     "half a character": (lambda of: of.recommend([{"text": "hat \ud800"}]), "a broken character"),
     "an image without pixels": (lambda of: of.recommend([PIL.Image.new("RGB", (0, 5))]), "0 x 5 pixels"),
-    "a number for a filter": (lambda of: of.recommend(HISTORY, filter=5), "a boolean for each item, or a list of ids, got 5"),
+    "a number for a filter": (
+        lambda of: of.recommend(HISTORY, filter=5),
+        "a boolean for each item, or a list of ids, got 5",
+    ),
     "one of Arrow": (
         lambda of: of.recommend(HISTORY, filter=pc.field("price") < 3),
         "must be an expression",

@@ -407,7 +407,7 @@ def of_splits(**rows: list[int]) -> datasets.DatasetDict:
 
 def test_several_splits_are_not_dropped() -> None:
     splits = of_splits(train=[0, 1], test=[2])
-    with pytest.raises(DataError, match=r"which split of \['train', 'test'\].*split='train\+test'"):
+    with pytest.raises(DataError, match=r"has several splits, \['train', 'test'\].*split='train\+test'"):
         load_interactions(splits, SHOP)
     assert load_interactions(splits, SHOP, split="train").items.tolist() == [0, 1]
     assert load_interactions(splits, SHOP, split="train+test").items.tolist() == [2, 0, 1]

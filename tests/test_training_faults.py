@@ -218,15 +218,15 @@ def test_an_argument_works(tmp_path, name):
         ({"early_stopping_patience": -1}, "early_stopping_patience must be 1 or more"),
         (
             {"early_stopping_patience": 1, "eval_strategy": "no", "load_best_model_at_end": False},
-            "counts evaluations, and eval_strategy is 'no'",
+            "counts evaluations, but eval_strategy is 'no'",
         ),
         ({"fp16": True}, "fp16 needs a GPU"),
-        ({"optim": "galore_adamw"}, "makes its own groups"),
-        ({"optim": "lomo"}, "makes its own groups"),
+        ({"optim": "galore_adamw"}, "makes its own parameter groups"),
+        ({"optim": "lomo"}, "makes its own parameter groups"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not possible"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"mode": "min"}},
-            "cuts the rate when the metric gets better",
+            "lowers the rate when the metric gets better",
         ),
     ],
     ids=str,
@@ -299,7 +299,7 @@ def parts(folder: Path) -> dict[str, Any]:
         ("args", TrainingArguments("x", use_cpu=True), r"args must be a TransRecTrainingArguments, not a Training"),
         ("args", None, r"args must be a TransRecTrainingArguments, not a NoneType"),
         ("model", torch.nn.Linear(1, 1), r"model must be a TransRecModel, not a Linear"),
-        ("model", None, r"give either a model or model_init"),
+        ("model", None, r"give either a model, or model_init"),
         ("processing_class", make_processor().tokenizer, r"processing_class must be a TransRecProcessor, not a Bert"),
         ("train_dataset", [1], r"takes no train_dataset: give split"),
         ("eval_dataset", [1], r"takes no eval_dataset: give split"),
@@ -307,7 +307,7 @@ def parts(folder: Path) -> dict[str, Any]:
         ("compute_loss_func", print, r"takes no compute_loss_func: override compute_loss"),
         ("preprocess_logits_for_metrics", print, r"takes no preprocess_logits_for_metrics"),
         ("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.1}), r"each part of the model has its own lr"),
-        ("model_init", make_model, r"give either a model or model_init"),
+        ("model_init", make_model, r"give either a model, or model_init"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -343,7 +343,7 @@ def test_an_optimizer_class_gets_the_rates_of_the_parts(tmp_path):
     ids=["batch of one", "data of one"],
 )
 def test_batches_without_negatives_are_refused(tmp_path, options, users):
-    with pytest.raises(ValueError, match="a batch has one user: nothing would be learned"):
+    with pytest.raises(ValueError, match="a batch has only one user, so nothing would be learned"):
         make_trainer(tmp_path, ids(), split=make_split(users, lengths=(5, 5)), **options)
     make_trainer(tmp_path, ids(objective="bce"), split=make_split(users, lengths=(5, 5)), **options).train()
 
@@ -354,7 +354,7 @@ def test_a_batch_size_that_was_found_to_be_one_is_refused(tmp_path, monkeypatch)
 
     monkeypatch.setattr(TransRecTrainer, "training_step", run_out)
     trainer = make_trainer(tmp_path, ids(), auto_find_batch_size=True, per_device_train_batch_size=2)
-    with pytest.raises(ValueError, match="a batch has one user"):
+    with pytest.raises(ValueError, match="a batch has only one user"):
         trainer.train()
 
 
@@ -378,7 +378,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
 
 
 def test_users_that_do_not_fill_a_batch_are_not_left_out_in_silence(tmp_path):
-    with pytest.raises(ValueError, match="less than one batch, and dataloader_drop_last leaves them out"):
+    with pytest.raises(ValueError, match="less than one batch, which dataloader_drop_last leaves out"):
         make_trainer(tmp_path, ids(), dataloader_drop_last=True, per_device_train_batch_size=100)
 
 
@@ -529,7 +529,7 @@ def test_a_search_optimises_the_metric_of_the_best_model(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, ids())
     trainer.hyperparameter_search()
     assert asked == {"direction": "maximize", "value": 0.5}
-    with pytest.raises(ValueError, match="in which direction"):
+    with pytest.raises(ValueError, match="needs a direction"):
         trainer.hyperparameter_search(compute_objective=len)
 
 
@@ -593,7 +593,7 @@ def test_a_checkpoint_without_a_part_is_not_complete(run, tmp_path, name):
     assert last_complete_checkpoint(folder) == str(first)
     with pytest.raises(DataError, match=rf"{re.escape(name)} is missing or damaged.*from_pretrained"):
         resume(folder, checkpoint=str(last))
-    with pytest.raises(DataError, match=r"a run, and no checkpoint of it\. Give one, such as"):
+    with pytest.raises(DataError, match=r"is the folder of a run, not of a checkpoint\. Give one, such as"):
         resume(folder, checkpoint=str(folder))
 
 

@@ -60,7 +60,7 @@ def test_a_report_of_the_demo_world(capsys, monkeypatch):
     lost.unlink()
     again = transfer_report(options)
     assert len(ran) == 1 and again["rows"] == report["rows"]
-    with pytest.raises(DataError, match="its cells were made with epochs 1"):
+    with pytest.raises(DataError, match="its results were made with epochs 1"):
         transfer_report([*options, "--epochs", "2"])
 
 
@@ -85,8 +85,8 @@ def test_a_hybrid_is_a_source_without_its_item_vectors(workplace):
     ("options", "message"),
     [
         (("--targets", "demo:target", "--fractions", "1.5"), "fractions must be above 0 and at most 1, got 1.5"),
-        (("--targets", "demo:target", "--fractions", "some"), "fractions: 'some' is no number"),
-        (("--targets", "demo:target", "--models", "best"), "models: 'best' is none of popularity"),
+        (("--targets", "demo:target", "--fractions", "some"), "fractions: 'some' is not a number"),
+        (("--targets", "demo:target", "--models", "best"), "models: there is no model 'best'; choose from popularity"),
         ((), "no targets: give --targets"),
         (("--targets", "demo:source"), "demo:source: the source source was trained on this data set"),
         (("--targets", "nowhere"), "nowhere"),

@@ -314,7 +314,7 @@ def test_options_that_contradict_each_other():
         ("lora", 1, None): "trainable_blocks=1 means tuning='top_k_blocks', and tuning is 'lora': leave one out",
         ("full", 0, None): "trainable_blocks=0 means",
         ("top_k_blocks", 0, None): "trains at least one block",
-        ("frozen", None, 4): "adapter_size is the rank or width",
+        ("frozen", None, 4): "adapter_size is only for tuning",
         ("side", 2, None): "trainable_blocks=2 means",
         ("loar", None, None): "tuning must be one of",
     }.items():

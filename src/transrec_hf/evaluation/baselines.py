@@ -1,4 +1,4 @@
-"""Recommenders that need no training, to hold every number against: they go through the same ranking as the model."""
+"""Baselines that need no training. They are ranked in the same way as the model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 class Scorer(Protocol):
     """
-    Anything that scores all items for histories: `(num_users, length)` rows of the catalogue, oldest first and padded
-    on the right with -1, to `(num_users, num_items)`, a new tensor, which the caller changes. Its `max_history` is how
-    many last items it looks at. If it has a true `reads_time`, it is called with their timestamps as well.
+    Anything that scores all items for histories. The input is `(num_users, length)`, rows of the catalogue, oldest
+    first and padded on the right with -1. The output is `(num_users, num_items)`, a new tensor, which the caller may
+    change. `max_history` is the number of last items that it reads. If `reads_time` is true, it is also called with
+    timestamps.
     """
 
     max_history: int
@@ -46,8 +47,8 @@ class Popularity:
 
 class RepeatLast:
     """
-    Recommends the last items of the history again, the latest first. Only of use where the history is not masked, and
-    there the bar which a model of repeated consumption has to pass.
+    Recommends the last items of the history again, the latest first. This is useful only if the history is not masked;
+    then a model of repeated consumption has to beat it.
 
     Args:
         num_items (`int`): Size of the catalogue.
@@ -66,16 +67,17 @@ class RepeatLast:
 
 class CoOccurrence:
     """
-    Item-item neighbours: an item scores `sum over the last items h of decay**age(h) C[h, item] / sqrt(n_h n_item)`,
-    with C[a, b] how often a and b are at most `window` steps apart in a training sequence, n the item counts, and the
-    age of the last item 0, of the one before it 1, and so on.
+    Item-item neighbours. The score of an item is `sum over the last items h of
+    decay**age(h) C[h, item] / sqrt(n_h n_item)`. `C[a, b]` is how often a and b are at most `window` steps apart in a
+    training sequence, and `n` are the item counts. The age of the last item is 0, that of the one before it 1, and so
+    on.
 
     Args:
         train (`Sequences`): The training sequences.
         num_items (`int`): Size of the catalogue.
         window (`int`, defaults to 3): Largest distance of two items, in steps.
         max_history (`int`, defaults to 10): Number of last items that vote.
-        decay (`float`, defaults to 0.8): What an item's vote is worth against that of the next one.
+        decay (`float`, defaults to 0.8): Weight of an item's vote, relative to the vote of the next item.
     """
 
     def __init__(self, train: Sequences, num_items: int, window: int = 3, max_history: int = 10, decay: float = 0.8):
@@ -109,11 +111,11 @@ class CoOccurrence:
 
 class ContentNeighbours:
     """
-    Zero-shot content: the cosine of an item with the mean of the last items. On vectors of untouched encoders it tells
-    what the content is worth before any interaction is learnt from.
+    Zero-shot content: the score is the cosine of an item with the mean of the last items. With vectors of untrained
+    encoders it measures the value of content before anything is learned from interactions.
 
     Args:
-        item_vectors (`torch.Tensor` of shape `(num_items, size)`): Content vectors; they are normalised here.
+        item_vectors (`torch.Tensor` of shape `(num_items, size)`): Content vectors; they are normalised by this class.
         max_history (`int`, defaults to 10): Number of last items in the mean.
     """
 

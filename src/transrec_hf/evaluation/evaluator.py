@@ -27,21 +27,22 @@ if TYPE_CHECKING:
     from ..data.interactions import Sequences
     from ..items.preparing import ItemSource
 
-LIST_LENGTH = 10  # of the recommendations whose coverage and popularity are reported
+LIST_LENGTH = 10  # length of the lists whose coverage and popularity are reported
 
 
 @dataclass
 class Ranking:
     """
-    Outcome of ranking every user's target.
+    The result of ranking the target of every user.
 
     Args:
         ranks (`torch.Tensor` of shape `(num_users,)`): Ranks from 1, float32 on the CPU, in the order of the users.
         lists (`torch.Tensor` of shape `(num_users, 10)`):
             The first ten items of each user, the best one first, as rows of the catalogue; -1 where there is none.
         candidates (`torch.Tensor` of shape `(num_items,)`): Boolean, the items that were ranked.
-        sequences (`Sequences`): What the protocol keeps of the sequences.
-        max_history (`int`, *optional*): `L` of the model, or of the model with which a baseline is compared.
+        sequences (`Sequences`): The part of the sequences that the protocol keeps.
+        max_history (`int`, *optional*): The history length of the model, or of the model with which a baseline is
+            compared.
     """
 
     ranks: torch.Tensor
@@ -52,7 +53,7 @@ class Ranking:
 
     @property
     def recommended(self) -> torch.Tensor:
-        """How many users have each item in their first ten: `(num_items,)`."""
+        """For each item, the number of users who have it among their first ten items: `(num_items,)`."""
         return self.lists[self.lists >= 0].bincount(minlength=len(self.candidates))
 
 
@@ -60,32 +61,33 @@ class RankingEvaluator:
     """
     Ranks the last item of every sequence among the whole catalogue, given the items before it.
 
-    The catalogue is encoded once, users are ranked in blocks; with an `Accelerator`, the users are strided over the
-    processes and ranks summed, which is exact for any number of users.
+    The catalogue is encoded once, and users are ranked in blocks. With an `Accelerator`, the users are divided among
+    the processes; the result is exact for any number of users.
 
     Args:
         source (`ItemSource`): The items.
         sequences (`Sequences`): Histories, each with its target as the last item: `split.validation` or `split.test`.
         protocol (`str` or `EvaluationProtocol`, defaults to `"full"`): A protocol or the name of one in `PROTOCOLS`.
-        train (`Sequences`, *optional*): The training sequences: [`evaluate`] then reports baselines too.
+        train (`Sequences`, *optional*): The training sequences; with them, [`evaluate`] also reports baselines.
         train_counts (`np.ndarray` of shape `(num_items,)`, *optional*):
-            Occurrences of each item in the training sequences (taken from `train` if that is given), for the slices of
-            warm and cold targets and for the popularity of recommendations.
+            Occurrences of each item in the training sequences, for the slices of warm and cold targets and for the
+            popularity of recommendations. If `train` is given, they are computed from it.
         candidates (`np.ndarray` of shape `(num_items,)`, *optional*):
-            Boolean, the items to rank, instead of those of the protocol. "interacted" takes what occurs in `sequences`
-            or in training; for validation that lacks the items which only occur as test targets.
+            Boolean, the items to rank, instead of those of the protocol. With a protocol of `"interacted"` candidates,
+            items that occur in `sequences` or in training are ranked; in validation, items that occur only as test
+            targets are then missing.
         content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*):
-            Item vectors of untouched encoders, for the zero-shot baseline.
+            Item vectors of untrained encoders, for the zero-shot baseline.
         max_users (`int`, *optional*):
-            Ranks the targets of so many sequences only, drawn at random; all if None. The candidates of the protocol
-            are those of all sequences.
-        seed (`int`, defaults to 0): Of that draw.
+            Number of sequences whose targets are ranked, drawn at random; all if None. The candidates of the protocol
+            are still those of all sequences.
+        seed (`int`, defaults to 0): Seed of this draw.
         ks (`Sequence[int]`, defaults to `(5, 10, 20, 50)`): Lengths of the recommended list.
         batch_size (`int`, defaults to 128): Items encoded at a time.
         num_workers (`int`, defaults to 0): Processes that prepare the items.
 
     Raises:
-        ValueError: If a sequence has no history, or counts, candidates or vectors are not those of the catalogue.
+        `ValueError`: If a sequence has no history, or counts, candidates or vectors do not fit the catalogue.
 
     Example:
     ```python
@@ -143,7 +145,7 @@ class RankingEvaluator:
         self, model: Any, accelerator: Accelerator | None = None, item_embeds: torch.Tensor | None = None
     ) -> dict[str, float]:
         """
-        Metrics of a model, for a training loop.
+        The metrics of a model, for a training loop.
 
         Returns:
             `dict[str, float]`: `hit_rate@k`, `ndcg@k`, `mrr` and `coverage@10`.
@@ -155,7 +157,7 @@ class RankingEvaluator:
         self, model: Any, *, item_embeds: torch.Tensor | None = None, accelerator: Accelerator | None = None
     ) -> dict[str, Any]:
         """
-        Everything there is to say about a model, with the baselines if `train` is known.
+        The full report on a model, with baselines if the evaluator has `train`.
 
         Args:
             model (`TransRecModel`): The model, on its device.
@@ -163,7 +165,7 @@ class RankingEvaluator:
             accelerator (`accelerate.Accelerator`, *optional*): Its processes share the work, and all get the report.
 
         Returns:
-            `dict`, fit for JSON: see [`report`], and `baselines` with one such report for each.
+            `dict`, fit for JSON: see [`report`]; `baselines` holds such a report for each baseline.
         """
         ranking = self.rank_model(model, item_embeds=item_embeds, accelerator=accelerator)
         report = self.report(ranking)
@@ -175,15 +177,16 @@ class RankingEvaluator:
         self, max_history: int | None = None, accelerator: Accelerator | None = None
     ) -> dict[str, dict[str, Any]]:
         """
-        Reports of the recommenders that need no training: `popularity`, `repeat_last`, `co_occurrence`, and with
-        `content_vectors` `content_neighbours`.
+        The reports of the baselines that need no training: `popularity`, `repeat_last` and `co_occurrence`; with
+        `content_vectors` also `content_neighbours`.
 
         Args:
-            max_history (`int`, *optional*): `L` of the model to compare with, for protocols that depend on it.
+            max_history (`int`, *optional*): History length of the model to compare with, for protocols that depend on
+                it.
             accelerator (`accelerate.Accelerator`, *optional*): Shares the work among its processes.
 
         Raises:
-            ValueError: If the evaluator was made without `train`.
+            `ValueError`: If the evaluator was made without `train`.
         """
         if self.train is None:
             raise ValueError("baselines learn from the training sequences: give `train=split.train` to the evaluator")
@@ -226,12 +229,12 @@ class RankingEvaluator:
 
         Args:
             scorer (`Scorer`): Scores all items for a block of histories.
-            max_history (`int`, *optional*): `L` of the model, for protocols that depend on it.
+            max_history (`int`, *optional*): History length of the model, for protocols that depend on it.
             accelerator (`accelerate.Accelerator`, *optional*): Shares the users among its processes.
 
         Raises:
-            ValueError: If a score is not finite (then on all processes), a target is no candidate, or the protocol
-                needs `max_history`.
+            `ValueError`: If a score is not finite (then on all processes), a target is not a candidate, or the
+                protocol needs `max_history`.
         """
         max_history = self.protocol.max_history or max_history
         window, keep_last = self.protocol.mask_window(max_history), self.protocol.keep_last(max_history)
@@ -239,11 +242,11 @@ class RankingEvaluator:
         candidates, num_items = self._candidates(keep_last), len(self.source)
         process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         device = accelerator.device if accelerator else torch.device("cpu")
-        # users with histories of like length in one block, so that the model reads little padding
+        # users with histories of similar length in one block, so that the model reads little padding
         users = np.argsort(sequences.lengths, kind="stable")[process::num_processes]
         block = min(MAX_USERS, max(1, MAX_SCORES // num_items))
         ranks = torch.zeros(len(sequences))
-        lists = torch.zeros(len(sequences), min(LIST_LENGTH, num_items), dtype=torch.int32)  # of rows, counted from 1
+        lists = torch.zeros(len(sequences), min(LIST_LENGTH, num_items), dtype=torch.int32)  # rows, counted from 1
         for start in logging.tqdm(
             range(0, len(users), block), desc="Ranking", unit="block", delay=2, leave=False, disable=process > 0
         ):
@@ -273,12 +276,11 @@ class RankingEvaluator:
         Turn ranks into the report.
 
         Returns:
-            `dict`, fit for JSON: `protocol` (masking, ties, `max_history`, `num_items` ranked, `num_users`, and if not
-            all were ranked for, how many they are `drawn_from`, ...),
-            `metrics`, `intervals` (95 % bootstrap over users), `slices` (by `target`, `target_modality`,
-            `history_length`, `history_modality`), `repeats` (`share` of targets that are in the history,
-            `hit_rate_ceiling` under the masking), `recommendations` (`coverage@10`, and `mean_log_popularity@10` if
-            training counts are known).
+            `dict`, fit for JSON: `protocol` (masking, ties, `max_history`, `num_items` ranked, `num_users`, and, for a
+            sample of users, the number that they are `drawn_from`, ...), `metrics`, `intervals` (95 % bootstrap over
+            users), `slices` (by `target`, `target_modality`, `history_length`, `history_modality`), `repeats` (the
+            `share` of targets that are in the history, and the `hit_rate_ceiling` that follows from the masking) and
+            `recommendations` (`coverage@10`, and `mean_log_popularity@10` if training counts are known).
         """
         headline = LIST_LENGTH if LIST_LENGTH in self.ks else max(self.ks)
         protocol = {
@@ -323,7 +325,7 @@ class RankingEvaluator:
         }
 
     def _repeats(self, ranking: Ranking) -> dict[str, float]:
-        nearest = []  # steps from each user's target back to the same item, infinite if that is new to the user
+        nearest = []  # steps from each target back to the same item, infinite if the item is new to the user
         for block in ranking.sequences.blocks():
             users, place = block.expand()
             steps = block.ends[users] - 1 - place
@@ -379,7 +381,7 @@ class _ModelScorer:
 def _check_sequences(sequences: Sequences) -> None:
     short = np.flatnonzero(sequences.lengths < 2)
     if len(sequences) == 0:
-        raise ValueError("no sequences to evaluate: no user has enough interactions for the split")
+        raise ValueError("there are no sequences to evaluate: no user has enough interactions for the split")
     if len(short):
         raise ValueError(
             f"{len(short)} of {len(sequences)} sequences lack a history or a target (the first is of user "

@@ -1,7 +1,7 @@
 """Ranking metrics of one target per user, as plain functions of its rank.
 
-A rank counts from 1, is a float because ties get their expected rank (`ranking.rank_targets`), and is infinite for a
-target that cannot be recommended. All metrics are means over users, hence sums that can be added up over processes.
+Ranks count from 1. They are floats, because ties get their expected rank (`ranking.rank_targets`), and infinite for a
+target that cannot be recommended. All metrics are means over users, so their sums can be added up over processes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def metric_values(ranks: torch.Tensor, metric: str) -> torch.Tensor:
         `torch.Tensor` of shape `(num_users,)`, float32.
 
     Raises:
-        ValueError: If the metric is unknown, or a rank is NaN or below 1.
+        `ValueError`: If the metric is unknown, or a rank is NaN or below 1.
 
     Example:
     ```python
@@ -124,17 +124,17 @@ def ranking_metrics(
 
     Args:
         ranks (`torch.Tensor` of shape `(num_users,)`):
-            Ranks of the targets, from 1; infinite for a sure miss. With an `accelerator`: of this process's users,
-            of which each process may have any number.
+            Ranks of the targets, from 1; infinite for a sure miss. With an `accelerator`, those of this process's
+            users; each process may have any number of users.
         ks (`Sequence[int]`, defaults to `(5, 10, 20, 50)`): Lengths of the recommended list.
         accelerator (`accelerate.Accelerator`, *optional*):
-            Adds up the sums and the number of users over all processes, which then all return the same.
+            Adds up the sums and the number of users over all processes, so that all return the same result.
 
     Returns:
         `dict[str, float]`: `hit_rate@k` and `ndcg@k` for every `k`, and `mrr`.
 
     Raises:
-        ValueError: If there are no users, or a rank is NaN or below 1.
+        `ValueError`: If there are no users, or a rank is NaN or below 1.
 
     Example:
     ```python
@@ -174,18 +174,18 @@ def bootstrap_interval(
     """
     Percentile bootstrap interval of the mean over users.
 
-    Instead of drawing users again and again, draws how often each value occurs, which is the same in distribution;
-    values closer than 1/1000 of their range count as one, their mean. So a million users cost no more than a thousand.
+    Instead of drawing users, it draws how often each value occurs, which has the same distribution. Values closer than
+    1/1000 of their range are replaced by their mean. So a million users cost no more than a thousand.
 
     Args:
         values (`torch.Tensor` of shape `(num_users,)` or `(num_seeds, num_users)`): A metric's value of each user
-            (`metric_values`); of several runs with other seeds, seeds are resampled as well as users.
+            (`metric_values`). With several runs of different seeds, seeds are resampled as well as users.
         confidence (`float`, defaults to 0.95): Share of the resampled means inside the interval.
         num_resamples (`int`, defaults to 1000): Number of resamples.
         seed (`int`, defaults to 0): Seed of the resampling.
 
     Returns:
-        `tuple[float, float]`: Lower and upper end.
+        `tuple[float, float]`: Lower and upper end of the interval.
 
     Example:
     ```python
@@ -201,7 +201,7 @@ def bootstrap_interval(
         means = _resampled_means(array.ravel(), num_resamples, rng)
     else:
         drawn = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=num_resamples)
-        mixes, sizes = np.unique(drawn, axis=0, return_counts=True)  # of a few seeds there are few draws
+        mixes, sizes = np.unique(drawn, axis=0, return_counts=True)  # few seeds have few different draws
         means = np.concatenate(
             [_resampled_means(mix @ array / len(array), size, rng) for mix, size in zip(mixes, sizes, strict=True)]
         )
@@ -223,25 +223,27 @@ def paired_bootstrap(
     ranks: torch.Tensor, other_ranks: torch.Tensor, metric: str = "ndcg@10", **bootstrap_kwargs: Any
 ) -> dict[str, float]:
     """
-    Difference of two models on the same users, with its bootstrap interval: users are resampled and, of several runs
-    of each model, seeds.
+    The difference between two models on the same users, with its bootstrap interval. Users are resampled; with several
+    runs of each model, seeds are resampled too.
 
     Args:
-        ranks (`torch.Tensor` of shape `(num_users,)` or `(num_seeds, num_users)`): Ranks of the targets under the one
+        ranks (`torch.Tensor` of shape `(num_users,)` or `(num_seeds, num_users)`): Ranks of the targets by the first
             model.
-        other_ranks (`torch.Tensor` of the same shape): Ranks of the same targets, in the same order, under the other.
+        other_ranks (`torch.Tensor` of the same shape): Ranks of the same targets, in the same order, by the other.
         metric (`str`, defaults to `"ndcg@10"`): Name of the metric.
         bootstrap_kwargs: Passed on to [`bootstrap_interval`].
 
     Returns:
-        `dict[str, float]`: `difference` of the means (the one minus the other), and the ends `low` and `high` of its
-        interval; one without zero is a significant difference.
+        `dict[str, float]`: The `difference` of the means (first minus other), and the ends `low` and `high` of its
+            interval. If the interval does not contain zero, the difference is significant.
 
     Raises:
-        ValueError: If the two are of different lengths, or the metric is unknown.
+        `ValueError`: If both have different lengths, or the metric is unknown.
     """
     if ranks.shape != other_ranks.shape:
-        raise ValueError(f"paired ranks must be of the same users, but there are {len(ranks)} and {len(other_ranks)}")
+        raise ValueError(
+            f"paired ranks must belong to the same users, but there are {len(ranks)} and {len(other_ranks)}"
+        )
     differences = metric_values(ranks, metric) - metric_values(other_ranks.to(ranks.device), metric)
     low, high = bootstrap_interval(differences, **bootstrap_kwargs)
     return {"difference": differences.double().mean().item(), "low": low, "high": high}

@@ -1,4 +1,4 @@
-"""The ranking metrics as `evaluate.Metric`s, to share or combine with others; `metrics` computes, this only wraps.
+"""The ranking metrics as `evaluate.Metric`s, to share them or to combine them with others.
 
 `predictions` are the ranks of the targets, one per user, as `ranking.rank_targets` returns them.
 

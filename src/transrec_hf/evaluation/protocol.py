@@ -1,4 +1,4 @@
-"""Evaluation protocols: what is ranked and what is left out."""
+"""Evaluation protocols: which items are ranked, and which are left out."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EvaluationProtocol:
     """
-    What is ranked and what is left out: numbers under different protocols are not comparable.
+    Which items are ranked, and which are left out. Numbers under different protocols are not comparable.
 
-    `L` below is the number of last items which the model reads, `max_history` or, if that is None, the model's
+    `L` is the number of last items that the model reads: `max_history` or, if that is None, the model's
     `max_position_embeddings`.
 
     Args:
         mask_history (`"none"`, `"window"` or `"full"`, defaults to `"full"`):
-            Which items of the user cannot be recommended: none, the last `L + window_extra` before the target, or all.
+            Which items of the user cannot be recommended: none of them, the last `L + window_extra` before the target,
+            or all.
         window_extra (`int`, defaults to 0): See `mask_history`.
         max_history (`int`, *optional*): `L`; the model's if None.
-        keep_extra (`int`, *optional*): Everything but the last `L + keep_extra` items of a user is forgotten.
-        min_interactions (`int`, defaults to 3): Users with fewer items are left out by [`split`].
+        keep_extra (`int`, *optional*): Only the last `L + keep_extra` items of a user are kept.
+        min_interactions (`int`, defaults to 3): [`split`] leaves out users with fewer items.
         candidates (`"catalogue"` or `"interacted"`, defaults to `"catalogue"`):
-            Ranks all items, or only those which some user's kept sequence holds.
+            Whether all items are ranked, or only those in the kept sequence of some user.
         ties (`"expected"` or `"pessimistic"`, defaults to `"expected"`):
-            Whether half or all of the items that score like the target come before it.
+            Whether half or all of the items with the same score as the target are ranked before it.
         protect_target (`bool`, defaults to `False`):
-            Never masks the target. Otherwise a target that the user had before is a sure miss.
+            Whether the target is never masked. Otherwise a target that the user had before is a sure miss.
     """
 
     mask_history: Literal["none", "window", "full"] = "full"
@@ -51,17 +52,17 @@ class EvaluationProtocol:
         check_option("ties", self.ties, ("expected", "pessimistic"))
 
     def mask_window(self, max_history: int | None) -> int | None:
-        """How many items before the target are masked; None for all."""
+        """The number of masked items before the target; None for all."""
         if self.mask_history == "window":
             return self._length(max_history) + self.window_extra
         return None if self.mask_history == "full" else 0
 
     def keep_last(self, max_history: int | None) -> int | None:
-        """How many last items of a user are kept, the target included; None for all."""
+        """The number of last items of a user that are kept, with the target; None for all."""
         return None if self.keep_extra is None else self._length(max_history) + self.keep_extra
 
     def split(self, sequences: Sequences, max_history: int | None = None) -> Split:
-        """Leave-one-out split of whole sequences under this protocol; `max_history` is the model's."""
+        """The leave-one-out split of whole sequences under this protocol; `max_history` is that of the model."""
         return leave_one_out(sequences, self.min_interactions, keep_last=self.keep_last(max_history))
 
     def _length(self, max_history: int | None) -> int:
@@ -72,7 +73,7 @@ class EvaluationProtocol:
 
 
 PROTOCOLS = {
-    # Everything the user had is masked, nothing is forgotten: the default.
+    # The default: everything that the user had is masked, and the whole history is kept.
     "full": EvaluationProtocol(),
     # NineRec, MoRec, Adapter4Rec (L = 20): the last L + 3 items of users with at least 5, all but the target masked.
     "ninerec": EvaluationProtocol(keep_extra=3, min_interactions=5, candidates="interacted"),

@@ -1,4 +1,4 @@
-"""Exact ranks over a whole catalogue, in blocks of users, and the index arithmetic on sequences that they need."""
+"""Exact ranks over a whole catalogue, in blocks of users, and the indexing of sequences for them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 if TYPE_CHECKING:
     from ..data.interactions import Sequences
 
-MAX_USERS = 256  # ranked at a time, fewer in a large catalogue
-MAX_SCORES = 2**26  # held at a time: 256 MiB in fp32
-CACHED_SCORES = 2**19  # held at a time in fp64: 4 MiB, which a CPU has in its cache
+MAX_USERS = 256  # users that are ranked at a time, fewer for a large catalogue
+MAX_SCORES = 2**26  # scores in memory at a time: 256 MiB in fp32
+CACHED_SCORES = 2**19  # scores in fp64 at a time: 4 MiB, which fit into the cache of a CPU
 
 
 def dot_scores(user_embeds: torch.Tensor, item_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Dot products in fp32, summed in fp64 where the device can: so neither autocast nor TF32 nor the size of a block
-    changes a score, and equal items score equally.
+    Dot products in fp32, summed in fp64 if the device can. So autocast, TF32 and the size of a block do not change a
+    score, and equal items get equal scores.
 
     Args:
         user_embeds (`torch.Tensor` of shape `(num_users, hidden_size)`): User vectors.
@@ -39,7 +39,7 @@ def dot_scores(user_embeds: torch.Tensor, item_embeds: torch.Tensor) -> torch.Te
 
 
 def precise(embeds: torch.Tensor) -> torch.Tensor:
-    """In fp64 where the device has it."""
+    """Vectors in fp64 if the device supports it."""
     return embeds.float() if embeds.device.type == "mps" else embeds.double()
 
 
@@ -55,7 +55,7 @@ def rank_scores(
     """
     Ranks of the targets among the scores of all items: `1 + #(s > s_t) + #(s == s_t, others) / 2`.
 
-    The scores are changed: those of excluded items and of non-candidates become minus infinity.
+    The scores are changed in place: those of excluded items and of non-candidates become minus infinity.
 
     Args:
         scores (`torch.Tensor` of shape `(num_users, num_items)`): Scores of all items, float32.
@@ -88,7 +88,9 @@ def rank_scores(
 
 
 def _count(compare: Callable, scores: torch.Tensor, target_scores: torch.Tensor) -> torch.Tensor:
-    """How many scores of each user compare so with that of the target: `(num_users,)`, int64."""
+    """
+    For each user, the number of scores for which `compare` with the target's score is true: `(num_users,)`, int64.
+    """
     if scores.device.type != "cpu":
         return compare(scores, target_scores).count_nonzero(dim=1)
     # row by row the comparisons stay in the cache, and NumPy counts ten times faster than torch
@@ -107,7 +109,8 @@ def rank_targets(
     max_scores: int = MAX_SCORES,
 ) -> torch.Tensor:
     """
-    Ranks of the targets by the dot products of users and items, in blocks of users: users times items is never held.
+    Ranks of the targets by the dot products of users and items. Users come in blocks, so that never all scores are in
+    memory.
 
     Args:
         user_embeds (`torch.Tensor` of shape `(num_users, hidden_size)`): User vectors.
@@ -117,13 +120,13 @@ def rank_targets(
             Rows that cannot be recommended; -1 is padding.
         ties (`"expected"` or `"pessimistic"`): Whether half or all of the items that score like the target precede it.
         protect_target (`bool`): Never excludes the target. Otherwise an excluded target has an infinite rank.
-        max_scores (`int`): Scores held at a time, at least those of one user.
+        max_scores (`int`): Most scores in memory at a time (at least those of one user).
 
     Returns:
         `torch.Tensor` of shape `(num_users,)`: Ranks from 1, float32, infinite for a sure miss.
 
     Raises:
-        ValueError: If a score is not finite.
+        `ValueError`: If a score is not finite.
 
     Example:
     ```python
@@ -153,8 +156,8 @@ def last_items(
     sequences: Sequences, users: np.ndarray, length: int | None, values: np.ndarray | None = None
 ) -> torch.Tensor:
     """
-    The last `length` items before each user's target (all for None), oldest first; or other `values` of the
-    interactions, e.g. `sequences.timestamps`.
+    The last `length` items before each user's target (all if None), oldest first. With `values`, such as
+    `sequences.timestamps`, these values of the interactions instead of the items.
 
     Returns:
         `torch.Tensor` of shape `(len(users), at most length)`: Rows of the catalogue, int64, padded on the right
@@ -171,17 +174,17 @@ def last_items(
 
 
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists the options if `value` is none of them."""
+    """Raises `ValueError` with the list of options if `value` is not one of them."""
     if value not in options:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, options))}")
 
 
 def check_finite(ranks: torch.Tensor) -> torch.Tensor:
-    """Raises a ValueError if a rank is NaN, which is how `rank_scores` marks a user with broken scores."""
+    """Raises `ValueError` if a rank is NaN, which marks a user whose scores are not finite."""
     broken = int(ranks.isnan().sum())
     if broken:
         raise ValueError(
-            f"scores of {broken} of {len(ranks)} users are NaN or infinite, as are user or item vectors behind them: "
-            "look for a diverged training (lower the learning rate) or a broken checkpoint"
+            f"scores of {broken} of {len(ranks)} users are NaN or infinite, because user or item vectors are: look "
+            "for a diverged training (lower the learning rate) or a broken checkpoint"
         )
     return ranks

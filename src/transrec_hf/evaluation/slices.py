@@ -20,9 +20,9 @@ LENGTH_LABELS = ("1-4", "5-9", "10-19", "20-49", "50+")
 
 def modality_combinations(source: ItemSource) -> tuple[tuple[str, ...], np.ndarray]:
     """
-    Names for the combinations of modalities in which the items of a catalogue are shown, whatever a model reads of
-    them: `"text"`, `"image"`, `"both"` if there are no other modalities, else joined by `+`; and of each item, `(N,)`,
-    the index of its combination.
+    The combinations of modalities that the items of a catalogue have, whatever a model reads. The names are `"text"`,
+    `"image"`, `"both"` (if there are no other modalities), and otherwise names joined by `+`. Also returns the index
+    of the combination of each item, `(N,)`.
     """
     names = tuple(name for name in MODALITIES if source.catalogue.has(name).any())
     bits = [source.catalogue.has(name).astype(np.int64) << i for i, name in enumerate(names)]
@@ -36,7 +36,7 @@ def modality_combinations(source: ItemSource) -> tuple[tuple[str, ...], np.ndarr
 def history_mix(
     sequences: Sequences, combination: np.ndarray, num_combinations: int, max_history: int | None
 ) -> np.ndarray:
-    """Of each user, the combination that all items of the input share, or `num_combinations` where they differ."""
+    """For each user, the combination that all items of the history share, or `num_combinations` if they differ."""
     histories, size = replace(sequences, ends=sequences.ends - 1), num_combinations
     mixes = []
     for block in (histories if max_history is None else histories.truncate(max_history)).blocks():

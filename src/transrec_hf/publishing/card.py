@@ -1,14 +1,14 @@
-"""Model cards, rendered from the small JSON files that a run leaves beside its weights.
+"""Model cards, written from the small JSON files that a run leaves beside its weights.
 
-A checkpoint folder holds `config.json`, `data_statistics.json`, `training_args.json` and `evaluation.json`; the card
-is a function of these four, so it can be rendered again at any time and without the data. `evaluation.json` holds
+A checkpoint folder holds `config.json`, `data_statistics.json`, `training_args.json` and `evaluation.json`. The card
+depends only on these four files, so it can be written again at any time without the data. `evaluation.json` holds
 
 - `reports`: the last report of each evaluated split, see [`RankingEvaluator.report`];
 - `towers`: names and licences of the pre-trained towers, read when the model was trained;
 - `run`: device, time, steps and versions;
-- `arguments`: those of the training that shaped the result;
-- `metadata`: what only a person can tell, such as the licence;
-- `results`: the file and the row names, where the numbers were taken from a table of results by [`read_results`].
+- `arguments`: the training arguments that influenced the result;
+- `metadata`: facts that only a person can tell, such as the licence;
+- `results`: the file and the names of its rows, if the numbers were taken from a table by [`read_results`].
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SLICE_NAMES = {
     "history_length": "items in the history",
     "history_modality": "modality of the history",
 }
-# where a run was kept, watched and shared says nothing about what was learned
+# where a run was saved, logged and pushed does not matter for its result
 NOT_SHOWN = re.compile(
     r"output_dir|run_name|project|hub_|push_to_hub|report_to|trackio|log|disable_tqdm|save_|eval_|.*_eval_|do_|debug|"
     r"resume_|ignore_data_skip|local_rank|dataloader_|ddp_|skip_memory|activation_store|use_cpu|load_best|metric_for|"
@@ -74,7 +74,7 @@ ALWAYS_SHOWN = ("learning_rate", "tower_learning_rate", "per_device_train_batch_
 
 
 def non_default_arguments(args: Mapping[str, Any], of: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:
-    """Of saved arguments those that shaped the result: not the defaults of their class, and a few always."""
+    """The saved arguments that influenced the result: those that differ from the defaults, and always a few."""
     defaults = {}
     for field in dataclasses.fields(of):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -82,7 +82,7 @@ def non_default_arguments(args: Mapping[str, Any], of: type[TrainingArguments] =
     shown = {}
     for name, value in args.items():
         default = defaults.get(name)
-        # not from one way of saying nothing to another; but no trainable block is not nothing
+        # different ways of leaving an argument out are equal; but 0 trainable blocks is a value
         changed = value != default and bool(value or default or type(value) is int)
         if not NOT_SHOWN.match(name) and (name in ALWAYS_SHOWN or (changed and not isinstance(value, dict))):
             shown[name] = value
@@ -90,7 +90,7 @@ def non_default_arguments(args: Mapping[str, Any], of: type[TrainingArguments] =
 
 
 def _arguments(evaluation: Mapping[str, Any], args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments to show; all that a run of version 0.1 kept are compared with the stock defaults."""
+    """The arguments that a card shows; those of a run of version 0.1 are compared with the defaults of `Trainer`."""
     if "arguments" in evaluation:
         return evaluation["arguments"]
     return non_default_arguments(args) if "output_dir" in args else args
@@ -102,19 +102,19 @@ def model_card(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ModelCard:
     """
-    Renders the card of a checkpoint.
+    Make the card of a checkpoint.
 
     Args:
-        folder (`str`): The checkpoint: a folder with `config.json` or `adapter_config.json`, and as far as there are
+        folder (`str`): The checkpoint: a folder with `config.json` or `adapter_config.json`, and, if they exist,
             `data_statistics.json`, `training_args.json` and `evaluation.json`.
-        config ([`TransRecConfig`], *optional*): Of the model, if `folder` does not hold it.
-        changes (`dict[str, dict]`, *optional*): By the names of these files, what they will hold.
+        config ([`TransRecConfig`], *optional*): The configuration of the model, if `folder` does not hold it.
+        changes (`dict[str, dict]`, *optional*): New contents of these files, by file name.
 
     Returns:
         [`~huggingface_hub.ModelCard`], with the metrics as `model-index` in its metadata.
 
     Raises:
-        [`DataError`]: If `folder` holds no configuration, or one of the files is damaged.
+        [`DataError`]: If `folder` has no configuration, or one of the files is damaged.
     """
     place = Path(folder)
 
@@ -124,7 +124,7 @@ def model_card(
         return _render(place, read_config(place) if config is None else config, {**files, **(changes or {})})
 
     names = f"{EVALUATION_NAME}, {STATISTICS_NAME} or {TRAINING_ARGS_NAME}"
-    with bad_input(f"{folder}: {names} is not what a run writes", *UNREADABLE, jinja2.TemplateError):
+    with bad_input(f"{folder}: {names} is damaged", *UNREADABLE, jinja2.TemplateError):
         return read_whole(place, read)
 
 
@@ -195,7 +195,7 @@ def write_model_card(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """
-    Renders the card of a checkpoint, see [`model_card`], and writes it as `README.md`, with the files in `changes`.
+    Write the card of a checkpoint, see [`model_card`], as `README.md`, and the files in `changes`.
     """
     with written_whole(folder) as partial:
         for name, values in (changes or {}).items():
@@ -211,15 +211,16 @@ def update_model_card(
     **metadata: Any,
 ) -> Path:
     """
-    Renders the card of a checkpoint again.
+    Write the card of a checkpoint again.
 
     Args:
         folder (`str`): The checkpoint.
-        results (`dict`, *optional*): Numbers to show instead of those of the run, from [`read_results`]. A card whose
-            numbers came from a table before reads it again, if it is still there.
-        output (`str`, *optional*): Another folder to put the card in, with the small files that it is made of, less
-            the local paths in them. The weights stay where they are.
-        metadata: What only a person can tell: `model_id`, `license`, `language`, `tags`, `datasets`. Kept.
+        results (`dict`, *optional*): Numbers to show instead of those of the run, from [`read_results`]. If the
+            numbers of the old card came from a table that still exists, the table is read again.
+        output (`str`, *optional*): Another folder for the card and the small files that it is made from, without local
+            paths. The weights stay where they are.
+        metadata: Facts that only a person can tell: `model_id`, `license`, `language`, `tags`, `datasets`. They are
+            kept for later cards.
 
     Returns:
         `Path`: The card.
@@ -243,12 +244,12 @@ def update_model_card(
 
 
 def _is_below(file: str) -> bool:
-    """Whether a path in a file that may be a stranger's stays in the working directory."""
+    """Whether a path, which may come from a stranger's file, is inside the working directory."""
     return not os.path.isabs(file) and Path(file).resolve().is_relative_to(Path.cwd())
 
 
 def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[str, Any]:
-    """Reports of a table, and what the run's own reports know besides, if their metrics are the same."""
+    """The reports of a table, with the further contents of the run's own reports if their metrics are the same."""
     merged = dict(reports)
     for split, report in reports.items():
         other = of_run.get(split, {})
@@ -258,7 +259,7 @@ def _with_slices(reports: Mapping[str, Any], of_run: Mapping[str, Any]) -> dict[
 
 
 def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration, arguments and statistics by file, for eyes that need not know where things lay."""
+    """Configuration, arguments and statistics by file, without local paths, for publication."""
     files = {name: read_json(folder / name) for name in ("config.json", TRAINING_ARGS_NAME, STATISTICS_NAME)}
     for tower in TransRecConfig.sub_configs_defaults:
         if name := (files["config.json"].get(tower) or {}).get("_name_or_path"):
@@ -272,14 +273,15 @@ def _small_files(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[str, Any]:
     """
-    What a checkpoint is and what it is worth, see [`facts_of`].
+    The facts about a checkpoint and its metrics, see [`facts_of`].
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
-        local (`bool`, *optional*, defaults to `True`): Whether the Hub is not asked for the base of an adapter.
+        local (`bool`, *optional*, defaults to `True`): Whether the base of an adapter is looked for on this machine
+            only, and not on the Hub.
 
     Raises:
-        [`DataError`]: If it is none, or one of its files is damaged.
+        [`DataError`]: If the folder is not a checkpoint, or one of its files is damaged.
     """
     place = Path(folder)
 
@@ -287,7 +289,7 @@ def describe_checkpoint(folder: str | os.PathLike, local: bool = True) -> dict[s
         config = read_config(place, local)
         return facts_of(place, config.to_dict(), parameter_counts(config))
 
-    with bad_input(f"{folder}: not what a run writes", *UNREADABLE):
+    with bad_input(f"{folder}: the files of this checkpoint are damaged", *UNREADABLE):
         return read_whole(place, read)
 
 
@@ -309,7 +311,7 @@ def eval_results(report: Mapping[str, Any], data: str, split: str, on_hub: bool 
 
 
 def comparison(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The headline metrics, with intervals, of the model and of what it is compared with; best baseline first."""
+    """The main metrics, with intervals, of the model and of its baselines, best baseline first."""
     metrics, baselines = _headline(report), report.get("baselines", {})
     order = sorted(baselines, key=lambda name: -baselines[name]["metrics"].get(_primary(report), 0.0))
     rows = [("this model", report), *((BASELINE_NAMES.get(name, name), baselines[name]) for name in order)]
@@ -325,7 +327,9 @@ def comparison(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """One sentence: what the model is above in NDCG, with its interval or without, and what it is not above."""
+    """
+    One sentence: the baselines that the model is above in NDCG, with or without overlapping intervals, and the others.
+    """
     metric = _primary(report)
     groups: dict[str, list[str]] = {"above": [], "above, but with overlapping intervals,": [], "**not** above": []}
     above, barely, below = groups.values()
@@ -341,7 +345,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def describe_balance(evaluation: Mapping[str, Any]) -> str:
-    """One sentence: what each modality alone is worth, if a report of the run says so."""
+    """One sentence: the metric of each modality alone, if a report of the run has it."""
     measured = [report["balance"] for report in evaluation.get("reports", {}).values() if "balance" in report]
     if not measured:
         return ""
@@ -351,7 +355,7 @@ def describe_balance(evaluation: Mapping[str, Any]) -> str:
     for view, values in metrics.items():
         gap = gaps.get(view.removesuffix(" alone"))
         compared = (
-            "" if gap is None else f" ({abs(gap):.4f} {'below' if gap > 0 else 'above'} a model of nothing else)"
+            "" if gap is None else f" ({abs(gap):.4f} {'below' if gap > 0 else 'above'} a model that reads only it)"
         )
         parts.append(f"{values['ndcg@10']:.4f} {'' if view.startswith('without') else 'with '}{plain(view)}{compared}")
     return f"Validation `ndcg@10` is {whole:.4f} with all modalities, {_listed(parts)}."
@@ -363,9 +367,9 @@ def _listed(names: list[str]) -> str:
 
 
 def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
-    """What was ranked, what was left out and how ties count, in words."""
+    """The protocol in words: which items were ranked, which were left out, and how ties count."""
     fields = {field.name: field.default for field in dataclasses.fields(EvaluationProtocol)}
-    if not fields.keys() & protocol.keys():  # not one of ours: there is only its name
+    if not fields.keys() & protocol.keys():  # not one of our protocols: there is only a name
         return [f"Protocol {code(protocol['name'])}."] if protocol.get("name") else []
     protocol = {
         name: value if isinstance(value, (int, type(None))) else plain(value) for name, value in protocol.items()
@@ -377,16 +381,16 @@ def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
     length = f"{protocol['max_history']}" if protocol.get("max_history") else "L"
     extra = f" + {chosen['window_extra']}" if chosen["window_extra"] else ""
     masked = {
-        "none": "nothing is masked: items that the user had can be recommended again",
+        "none": "nothing is masked: items that the user had before can be recommended again",
         "window": f"the last {length}{extra} items before the target cannot be recommended",
-        "full": "no item that the user had can be recommended",
+        "full": "no item that the user had before can be recommended",
     }[chosen["mask_history"]]
     if chosen["mask_history"] != "none" and not chosen["protect_target"]:
         masked += "; a target among them is a sure miss"
     users = f"each of the {protocol['num_users']:,} users" if protocol.get("num_users") else "every user"
     if protocol.get("drawn_from"):
         users = f"each of {protocol['num_users']:,} users drawn from {protocol['drawn_from']:,}"
-    ranked = "all items" if chosen["candidates"] == "catalogue" else "all items that somebody chose"
+    ranked = "all items" if chosen["candidates"] == "catalogue" else "all items that some user chose"
     ties = "half" if chosen["ties"] == "expected" else "all"
     count = f", {protocol['num_items']:,} in number" if protocol.get("num_items") else ""
     lines = [
@@ -394,14 +398,15 @@ def describe_protocol(protocol: Mapping[str, Any]) -> list[str]:
         f"Targets: the last item of {users} with at least {chosen['min_interactions']} interactions.",
         f"Ranked: {ranked}{count}, none sampled, by the raw dot product.",
         f"Masking (`{chosen['mask_history']}`): {masked}.",
-        f"Ties (`{chosen['ties']}`): of the items that score like the target, {ties} count as ranked before it.",
+        f"Ties (`{chosen['ties']}`): of the items with the same score as the target, {ties} count as ranked before "
+        "it.",
         f"History: the last {length} items." if protocol.get("max_history") else "",
     ]
     return [line for line in lines if line]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: `"47 s"`, `"12 min"`, `"3.5 h"`."""
+    """A time in words: `"47 s"`, `"12 min"`, `"3.5 h"`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -414,7 +419,7 @@ def _ranked(report: Mapping[str, Any]) -> list[str]:
 
 
 def _headline(report: Mapping[str, Any]) -> list[str]:
-    """The metrics of the first table: those at 10, or at the greatest length, and the MRR."""
+    """The metrics of the first table: those at 10 (or at the largest length), and the MRR."""
     names = _ranked(report)
     ks = [int(name.split("@")[1]) for name in names if "@" in name]
     best = 10 if 10 in ks else max(ks, default=10)
@@ -434,7 +439,7 @@ def _by_length(report: Mapping[str, Any]) -> list[tuple[int, Any, Any]]:
 
 
 def _slice_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any], list[Any]]]:
-    """Group, label, scores and headline values of every slice; a slice that holds all users tells nothing new."""
+    """Group, label, scores and main values of every slice; a slice with all users is left out."""
     return [
         (SLICE_NAMES.get(group, group), label, part, [part.get(metric) for metric in _headline(report)])
         for group, parts in report.get("slices", {}).items()

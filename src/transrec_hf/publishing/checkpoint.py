@@ -31,7 +31,7 @@ from .facts import (
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-MAX_SECONDS = 600  # of a sound
+MAX_SECONDS = 600  # most seconds of a sound
 
 
 def parameter_counts(config: TransRecConfig) -> dict[str, int]:
@@ -43,7 +43,7 @@ def parameter_counts(config: TransRecConfig) -> dict[str, int]:
 
 def read_config(folder: str | os.PathLike, local: bool = True) -> TransRecConfig:
     """
-    The configuration of a checkpoint, for an adapter that of its base.
+    The configuration of a checkpoint; for an adapter, that of its base.
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
@@ -61,9 +61,11 @@ def read_config(folder: str | os.PathLike, local: bool = True) -> TransRecConfig
     if not (place / "config.json").is_file():
         source = read_json(place / ADAPTER_NAME).get("base_model_name_or_path")
         if not source:
-            raise DataError(f"{folder}: no config.json here. Give the folder of a checkpoint.")
+            raise DataError(f"{folder}: there is no config.json here. Give the folder of a checkpoint.")
     elif (kind := read_json(place / "config.json").get("model_type")) != TransRecConfig.model_type:
-        raise DataError(f"{folder}: a checkpoint of {kind!r}, not of {TransRecConfig.model_type!r}.")
+        raise DataError(
+            f"{folder}: is a checkpoint of {kind!r}, not of {TransRecConfig.model_type!r}. Give another folder."
+        )
     with bad_input(f"{folder}: not a checkpoint that can be read", *UNREADABLE):
         return TransRecConfig.from_pretrained(source, local_files_only=local)
 
@@ -72,24 +74,24 @@ ITEM_VECTORS = "item_encoder.item_embedding.weight"
 
 
 def check_place(name_or_path: str) -> None:
-    """Refuse what is neither a folder nor can be the id of a Hub repository. Raises [`DataError`]."""
+    """Raise [`DataError`] if a name is neither a folder nor can be the id of a Hub repository."""
     if not os.path.isdir(name_or_path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         raise DataError(f"{name_or_path}: no such folder (now in {os.getcwd()}). Check the path.")
 
 
 def load_checkpoint(checkpoint: str, **overrides: Any) -> tuple[TransRecModel, TransRecProcessor | None]:
     """
-    A model and its processor, which the ID baseline lacks. Weights are read from safetensors only, and code that a
-    checkpoint brings is not run.
+    Load a model and its processor (the ID baseline has none). Weights are read from safetensors only, and code in a
+    checkpoint is not run.
 
     Args:
         checkpoint (`str`): Folder or Hub id.
-        overrides: Fields of [`TransRecConfig`] to set otherwise, as long as the weights still fit, e.g. `objective`.
+        overrides: Fields of [`TransRecConfig`] to change, e.g. `objective`, as long as the weights still fit.
 
     Raises:
-        [`DataError`]: If there is no checkpoint, it is none of a TransRec model, a file of it is damaged, or its
-            weights and its configuration do not fit.
-        [`HubError`]: If it cannot be had from the Hub.
+        [`DataError`]: If there is no checkpoint, it is not that of a TransRec model, one of its files is damaged, or
+            its weights do not fit its configuration.
+        [`HubError`]: If it cannot be downloaded from the Hub.
     """
     check_place(checkpoint)
     from_hub = nullcontext() if os.path.isdir(checkpoint) else hub_errors(checkpoint)
@@ -101,12 +103,12 @@ def load_model_and_processor(
     checkpoint: str | os.PathLike, place: Mapping[str, Any], **overrides: Any
 ) -> tuple[TransRecModel, TransRecProcessor | None]:
     """
-    As [`load_checkpoint`], with what libraries raise; also of an adapter, which is put on its base.
+    Like [`load_checkpoint`], but errors of libraries are not translated. An adapter is put on its base.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder or Hub id.
-        place (`dict`): `revision`, `token` and what else says where it is; and `trust_remote_code`, if its tokenizer
-            may bring code of its own.
+        place (`dict`): `revision`, `token` and other keywords that say where the checkpoint is; and
+            `trust_remote_code`, if its tokenizer may run its own code.
         overrides: Fields of [`TransRecConfig`].
     """
     place = dict(place)
@@ -121,8 +123,8 @@ def load_model_and_processor(
     fields, _ = PreTrainedConfig.get_config_dict(base or checkpoint, **({} if base else place))
     if fields.get("model_type") != TransRecConfig.model_type:
         raise DataError(
-            f"{checkpoint}: a checkpoint of architecture {fields.get('model_type')!r}, not 'transrec'. A text or "
-            "vision encoder goes to --text_model or --vision_model; a recommender is what pretrain.py writes."
+            f"{checkpoint}: is a checkpoint of architecture {fields.get('model_type')!r}, not 'transrec'. Pass a text "
+            "or vision encoder as --text_model or --vision_model; a recommender is made by `transrec pretrain`."
         )
     config = TransRecConfig.from_dict({**fields, **overrides})
     if folder is not None and not base:
@@ -136,7 +138,7 @@ def load_model_and_processor(
             use_safetensors=True,
             **place,
         )
-    if fields.get("num_items") is None and ITEM_VECTORS in found["missing_keys"]:  # a hybrid is made of it
+    if fields.get("num_items") is None and ITEM_VECTORS in found["missing_keys"]:  # it is loaded as a hybrid
         torch.nn.init.zeros_(model.get_parameter(ITEM_VECTORS))
         found["missing_keys"].remove(ITEM_VECTORS)
     problems = {"missing": "missing_keys", "unknown": "unexpected_keys", "of another shape": "mismatched_keys"}
@@ -148,7 +150,7 @@ def load_model_and_processor(
     if wrong:
         parts = "; ".join(f"{keys[0]} ({len(keys)} in all) is {problem}" for problem, keys in wrong.items())
         changed = f" as changed by {', '.join(overrides)}" if overrides else ""
-        raise DataError(f"{checkpoint}: the weights do not fit config.json{changed}: {parts}. Undo what differs.")
+        raise DataError(f"{checkpoint}: the weights do not fit config.json{changed}: {parts}. Undo the change.")
     if not config.modalities:
         return model, None
     processor = TransRecProcessor.from_pretrained(checkpoint, trust_remote_code=trusted, **place)
@@ -158,11 +160,11 @@ def load_model_and_processor(
 
 def check_room(config: TransRecConfig, folder: Path) -> None:
     """
-    Refuse a configuration for which the files of weights are too small whatever their dtype, before memory is taken
-    for it. Raises [`DataError`].
+    Raise [`DataError`] if a configuration needs more weights than the files can hold in any dtype, before memory is
+    taken for them.
     """
     widths: dict[str, Any] = {"config.json": config}
-    if not config.weights_from:  # a thin checkpoint has its towers elsewhere
+    if not config.weights_from:  # a thin checkpoint does not hold its towers
         widths |= {name: getattr(config, name) for name in config.sub_configs_defaults}
     room = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     for name, part in widths.items():
@@ -170,20 +172,20 @@ def check_room(config: TransRecConfig, folder: Path) -> None:
         layers = (config.num_hidden_layers if config.user_encoder != "mean" else 0) if part is config else 1
         rows = sum(getattr(part, of, 0) or 0 for of in ("num_items", "vocab_size"))
         weights = width * (layers * width + rows) if isinstance(width, int) else 0
-        if weights > max(2 * room, 2**24):  # of 4 bits each; what is small does no harm, and is compared later
+        if weights > max(2 * room, 2**24):  # 4 bits each; small models do no harm, and are compared later
             raise DataError(
-                f"{folder}: the weights do not fit {name}, which asks for {weights:,} of them or more; their files "
-                f"have {room:,} bytes. Undo what differs."
+                f"{folder}: the weights do not fit {name}, which needs at least {weights:,} of them; their files have "
+                f"{room:,} bytes. Undo the change of {name}."
             )
 
 
 def check_processor(processor: TransRecProcessor) -> None:
-    """Refuse a processor that makes of every image or sound one that fills the memory. Raises [`DataError`]."""
+    """Raise [`DataError`] if a processor would make images or sounds so large that they fill the memory."""
     seconds = processor.form("audio")["seconds"] if "audio" in processor.modalities else 1
     if not (0 < seconds <= MAX_SECONDS):
         raise DataError(
-            f"feature extractor: it asks for {seconds:,} seconds of every sound, and {MAX_SECONDS:,} are the most. "
-            "Mend processor_config.json."
+            f"feature extractor: it reads {seconds:,} seconds of every sound, and at most {MAX_SECONDS:,} are "
+            "allowed. Correct processor_config.json."
         )
     settings = processor.image_processor.to_dict() if processor.image_processor is not None else {}
     for name in ("size", "crop_size", "pad_size"):
@@ -191,18 +193,18 @@ def check_processor(processor: TransRecProcessor) -> None:
         for side in size.values() if isinstance(size, dict) else [size]:
             if isinstance(side, int | float) and not (0 < side <= MAX_SIDE):
                 raise DataError(
-                    f"image processor: {name} asks for images of {side:,} pixels, and {MAX_SIDE:,} a side are "
-                    "the most. Mend preprocessor_config.json or processor_config.json."
+                    f"image processor: {name} makes images of {side:,} pixels a side, and at most {MAX_SIDE:,} are "
+                    "allowed. Correct preprocessor_config.json or processor_config.json."
                 )
 
 
 def check_weights(folder: Path) -> None:
     """
-    Refuse weights that are pickled, not there, or in files outside of their folder. Raises [`DataError`].
+    Raise [`DataError`] if weights are pickled, missing, or in files outside of their folder.
     """
     if not (folder / "config.json").is_file() and not (folder / ADAPTER_NAME).is_file():
         newest = next(reversed(checkpoints_of(folder)), None)
-        mend = f"Take {newest}, or let the run finish with --resume." if newest else "Check the path."
+        mend = f"Use {newest}, or let the run finish with --resume." if newest else "Check the path."
         raise DataError(f"{folder}: there is no model in this folder (no config.json). {mend}")
     names = {path.name for path in folder.iterdir()}
     if not any(name.endswith(".safetensors") for name in names):
@@ -210,21 +212,21 @@ def check_weights(folder: Path) -> None:
         if pickled:
             raise DataError(
                 f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run code. If you trust "
-                "it, read it with torch.load and write it with safetensors.torch.save_file, as model.safetensors."
+                "them, convert them: torch.load, then safetensors.torch.save_file to model.safetensors."
             )
-        raise DataError(f"{folder}: there are no weights in this folder (no model.safetensors). Get it again.")
+        raise DataError(f"{folder}: there are no weights in this folder (no model.safetensors). Download it again.")
     for index in folder.glob("*.safetensors.index.json"):
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or any(
             not isinstance(shard, str) or shard != os.path.basename(shard) or shard not in names
             for shard in shards.values()
         ):
-            raise DataError(f"{index}: names files that are not in its folder. Get the checkpoint again.")
+            raise DataError(f"{index}: names files that are not in its folder. Download the checkpoint again.")
 
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Without the table of keys that do not fit: the error names them."""
+    """A context without the logged table of keys that do not fit, since the error names them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -240,7 +242,7 @@ def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
     if size and model.config.features_size not in (None, size):
         raise DataError(
             f"{catalogue.source}: the vectors in features have {size} numbers, but this model reads vectors of "
-            f"{model.config.features_size}. Make them as for its training, or train one with features_size {size}."
+            f"{model.config.features_size}. Use the encoder of its training, or train with features_size {size}."
         )
     if "codes" in model.config.modalities and "codes" in catalogue.contents:
         codes: Any = catalogue.contents["codes"]
@@ -248,8 +250,8 @@ def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
         check_quantizer(model.config.quantizer_hash, codes.quantizer)
     if model.config.num_items not in (None, len(catalogue)):
         raise DataError(
-            f"{catalogue.source}: {len(catalogue)} items, but this ID baseline knows {model.config.num_items} and "
-            "cannot leave the catalogue that it was trained on. Give that one (and its k_core), or a content model."
+            f"{catalogue.source}: has {len(catalogue)} items, but this ID baseline knows {model.config.num_items} and "
+            "cannot leave the catalogue of its training. Give that catalogue (and its k_core), or a content model."
         )
 
 
@@ -260,16 +262,16 @@ def save_checkpoint(
     statistics: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Write a model, its processor and the statistics of its data, all of them or none.
+    Write a model, its processor and the statistics of its data: all of them, or nothing.
 
     Args:
-        folder (`str` or `os.PathLike`): Where to; see [`written_whole`].
+        folder (`str` or `os.PathLike`): Output folder; see [`written_whole`].
         model ([`TransRecModel`]): The model.
-        processor ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        processor ([`TransRecProcessor`], *optional*): The processor of the model; the ID baseline has none.
         statistics (`dict`, *optional*): See [`data_statistics`].
 
     Raises:
-        `OSError`: If something cannot be written, as on a full disk.
+        `OSError`: If a file cannot be written, for example on a full disk.
     """
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
@@ -280,26 +282,26 @@ def save_checkpoint(
 
 
 def steps_of(checkpoint: str | os.PathLike) -> int:
-    """The step of a training that a folder `checkpoint-STEP` is of."""
+    """The step in the name of a folder `checkpoint-STEP`."""
     return int(str(checkpoint).rpartition("-")[2])
 
 
 def checkpoints_of(run_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a run by their steps, whatever the clock said when they were written."""
+    """The checkpoints of a run, ordered by step and not by time."""
     folders = (path for path in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
     return sorted((path for path in folders if path.is_dir()), key=steps_of)
 
 
 def remove_old_checkpoints(run_dir: str | os.PathLike, limit: int | None, current: int, best: str | None) -> None:
     """
-    Delete the checkpoints of a run with the fewest steps until `limit` are left, the newest and the best one among
-    them; those of more than the `current` steps are of another run, and stay.
+    Delete the checkpoints of a run with the fewest steps until `limit` are left. The newest and the best one stay, and
+    so do checkpoints of more than the `current` steps, which belong to another run.
     """
     found = [path for path in checkpoints_of(run_dir) if steps_of(path) <= current]
     kept = [path for path in found if best is not None and path.resolve() == Path(best).resolve()]
     kept += [path for path in reversed(found) if path not in kept]
-    kept = sorted(kept, key=lambda path: path != found[-1])  # the newest one first of all
+    kept = sorted(kept, key=lambda path: path != found[-1])  # so that the newest one is deleted last
     for path in kept[max(limit, 2 if best else 1) :] if limit else ():
         trash = path.with_name(f"{PARTIAL}{path.name}-{os.urandom(6).hex()}")
-        path.rename(trash)  # a process that is killed here leaves no half of it
+        path.rename(trash)  # so that a killed process does not leave half a checkpoint
         shutil.rmtree(trash, ignore_errors=True)

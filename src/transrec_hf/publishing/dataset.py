@@ -1,4 +1,4 @@
-"""A catalogue and its interactions as a data set of the Hub, which [`load_domain`] reads back."""
+"""A catalogue and its interactions as a data set of the Hub, which [`load_domain`] can read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .markdown import render, shares_in_words
 
 
 ITEMS_NAME, INTERACTIONS_NAME = "items.parquet", "interactions.parquet"
-ROWS = 256  # written at a time: images are large
+ROWS = 256  # rows that are written at a time, since images are large
 SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -46,23 +46,23 @@ def push_dataset_to_hub(
     Push items and interactions, with a card, to a data set of the Hub in one commit.
 
     The data set has the configurations `items` (with the images inside, as the `Image` feature) and `interactions`,
-    and is read by `load_domain(repo_id)` or `datasets.load_dataset(repo_id, "items")`. What a modality policy hides is
-    not pushed; further columns of the items are. **User and item ids are pushed as they are**: replace them before if
-    they identify people.
+    and is read by `load_domain(repo_id)` or `datasets.load_dataset(repo_id, "items")`. Contents that a modality policy
+    hides are not pushed; further columns of the items are. **User and item ids are pushed as they are**: replace them
+    first if they identify people.
 
     Args:
         catalogue ([`Catalogue`]): The items.
         sequences ([`Sequences`]): Whole sequences, one view for each user; not those of a split.
-        repo_id (`str`): Id of the data set, made if there is none.
-        private (`bool`, *optional*): Whether a new repository is private; the default of the account if not given.
-        token (`str` or `bool`, *optional*): The one to use instead of the one you are logged in with.
-        revision (`str`, *optional*): Branch to push to, made if there is none.
-        license, language (`str`, *optional*): Of the data, for the card.
-        commit_message (`str`, *optional*): What it says.
+        repo_id (`str`): Id of the data set, which is made if it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private; by default what the account says.
+        token (`str` or `bool`, *optional*): Token to use instead of the one that you are logged in with.
+        revision (`str`, *optional*): Branch to push to, which is made if it does not exist.
+        license, language (`str`, *optional*): Licence and language of the data, for the card.
+        commit_message (`str`, *optional*): Message of the commit.
 
     Raises:
         [`DataError`]: If there are no interactions, a user has several views, or an image cannot be read.
-        [`HubError`]: If the Hub cannot be reached or refuses.
+        [`HubError`]: If the Hub cannot be reached or refuses the push.
 
     Example:
 
@@ -72,9 +72,11 @@ def push_dataset_to_hub(
     ```
     """
     if len(sequences) == 0:
-        raise DataError("there are no interactions to push: the sequences are empty")
+        raise DataError(
+            "there are no interactions to push: the sequences are empty. Give the sequences of load_domain."
+        )
     if len(np.unique(sequences.user_ids)) < len(sequences):
-        raise DataError("several views of one user: push whole sequences, not windows")
+        raise DataError("a user has several views: push whole sequences, not windows")
     with tempfile.TemporaryDirectory(prefix="transrec-push-") as folder, hub_errors(repo_id):
         write_items(catalogue, Path(folder) / ITEMS_NAME)
         write_interactions(catalogue, sequences, Path(folder) / INTERACTIONS_NAME)
@@ -94,7 +96,7 @@ def push_dataset_to_hub(
 
 
 def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
-    """Writes what is visible of the items as Parquet, the encoded images and sounds inside."""
+    """Write the visible contents of the items as Parquet, with the encoded images and sounds inside."""
     import datasets
 
     features = datasets.Features(catalogue.items.features)
@@ -117,7 +119,7 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
                         for row, has in zip(rows, shown, strict=True)
                     ]
                     columns[name] = pa.array(videos, kind)
-                elif pa.types.is_struct(kind):  # contents that may lie in files of their own
+                elif pa.types.is_struct(kind):  # contents that may be separate files
                     encoded = (catalogue.encoded(name, row) for row in rows)
                     contents = [None if content is None else {"bytes": content, "path": None} for content in encoded]
                     columns[name] = pa.array(contents, kind)
@@ -127,7 +129,7 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
 
 
 def write_interactions(catalogue: Catalogue, sequences: Sequences, file: str | os.PathLike) -> None:
-    """Writes the interactions of all views as Parquet, by user and time."""
+    """Write the interactions of all views as Parquet, sorted by user and time."""
     view, place = sequences.expand()
     columns = {
         "user_id": pa.array(sequences.user_ids.tolist(), pa.string()).take(pa.array(view)),

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in its small files. Nothing here imports torch, so that looking takes no time."""
+"""Facts about a checkpoint from its small files. This module does not import torch, so that it is fast."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ UNKNOWN_LICENCE = "unknown: check"
 MAX_SMALL_FILE = 2**26  # bytes of a JSON file
 MAX_CARD = 2**20
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
-"""What libraries raise, besides `ValueError`, on a checkpoint that is damaged or made up."""
-FIRST_USER_ENCODER = "transformer"  # of checkpoints older than the choice
+"""Errors, besides `ValueError`, that libraries raise on a checkpoint that is damaged or forged."""
+FIRST_USER_ENCODER = "transformer"  # of checkpoints that are older than the field
 STATISTICS = re.compile(r"\.(running_mean|running_var|num_batches_tracked|is_new|num_fitted|mean|axes|whitening)$")
-"""Weights of batch norms and of item maps that are not parameters."""
+"""Names of weights of batch norms and item maps that are not parameters."""
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "num_items")
 PARTS = {
@@ -45,26 +45,26 @@ PARTS = {
     "item_encoder.": "fusion",
     "": "user encoder",
 }
-"""How a part of the model is called, by how the names of its weights begin."""
+"""Names of the parts of the model, by the beginnings of the names of their weights."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a small JSON file holds; empty if there is none. Raises [`DataError`]."""
+    """The contents of a small JSON file; empty if it does not exist. Raises [`DataError`]."""
     try:
         if file.stat().st_size > MAX_SMALL_FILE:
             raise ValueError(f"larger than {MAX_SMALL_FILE >> 20} MB")
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("no names and values")
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not readable as JSON ({error}). Write it again.") from error
+        raise DataError(f"{file}: is not readable as JSON ({error}). Write it again.") from error
     return values
 
 
 def load_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `evaluation.json` of a checkpoint folder holds; empty if there is none."""
+    """The contents of `evaluation.json` in a checkpoint folder; empty if it does not exist."""
     file = Path(folder) / EVALUATION_NAME
     evaluation = read_json(file)
     towers, parent = evaluation.get("towers") or [], evaluation.get("finetuned_from") or {"name": "", "on_hub": False}
@@ -75,17 +75,17 @@ def load_evaluation(folder: str | os.PathLike) -> dict[str, Any]:
         valid = valid and isinstance(tower, dict) and {"name", "on_hub"} <= tower.keys()
         valid = valid and isinstance(tower["name"], str | None)
     if not valid:
-        raise DataError(f"{file}: not what a run writes. Remove it, or have it written again.")
+        raise DataError(f"{file}: was not written by a run. Remove it, or let a run write it again.")
     return evaluation
 
 
 def save_evaluation(evaluation: Mapping[str, Any], folder: str | os.PathLike) -> Path:
-    """Writes `evaluation.json`."""
+    """Write `evaluation.json`."""
     return write_json(Path(folder) / EVALUATION_NAME, evaluation)
 
 
 def named_source(name_or_path: str) -> dict[str, Any]:
-    """How a card names where something came from: a Hub id as it is, a folder without the way to it."""
+    """The name of a source in a card: a Hub id as it is, a folder without its path."""
     name_or_path = str(name_or_path)
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) is not None and not os.path.exists(name_or_path)
     return {"name": name_or_path if on_hub else Path(name_or_path).name, "on_hub": on_hub}
@@ -95,12 +95,12 @@ def describe_towers(
     config: Mapping[str, Any], licence_of: Callable[[str], str] = lambda name: UNKNOWN_LICENCE
 ) -> list[dict[str, Any]]:
     """
-    Modality, architecture, name and licence of each tower; a tower without a name had no pre-trained weights.
+    Modality, architecture, name and licence of each tower. A tower without a name was not pre-trained.
 
     Args:
         config (`dict`): The fields of a [`TransRecConfig`].
-        licence_of (`Callable`, *optional*): [`read_licence`], if the names in `config` are those that the user gave,
-            and not a stranger's. Nobody is asked without it.
+        licence_of (`Callable`, *optional*): [`read_licence`], if the names in `config` were given by the user, and not
+            by a stranger. Without it, no folder is read and no request is made.
     """
     towers: list[dict[str, Any]] = []
     for modality in MODALITIES.values():
@@ -114,7 +114,7 @@ def describe_towers(
 
 
 def towers_of_run(config: TransRecConfig) -> list[dict[str, Any]]:
-    """As [`describe_towers`], for a model in training: of a fine-tuned one, what the parent's own files say."""
+    """Like [`describe_towers`], for a model in training; for a fine-tuned model, from the files of its parent."""
     parent = config._name_or_path
     if not parent:
         return describe_towers(config.to_dict(), read_licence)
@@ -131,7 +131,7 @@ def _folder_of_cached(repo_id: str) -> str | None:
 
 
 class _NoAliases(yaml.SafeLoader):
-    """Reads no YAML that refers to itself: a few lines of that can be gigabytes."""
+    """Refuses YAML with aliases, of which a few lines can become gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -141,7 +141,7 @@ class _NoAliases(yaml.SafeLoader):
 
 @functools.cache
 def read_licence(name_or_path: str) -> str:
-    """The licence that a model's own card states, from a folder, the cache or the Hub; else `"unknown: check"`."""
+    """The licence in the card of a model, from a folder, the cache or the Hub; otherwise `"unknown: check"`."""
     try:
         card = Path(name_or_path) / CARD_NAME
         if not os.path.isdir(name_or_path):
@@ -156,13 +156,13 @@ def read_licence(name_or_path: str) -> str:
 
 
 def other_weights(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Names and commits of the checkpoints that a thin one in a folder takes weights from; empty if it is whole."""
+    """Names and commits of the checkpoints from which a thin checkpoint takes weights; empty if it is not thin."""
     sources = read_json(Path(folder) / "config.json").get("weights_from") or []
     return [{**named_source(source["name"]), "revision": source["revision"]} for source in sources]
 
 
 def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the training data are called, and whether that is the id of a Hub data set."""
+    """The name of the training data, and whether it is the id of a Hub data set."""
     given = evaluation.get("metadata", {}).get("datasets")
     if given:
         return given[0], True
@@ -180,7 +180,7 @@ def data_name(evaluation: Mapping[str, Any], statistics: Mapping[str, Any]) -> t
 
 
 def headline_report(evaluation: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The split whose report a card shows, test before validation before any other, and the report."""
+    """The split whose report a card shows (test, otherwise validation, otherwise another one), and the report."""
     reports = evaluation.get("reports", {})
     for split in ("test", "validation", *reports):
         if split in reports:
@@ -198,8 +198,8 @@ def count_parameters(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def facts_of(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, int]) -> dict[str, Any]:
     """
-    What a checkpoint is and what it is worth: `modalities`, `towers`, what of its weights is `elsewhere`, `sizes`,
-    `parameters`, `data`, `metrics` with `intervals`, and the `split` and `protocol` they were measured on. Fit for
+    The facts about a checkpoint: `modalities`, `towers`, the checkpoints that hold other weights (`elsewhere`),
+    `sizes`, `parameters`, `data`, `metrics` with `intervals`, and the `split` and `protocol` of these metrics. Fit for
     JSON.
 
     Args:
@@ -236,8 +236,8 @@ def facts_of(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, i
 
 def look(folder: str | os.PathLike) -> dict[str, Any] | None:
     """
-    The facts of a checkpoint that is whole, see [`facts_of`], from its small files and the heads of its weights;
-    `None` for every other one, which [`describe_checkpoint`] reads.
+    The facts about a complete checkpoint, see [`facts_of`], from its small files and the headers of its weights;
+    `None` for any other checkpoint, which [`describe_checkpoint`] reads.
 
     Raises:
         [`DataError`]: If one of its files is damaged.
@@ -254,7 +254,7 @@ def look(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether the fields of a configuration can be shown as they are, and its weights are all in its folder."""
+    """Whether the fields of a configuration can be shown as they are, and all weights are in the folder."""
     names = [config.get("model_type"), config.get("objective"), config.get("user_encoder", FIRST_USER_ENCODER)]
     towers = [config.get(modality.config) for modality in MODALITIES.values() if modality.tower is not None]
     names += [tower.get("model_type") if isinstance(tower, dict) else None for tower in towers if tower is not None]
@@ -265,7 +265,7 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _sizes_of_weights(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and size of each parameter in the files of weights; what is counted and not trained is none."""
+    """Name and size of each parameter in the files of weights; buffers are left out."""
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, framework="numpy") as weights:
             for name in weights.keys():

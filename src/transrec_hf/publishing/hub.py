@@ -1,4 +1,4 @@
-"""Checkpoints to the Hub."""
+"""Pushing checkpoints to the Hub."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..model.tuning_transrec import refuse_local
 logger = logging.get_logger(__name__)
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-"""Formats that run code when they are read: none of them is ever pushed."""
+"""Formats that can run code when they are read. They are never pushed."""
 NOT_PUSHED = (*PICKLES, "_*", ".*", "checkpoint-*")
-"""What belongs to a run rather than to its result, and stays behind without a word."""
+"""Files of a run that do not belong to its result. They are not pushed, without a warning."""
 TEXTS = ("", ".csv", ".jinja", ".md", ".py", ".tiktoken", ".toml", ".txt", ".yaml", ".yml")
 BINARIES = {
     ".png": (b"\x89PNG\r\n\x1a\n",),
@@ -38,19 +38,19 @@ BINARIES = {
     ".parquet": (b"PAR1",),
     ".model": (b"\n",),  # the vocabulary of a sentencepiece tokenizer: a protocol buffer
 }
-"""How files of these kinds begin."""
+"""The first bytes of files of these kinds."""
 MAX_TEXT = 2**28  # bytes
 OF_CODE = {"BUILD", "GLOBAL", "INST", "NEWOBJ", "OBJ", "REDUCE", "STACK_GLOBAL"}
 
 
 def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
     """
-    Push a folder with a checkpoint (model, processor, statistics, card, index) in one commit, in one state, whoever
-    writes to the folder meanwhile.
+    Push a folder with a checkpoint (model, processor, statistics, card, index) in one commit. All files are in one
+    state, even if another process writes to the folder meanwhile.
 
-    Only files of known kinds are pushed, told by what is in them: safetensors, JSON, text, images and vocabularies.
-    Hidden files, the checkpoints of a training run, pickles whatever their names, and links out of the folder stay
-    behind.
+    Only files of known kinds are pushed, recognised by their contents: safetensors, JSON, text, images and
+    vocabularies. Hidden files, the checkpoints of a training run, pickles under any name, and links out of the folder
+    are not pushed.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
@@ -59,11 +59,11 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
             `create_pr`, `path_in_repo`, `run_as_future`.
 
     Raises:
-        [`DataError`]: If the configuration of the checkpoint is among what stays behind.
+        [`DataError`]: If the configuration of the checkpoint is among the files that are not pushed.
     """
     place = Path(folder).resolve()
     with ExitStack() as stack:
-        if os.access(place, os.W_OK):  # files are linked there rather than copied
+        if os.access(place, os.W_OK):  # so that files are linked rather than copied
             partial = stack.enter_context(partial_folder(place))
         else:
             partial = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
@@ -77,11 +77,12 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
         for name in HEADS:
             if name in left:
                 raise DataError(
-                    f"{folder}: {name} is not pushed: {left[name]}. Replace it by a file, then push again."
+                    f"{folder}: {name} cannot be pushed: it is {left[name]}. Replace it by a regular file, then push "
+                    "again."
                 )
         if left:
             logger.warning("Not pushed: %s", "; ".join(f"{name} ({reason})" for name, reason in sorted(left.items())))
-        with warnings.catch_warnings():  # the statistics of items are a table, but no data set
+        with warnings.catch_warnings():  # the item statistics are a table, but not a data set
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
             result: Any = HfApi().upload_folder(folder_path=str(snapshot), repo_id=repo_id, **kwargs)
         if kwargs.get("run_as_future"):
@@ -91,8 +92,8 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
 
 
 def _collect(folder: Path, snapshot: Path) -> dict[str, str]:
-    """Put the files to push in a folder of their own; by the names of the others, why they are not pushed."""
-    shutil.rmtree(snapshot, ignore_errors=True)  # what was collected while somebody wrote
+    """Put the files to push into a separate folder, and return why each of the other files is not pushed."""
+    shutil.rmtree(snapshot, ignore_errors=True)  # files that were collected during a write
     snapshot.mkdir()
     left = {}
     for root, folders, files in os.walk(folder):
@@ -150,7 +151,7 @@ def _why_not(path: Path, folder: Path) -> str | None:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether reading the file as a pickle, from its beginning, would call something."""
+    """Whether reading the file as a pickle would call a function."""
     calls = False
     with open(path, "rb") as file:
         try:

@@ -1,4 +1,6 @@
-"""Cards from templates: what a run, a data set or a stranger's checkpoint says of itself is text, and stays text."""
+"""
+Cards from templates. Texts from a run, a data set or a stranger's checkpoint are escaped, so that they stay text.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _LINKS = re.compile(r":(?=//)|(?<=www)\.|(?<=mailto):|(?<=xmpp):|(?<=\w)@(?=[\w-
 
 
 class Markdown(str):
-    """Markdown of our own: what is in it from elsewhere was made [`plain`] or [`code`] before."""
+    """Our own Markdown, in which all texts from elsewhere were escaped by [`plain`] or [`code`]."""
 
 
 def _line(value: Any) -> str:
@@ -28,7 +30,7 @@ def _line(value: Any) -> str:
 
 
 def plain(value: Any) -> Markdown:
-    """A value as text on one line: no headings, tables, links, HTML or formulas come of it."""
+    """A value as text on one line, which cannot become a heading, table, link, HTML or formula."""
     text = _line(value).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKS.sub(lambda found: f"\\{found[0]}" if not found[0][0].isdigit() else f"{found[0]}\\", text)
     return Markdown(_LINKS.sub(lambda found: f"&#{ord(found[0])};", text))
@@ -45,7 +47,7 @@ def quoted(value: Any) -> Markdown:
 
 
 def shares_in_words(shares: Mapping[str, float]) -> str:
-    """What [`modality_shares`] found, as a card says it."""
+    """The result of [`modality_shares`] in words, for a card."""
     names = {"image": "an image", "features": "a vector", "audio": "a sound", "video": "a video"}
     kinds = {name.removesuffix("_only"): share for name, share in shares.items() if name != "both"}
     parts = [f"{share:.1%} with {names.get(name, name)} only" for name, share in kinds.items()]
@@ -53,7 +55,7 @@ def shares_in_words(shares: Mapping[str, float]) -> str:
 
 
 def render(card_class: type[RepoCard], template: str, data: CardData, values: Mapping[str, Any]) -> Any:
-    """A card from one of our templates, in which every value that is not [`Markdown`] is made [`plain`]."""
+    """A card from one of our templates. Every value that is not [`Markdown`] is escaped by [`plain`]."""
     environment = jinja2.Environment(
         finalize=lambda value: value if isinstance(value, Markdown) else plain(value),
     )

@@ -1,4 +1,4 @@
-"""Tables of results, and the machine that they were measured on."""
+"""Tables of results, and facts about the machine on which they were measured."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HIDDEN = "***"
 
 
 def without_secrets(command: str) -> str:
-    """A command line whose options that hold a token, a password or a key have their values hidden."""
+    """A command line in which the values of tokens, passwords and keys are hidden."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -53,13 +53,13 @@ def without_secrets(command: str) -> str:
 
 def append_results(path: str | os.PathLike, reports: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
     """
-    Adds the metrics of reports to a table of results, see [`read_results`].
+    Add the metrics of reports to a table of results, see [`read_results`].
 
     Args:
-        path (`str`): The file, made if there is none.
-        reports (`dict[str, dict]`): For the name of each model its report, see [`RankingEvaluator.report`].
-        facts: The columns that are the same for all: `run`, `command` (less the secrets in it), `seed`, `data`,
-            `machine`, `protocol`, `split`, and as far as known `seconds`, `peak_memory_gb`, `date` and `commit`.
+        path (`str`): The file, which is made if it does not exist.
+        reports (`dict[str, dict]`): The report of each model by name, see [`RankingEvaluator.report`].
+        facts: The columns that are the same for all rows: `run`, `command` (without its secrets), `seed`, `data`,
+            `machine`, `protocol`, `split`, and, if known, `seconds`, `peak_memory_gb`, `date` and `commit`.
     """
     rows = io.StringIO(newline="")
     writer = csv.DictWriter(rows, RESULT_COLUMNS, lineterminator="\n")
@@ -72,7 +72,7 @@ def append_results(path: str | os.PathLike, reports: Mapping[str, Mapping[str, A
             writer.writerow({**facts, **row, "num_users": report["protocol"]["num_users"]})
     file = Path(path).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file.parent, f".{file.name}.lock"):  # two runs may end at once: neither loses the rows of the other
+    with locked(file.parent, f".{file.name}.lock"):  # if two runs end at the same time, no rows are lost
         before = file.read_bytes().decode("utf-8") if file.exists() else ",".join(RESULT_COLUMNS)
         separator = "" if before.endswith("\n") else "\n"
         write_text(file, before + separator + rows.getvalue())
@@ -82,19 +82,19 @@ def read_results(
     path: str | os.PathLike, run: str | None = None, model: str | None = None, split: str = "test"
 ) -> dict[str, Any]:
     """
-    One model's numbers from a table of results, in the form of `evaluation.json`.
+    The numbers of one model from a table of results, in the form of `evaluation.json`.
 
-    The table is a CSV with one row per metric and the columns `RESULT_COLUMNS`. Several seeds become their mean, with
-    the lowest and the highest as interval. All other rows of the same data, protocol and split are what the model is
-    compared with.
+    The table is a CSV with one row per metric and the columns `RESULT_COLUMNS`. For several seeds the mean is taken,
+    with the lowest and the highest value as the interval. All other models with the same data, protocol and split
+    become the baselines.
 
     Args:
         path (`str`): The file.
-        run, model (`str`, *optional*): Which rows; needed where the table holds several.
-        split (`str`, *optional*, defaults to `"test"`): Which targets.
+        run, model (`str`, *optional*): Run and model of the rows; needed if the table holds several.
+        split (`str`, *optional*, defaults to `"test"`): Split of the rows.
 
     Raises:
-        [`DataError`]: If columns or rows are missing, a cell is no number, or the choice is not unique.
+        [`DataError`]: If columns or rows are missing, a cell is not a number, or the choice is not unique.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file (now in {os.getcwd()}). Check the path.")
@@ -102,21 +102,27 @@ def read_results(
         reader = csv.DictReader(file)
         missing = [column for column in RESULT_COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise DataError(f"{path}: missing column {', '.join(missing)}.")
+            raise DataError(f"{path}: has no column {', '.join(missing)}. Give a table of --results_csv.")
         rows = [row for row in reader if row["split"] == split]
     mine = rows
     for name, value in (("run", run), ("model", model)):
         found = sorted({row[name] for row in mine})
         if value is None and len(found) > 1:
-            raise DataError(f"{path}: which {name}? There are {', '.join(found)}.")
+            raise DataError(f"{path}: has several values of {name}: {', '.join(found)}. Give one of them.")
         if not mine or (value is not None and value not in found):
-            raise DataError(f"{path}: no {split} row of {name} {value!r}, only of {', '.join(found) or 'none'}.")
+            raise DataError(
+                f"{path}: has no {split} row of {name} {value!r}, only of {', '.join(found) or 'none'}. Give one of "
+                "these."
+            )
         mine = [row for row in mine if value in (None, row[name])]
     compared = ("data", "protocol")
     for name in compared:
         found = sorted({row[name] for row in mine})
         if len(found) > 1:
-            raise DataError(f"{path}: run {mine[0]['run']!r} mixes {name} {', '.join(found)}: name them apart.")
+            raise DataError(
+                f"{path}: run {mine[0]['run']!r} has several values of {name}: {', '.join(found)}. Give them "
+                "different run names."
+            )
     first = mine[0]
     others: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -151,7 +157,7 @@ def read_results(
 
 
 def _scores(path: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Metrics and intervals of one model; over several seeds the mean, the lowest and the highest."""
+    """Metrics and intervals of one model; for several seeds the mean, the lowest and the highest value."""
     by_metric: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         by_metric.setdefault(row["metric"], []).append(row)
@@ -159,7 +165,7 @@ def _scores(path: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
     for metric, group in by_metric.items():
         values = [_number(path, row, "value") for row in group]
         if len({row["seed"] for row in group}) < len(group):
-            raise DataError(f"{path}: {metric} of {group[0]['model']!r} occurs twice for a seed. Keep one.")
+            raise DataError(f"{path}: {metric} of {group[0]['model']!r} occurs twice for a seed. Keep one row.")
         metrics[metric] = sum(values) / len(values)
         if len(group) > 1:
             intervals[metric] = [min(values), max(values)]
@@ -170,7 +176,7 @@ def _scores(path: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _mean(path: Any, rows: list[dict[str, str]], column: str) -> float | None:
-    """Mean over seeds of a column that says the same in every row of a seed; `None` where it is empty."""
+    """Mean over seeds of a column that is the same in every row of a seed; `None` if it is empty."""
     values = {row["seed"]: _number(path, row, column) for row in rows if row.get(column)}
     return sum(values.values()) / len(values) if values else None
 
@@ -183,7 +189,7 @@ def _number(path: Any, row: Mapping[str, str], column: str) -> float:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Name of the device, and the peak memory of this process in GB: on a GPU of that, else of the host."""
+    """Name of the device, and the peak memory of this process in GB, on the GPU or otherwise on the host."""
     if device.type == "cuda":
         return {
             "device": torch.cuda.get_device_name(device),
@@ -199,7 +205,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -207,7 +213,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that numbers depend on most."""
+    """The versions of the libraries on which numbers depend most."""
     from .. import __version__
 
     return {"transrec-hf": __version__, "transformers": transformers_version, "torch": torch.__version__}

@@ -39,8 +39,8 @@ class LiveItems:
 
     Args:
         items ([`ItemIndex`]): The items at the start.
-        size (`int`, *optional*): Length of an item vector without the popularity, which the model tells. Leave it out to
-            read and remove items without searching them.
+        size (`int`, *optional*): Length of an item vector without the popularity, which the model tells. Leave it out
+            to read and remove items without searching them.
         folder (`str`, *optional*): Folder of the index, if changes are to be kept.
         device (`torch.device`, *optional*): Device on which the items are searched.
 

@@ -1,3 +1,3 @@
-"""Batches, arguments, the trainer, and what a run will cost."""
+"""Batches, arguments, the trainer, and the planning of runs."""
 
 from __future__ import annotations

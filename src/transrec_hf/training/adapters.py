@@ -1,4 +1,4 @@
-"""PEFT adapters in training: which one is trained, what it must be to be found again, and its file."""
+"""PEFT adapters in training: which one is trained, which ones can be saved and loaded again, and their files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model itself, without what `get_peft_model` wraps it in."""
+    """The model itself, without the wrapper of `get_peft_model`."""
     wrapped: Any = model
     return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -28,7 +28,9 @@ def active_adapter(model: nn.Module) -> str:
     active: Any = model.active_adapters
     names = list(active() if callable(active) else active)  # a method of transformers, a property of PEFT
     if len(names) != 1:
-        raise ValueError(f"one adapter is trained at a time, and {names} are active: set_adapter(...) to one of them")
+        raise ValueError(
+            f"only one adapter can be trained at a time, but {names} are active: choose one with set_adapter(...)"
+        )
     return names[0]
 
 
@@ -37,11 +39,12 @@ def check_adapters(model: nn.Module, saves: bool) -> None:
     Refuse adapters that could not be loaded again.
 
     Args:
-        model (`nn.Module`): With adapters or without.
-        saves (`bool`): Checkpoints are to be written.
+        model (`nn.Module`): A model with or without adapters.
+        saves (`bool`): Whether checkpoints will be written.
 
     Raises:
-        `ValueError`: If several are active, the base was never saved, or one was added to a part of the model.
+        `ValueError`: If several adapters are active, the base model was never saved, or an adapter was added to a part
+            of the model only.
     """
     if has_adapter(model):
         active_adapter(model)
@@ -59,36 +62,40 @@ def check_adapters(model: nn.Module, saves: bool) -> None:
 
 
 def check_base(model: nn.Module) -> None:
-    """Raises `ValueError` for an adapter whose base was never saved: the adapter alone would be worth nothing."""
+    """Raises `ValueError` for an adapter whose base was never saved, since the adapter alone would be useless."""
     if not getattr(base_of(model).config, "_name_or_path", ""):
         raise ValueError(
-            "the model under the adapter was never saved, and an adapter is saved alone: save the model with "
-            "save_pretrained, load it with from_pretrained, and add the adapter to that one, as `transrec finetune` "
-            "does"
+            "the model under the adapter was never saved, and an adapter is saved without it: save the model with "
+            "save_pretrained, load it with from_pretrained, and add the adapter to the loaded model, as `transrec "
+            "finetune` does"
         )
 
 
 def load_adapter_weights(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Load the weights of an adapter that the model has already. Raises `ValueError` if they are those of another."""
+    """
+    Load the weights of an adapter that the model already has. Raises `ValueError` if the file is of another adapter.
+    """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(os.fspath(folder), device="cpu")
-    if base_of(model) is model:  # `add_adapter`, which leaves the names of the modules as they were
+    if base_of(model) is model:  # an adapter of `add_adapter`, which does not change the names of modules
         weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     name = active_adapter(model)
     try:
         found = set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
         raise ValueError(
-            f"{folder}: holds an adapter of another shape. Add one with the configuration there."
+            f"{folder}: holds an adapter of another shape. Add an adapter with the configuration of this folder."
         ) from error
     missing = [key for key in found.missing_keys if f".{name}." in f"{key}."]
     if wrong := found.unexpected_keys + missing:
-        raise ValueError(f"{folder}: holds another adapter, which differs in {wrong[0]}. Add one like it.")
+        raise ValueError(
+            f"{folder}: holds another adapter, which differs in {wrong[0]}. Add an adapter with its configuration."
+        )
 
 
 def lift_adapter(model: nn.Module, folder: Path) -> None:
-    """Put the files of the trained adapter into the folder itself, where PEFT writes those named `default` only."""
+    """Move the files of the trained adapter to the folder itself, where PEFT puts only an adapter named `default`."""
     if not has_adapter(model) or base_of(model) is model:
         return
     adapters: Any = model.peft_config

@@ -1,4 +1,4 @@
-"""Modality balance: how well each modality is used beside the others, measured while a model is trained."""
+"""Modality balance: measuring during training how well a model uses each modality."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .trainer import TransRecTrainer
 
 METRIC = "ndcg@10"
-"""Of the references and the gaps."""
+"""The metric of the references and the gaps."""
 MEASURED = ("hit_rate@10", METRIC)
 
 
 def views(modalities: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """By name, which modalities are shown: each one alone and, if there are more than two, all without each."""
+    """Sets of modalities that are shown, by name: each one alone and, if there are more than two, all but one."""
     alone: dict[str, tuple[str, ...]] = {f"{name} alone": (name,) for name in modalities}
     if len(modalities) < 3:
         return alone
@@ -32,22 +32,23 @@ def views(modalities: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 class ModalityBalanceCallback(TrainerCallback):
     """
-    Ranks the validation targets with every modality of the items, and with one alone, at every `every`-th evaluation.
-    An item keeps what it has where it lacks the modality. The numbers are logged, and stand under `"balance"` in the
-    validation report, hence in `evaluation.json` and on the card.
+    At every `every`-th evaluation, rank the validation targets with all modalities of the items, and with each one
+    alone. An item that lacks the modality keeps the contents that it has. The numbers are logged, and are under
+    `"balance"` in the validation report, hence in `evaluation.json` and on the model card.
 
-    A joint model trains the modality that fits first and starves the others ("1 + 1 < 2"). Signs of it are a modality
-    alone that is far below a model of nothing else, its *under-optimisation gap*, and gradients that fade.
+    A joint model first learns the modality that is easier to fit, and the others stay under-trained ("1 + 1 < 2").
+    Signs are small gradients, and a modality that alone is far worth less than in a model that reads only this
+    modality: its *under-optimisation gap*.
 
     Args:
-        trainer ([`TransRecTrainer`]): Whose model it is; of one domain.
-        every (`int`, *optional*, defaults to 1): Evaluations from one measurement to the next, the first one measured.
-        references (`dict[str, float]`, *optional*): By modality, the validation ndcg@10 of a model of it alone. Those
-            of the teachers of a [`BalancedTrainer`] are measured.
+        trainer ([`TransRecTrainer`]): The trainer of the model, on one data set.
+        every (`int`, *optional*, defaults to 1): Measure at the first evaluation and then at every `every`-th one.
+        references (`dict[str, float]`, *optional*): For each modality, the validation ndcg@10 of a model that reads
+            only this modality. The references of the teachers of a [`BalancedTrainer`] are measured.
 
     Raises:
-        `ValueError`: If the model reads a single modality, a reference is of none of its modalities, or several
-            domains train.
+        `ValueError`: If the model reads only one modality, a reference names a modality that it does not read, or
+            there are several data sets.
 
     Example:
     ```python
@@ -60,13 +61,20 @@ class ModalityBalanceCallback(TrainerCallback):
         model: Any = base_of(trainer.model)
         self.modalities: tuple[str, ...] = model.config.modalities
         if len(self.modalities) < 2:
-            raise ValueError(f"this model reads {self.modalities or 'item ids'}: there is nothing to balance")
+            raise ValueError(
+                f"this model reads {self.modalities or 'item ids'}, so there is nothing to balance: leave "
+                "balance_every out"
+            )
         if hasattr(trainer, "parts"):
-            raise ValueError("modality balance is measured on one domain, and several train: leave it out")
+            raise ValueError(
+                "modality balance can be measured on one data set only, and there are several: leave it out"
+            )
         if every < 1:
             raise ValueError(f"every must be 1 or more, got {every}")
         if unknown := set(self.references) - set(self.modalities):
-            raise ValueError(f"a reference for {min(unknown)}, and the model reads {', '.join(self.modalities)}")
+            raise ValueError(
+                f"there is a reference for {min(unknown)}, but the model reads {', '.join(self.modalities)}: remove it"
+            )
         self.norms: dict[str, list[Tensor]] = defaultdict(list)  # since the last measurement
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,7 +88,7 @@ class ModalityBalanceCallback(TrainerCallback):
             weights = (weight for module in encoder.parts_of(name) for weight in module.parameters())
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             norm: Any = nn.utils.get_total_norm(gradients)
-            self.norms[name].append(getattr(norm, "full_tensor", lambda norm=norm: norm)())  # of weights in shards
+            self.norms[name].append(getattr(norm, "full_tensor", lambda norm=norm: norm)())  # for sharded weights
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
@@ -91,15 +99,15 @@ class ModalityBalanceCallback(TrainerCallback):
 
     def measure(self, report: dict[str, Any] | None = None) -> dict[str, Any]:
         """
-        Measure now, and log.
+        Measure now, and log the numbers.
 
         Args:
-            report (`dict`, *optional*): Of the validation targets, where the numbers go; made if there is none yet.
+            report (`dict`, *optional*): The validation report to which the numbers are added; made if not given.
 
         Returns:
-            `dict`, fit for JSON: `metrics` by what is shown, `all` included; `gradient_norms`, means of the steps
-            since the last measurement by the modality whose tower, pooling and projection they are of; `references`,
-            and `gaps`, by how much each modality alone is below its own.
+            `dict`, fit for JSON: `metrics` with all modalities (`all`) and with each set of them; `gradient_norms` of
+            the tower, pooling and projection of each modality, as means of the steps since the last measurement;
+            `references`; and `gaps`, the differences between the references and the modalities alone.
         """
         trainer = self.trainer
         if report is None:
@@ -132,7 +140,9 @@ class ModalityBalanceCallback(TrainerCallback):
 
 
 def flat(balance: Mapping[str, Any]) -> dict[str, float]:
-    """What is logged of a measurement, e.g. `eval_text_alone_ndcg@10`, `gradient_norm_text`, `gap_text`."""
+    """
+    The numbers of a measurement that are logged, e.g. `eval_text_alone_ndcg@10`, `gradient_norm_text`, `gap_text`.
+    """
     logs = {
         f"eval_{view.replace(' ', '_')}_{metric}": value
         for view, metrics in balance["metrics"].items()

@@ -1,4 +1,4 @@
-"""What the pieces of training steps and evaluations take on this machine: counted, or timed on a few items."""
+"""The costs of the parts of training steps and evaluations on this machine, counted or timed on a few items."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from .collator import DataCollatorForNextItem, TrainingWindows
 from .trainer import TransRecTrainer
 
 
-BATCHES = 50  # simulated of an epoch, at most
-SMALL = 16  # items, for what needs no clock: operations and bytes
-RANKED = (512, 2048)  # users, to time the ranking of more
+BATCHES = 50  # most batches of an epoch that are simulated
+SMALL = 16  # items with which operations and bytes are counted
+RANKED = (512, 2048)  # users with which ranking is timed, to predict the time of more
 
 
 @dataclass(frozen=True)
 class Counts:
     """
-    What is encoded together, as the mean over training steps.
+    How much is encoded together, as the mean over training steps.
 
     Args:
-        items (`float`): Distinct items.
-        contents (`dict[str, float]`): By modality that the model reads, how many of those items have it.
-        units (`dict[str, float]`): By modality, what the cost of its tower is proportional to: tokens, with the
-            padding of their buckets, or contents.
-        at_once (`dict[str, float]`): By modality, the units of the largest pass.
-        users (`float`, *optional*): Windows of users.
-        slots (`float`, *optional*): Items in their histories, targets and negatives, repeats included.
+        items (`float`): Number of distinct items.
+        contents (`dict[str, float]`): For each modality that the model reads, how many of these items have it.
+        units (`dict[str, float]`): For each modality, the number to which the cost of its tower is proportional:
+            tokens, with the padding of their buckets, or contents.
+        at_once (`dict[str, float]`): For each modality, the units of the largest forward pass.
+        users (`float`, *optional*): Number of training windows.
+        slots (`float`, *optional*): Number of items in histories, targets and negatives, repeats included.
     """
 
     items: float
@@ -63,17 +63,17 @@ class Counts:
 
     @property
     def distinct_share(self) -> float:
-        """Encodings for each one that would be made if repeats were encoded again."""
+        """The number of distinct items divided by the number with repeats."""
         return self.items / self.slots
 
     def stored(self, pooled: Collection[str]) -> Counts:
-        """The same as a store has it: one state for each content of the modalities that it has pooled."""
+        """The same counts with a store, which has one state for each content of the modalities in `pooled`."""
         as_stored = {name: self.contents[name] for name in pooled if name in self.contents}
         return replace(self, units=self.units | as_stored, at_once=self.at_once | as_stored)
 
     @classmethod
     def mean(cls, counts: Sequence[Counts]) -> Counts:
-        """The mean of several, field by field."""
+        """The mean of several counts, field by field."""
 
         def of(name: str) -> Any:
             values = [getattr(count, name) for count in counts]
@@ -86,7 +86,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class TowerCost:
-    """What a tower takes for a unit: an image, or a token with its share of all that is done for its text."""
+    """The cost of a tower for one unit: an image, or a token with its share of the work for its text."""
 
     train_seconds: float
     eval_seconds: float
@@ -100,15 +100,15 @@ class TowerCost:
 @dataclass(frozen=True)
 class Costs:
     """
-    What the pieces of a run take.
+    The costs of the parts of a run.
 
     Args:
-        collate_seconds, user_seconds, user_flop, user_bytes (`float`): Of a step, without the items' contents.
-        optimizer_seconds (`float`): Of an update.
-        ranking_seconds (`float`): Of all validation targets.
-        base_bytes (`float`): That are there before each step: weights, gradients, optimizer, and the process.
-        prepare_seconds (`float`, *optional*): To read and decode an item.
-        towers (`dict[str, TowerCost]`, *optional*): By modality.
+        collate_seconds, user_seconds, user_flop, user_bytes (`float`): Costs of a step without the contents of items.
+        optimizer_seconds (`float`): Seconds of an optimizer update.
+        ranking_seconds (`float`): Seconds to rank all validation targets.
+        base_bytes (`float`): Bytes in use before each step: weights, gradients, optimizer, and the process.
+        prepare_seconds (`float`, *optional*): Seconds to read and decode an item.
+        towers (`dict[str, TowerCost]`, *optional*): Costs of the towers, by modality.
     """
 
     collate_seconds: float
@@ -122,13 +122,13 @@ class Costs:
     towers: dict[str, TowerCost] = field(default_factory=dict)
 
     def of_users(self, factor: float) -> Costs:
-        """For so many times as many users."""
+        """The costs for `factor` times as many users."""
         names = ("collate_seconds", "user_seconds", "user_flop", "user_bytes")
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
 
 def count_items(units: dict[str, np.ndarray], rows: np.ndarray, max_tokens: int) -> Counts:
-    """Catalogue rows that are encoded together, with buckets of `max_tokens`; `units` as of [`ItemSource.units`]."""
+    """The counts of catalogue rows that are encoded together in buckets of `max_tokens`; see [`ItemSource.units`]."""
     contents: dict[str, float] = {}
     totals: dict[str, float] = {}
     largest: dict[str, float] = {}
@@ -149,17 +149,17 @@ def simulate_steps(
     max_batches: int = BATCHES,
 ) -> tuple[Counts, list[dict[str, Any]]]:
     """
-    Draw batches of an epoch and count, without reading a text or an image.
+    Draw batches of an epoch and count their items, without reading a text or an image.
 
     Args:
-        windows ([`TrainingWindows`]): Of the run.
-        collator ([`DataCollatorForNextItem`]): Of the run, but without a processor.
+        windows ([`TrainingWindows`]): The training windows of the run.
+        collator ([`DataCollatorForNextItem`]): The collator of the run, but without a processor.
         batch_size (`int`): Windows in a batch.
         units (`dict[str, np.ndarray]`): See [`ItemSource.units`].
-        max_batches (`int`, *optional*, defaults to 50): How many to draw.
+        max_batches (`int`, *optional*, defaults to 50): Most batches that are drawn.
 
     Returns:
-        The means, and the windows of the batch that is nearest to them.
+        The mean counts, and the windows of the batch that is nearest to the mean.
     """
     rng = np.random.default_rng(collator.seed)
     order = rng.permutation(len(windows))
@@ -180,14 +180,14 @@ def simulate_steps(
 
 def count_flop(function: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products and convolutions in a call."""
-    # written out, as fused attention goes uncounted on a CPU
+    # with eager attention, since fused attention is not counted on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 class _Allocations(TorchDispatchMode):
-    """Bytes of those living tensors that were made inside."""
+    """Counts the bytes of living tensors that were made inside this context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def count_bytes(function: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of the tensors that a call makes: at the peak, and of those that what it returns keeps alive."""
+    """Bytes of the tensors that a call makes: at the peak, and those that its result keeps alive."""
     with _Allocations() as allocations:
         returned = function()
     kept = allocations.now
@@ -228,14 +228,14 @@ def content_bytes(path: Path) -> int:
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of the device that this process has, and that are free."""
+    """Bytes of the device's memory that this process uses, and that are free."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
     return psutil.Process().memory_info().rss, psutil.virtual_memory().available
 
 
 def units_of(batch: ItemBatch) -> dict[str, int]:
-    """What a batch has of each modality: tokens, padding included, windows or contents."""
+    """The units of a batch for each modality: tokens (padding included), windows or contents."""
     units = {}
     for name, part in batch.parts.items():
         masks = part.masks or []
@@ -248,13 +248,13 @@ def units_of(batch: ItemBatch) -> dict[str, int]:
 
 class Calibration:
     """
-    Times pieces of steps and evaluations of a model, which learns nothing of it.
+    Measures the time of parts of training steps and evaluations. The model does not change.
 
     Args:
-        model ([`TransRecModel`]): On its device, frozen as it will be.
-        args ([`TransRecTrainingArguments`]): Of the run.
+        model ([`TransRecModel`]): The model on its device, frozen as in the run.
+        args ([`TransRecTrainingArguments`]): The arguments of the run.
         source ([`ItemSource`]): The items.
-        seconds (`float`): That all pieces together should take, about.
+        seconds (`float`): Seconds that all measurements should take together, approximately.
     """
 
     def __init__(self, model: TransRecModel, args: TransRecTrainingArguments, source: ItemSource, seconds: float):
@@ -268,7 +268,7 @@ class Calibration:
         return torch.autocast(self.device.type, self.dtype if is_mixed else None, enabled=is_mixed)
 
     def clock(self, function: Callable[[], Any], share: float = 0.05) -> float:
-        """Median seconds of a call, without the first one unless that took `share` of all the time there is."""
+        """Median seconds of a call. The first call does not count, unless it took `share` of the available time."""
         seconds: list[float] = []
         while len(seconds) < 2 or sum(seconds) < share * self.seconds:
             started = time.perf_counter()
@@ -281,7 +281,7 @@ class Calibration:
         return statistics.median(seconds[1:] or seconds)
 
     def prepare(self, rows: np.ndarray, source: ItemSource | None = None) -> ItemBatch:
-        """Catalogue rows on the device; those of another source, such as a store's, if there is one."""
+        """A batch of catalogue rows on the device, from `source` (such as that of a store) if it is given."""
         return (source or self.source).batch(rows).to(self.device)
 
     def encode(self, batch: ItemBatch, modality: str) -> Tensor:
@@ -298,7 +298,7 @@ class Calibration:
             self.encode(batch, modality)
 
     def affordable(self, rows: np.ndarray, share: float, source: ItemSource | None = None) -> np.ndarray:
-        """As many of the rows as can be prepared and trained on once in a share of the time."""
+        """As many of the rows as can be prepared and trained on once in a share of the available time."""
         few = rows[:SMALL]
 
         def step() -> None:
@@ -309,19 +309,19 @@ class Calibration:
         return rows[: max(len(few), int(len(few) * share * self.seconds / self.clock(step, share=0.01)))]
 
     def towers(self, rows: np.ndarray, source: ItemSource | None = None) -> tuple[float, dict[str, TowerCost]]:
-        """Seconds to prepare an item, and what each tower takes; of another source if there is one."""
+        """Seconds to prepare an item, and the cost of each tower, with `source` if it is given."""
         prepare_seconds = self.clock(lambda: self.prepare(rows, source)) / len(rows)
         batch, few, more = (self.prepare(some, source) for some in (rows, rows[:SMALL], rows[: 2 * SMALL]))
         return prepare_seconds, {modality: self.tower(modality, batch, few, more) for modality in units_of(batch)}
 
     def tower(self, modality: str, batch: ItemBatch, few: ItemBatch, more: ItemBatch) -> TowerCost:
-        """What a tower takes: seconds on `batch`, bytes by how they grow from `few` items to `more`."""
+        """The cost of a tower: the seconds for `batch`, and the growth of bytes from `few` items to `more`."""
         units = units_of(batch)[modality]
         part = batch.parts[modality]
         chunk, self.model.item_chunk_size = self.model.item_chunk_size, None
 
         def growth(function: Callable[..., Any], kept: bool = False) -> float:
-            # leaves out what is there once: gradients, and weights cast to bf16
+            # the difference leaves out what exists once: gradients, and weights cast to bf16
             low, high = (count_bytes(partial(function, part, modality))[kept] for part in (few, more))
             return max(0.0, (high - low) / (units_of(more)[modality] - units_of(few).get(modality, 0)))
 
@@ -344,7 +344,10 @@ class Calibration:
         )
 
     def users(self, batch: dict[str, Any]) -> None:
-        """A step without the towers: random item vectors to users and loss, and back; of an ID baseline, all of it."""
+        """
+        A step without the towers: forward and backward pass from random item vectors (for an ID baseline: a whole
+        step).
+        """
         self.model.zero_grad()
         with self.autocast():
             if not self.model.config.modalities:
@@ -390,7 +393,7 @@ class Calibration:
         return high + max(0.0, high - low) / max(many - few, 1) * (num_users - many)
 
     def rest(self, features: list[dict[str, Any]], collator: DataCollatorForNextItem, ranking_seconds: float) -> Costs:
-        """What all but the towers takes for a batch of these windows."""
+        """The costs of everything but the towers for a batch of these windows."""
         batch = {name: value.to(self.device) for name, value in collator(features).items()}
         return Costs(
             collate_seconds=self.clock(lambda: collator(features), share=0.01),
@@ -404,7 +407,7 @@ class Calibration:
     def fill(
         self, folder: str, rows: np.ndarray, units: dict[str, np.ndarray], pooled: Collection[str]
     ) -> tuple[ItemSource, float]:
-        """Some catalogue rows with their stored states, and the bytes of a store of all items."""
+        """A source of some catalogue rows with stored states, and the bytes of a store of all items."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         with self.autocast():
             store = ActivationStore(folder, self.model, self.source.select(rows), dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a trainer is given: of the right classes, and with a metric that there is."""
+"""Checks of what a trainer is given: the right classes, and a metric that exists."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from .arguments import TransRecTrainingArguments
 COVERAGE = f"coverage@{LIST_LENGTH}"
 INSTEAD = {
     "compute_loss_func": "override compute_loss for another objective",
-    "data_collator": "batches are made of the catalogue: override get_train_dataloader for others",
-    "eval_dataset": "give split, whose validation targets are ranked; evaluate(...) takes other sequences",
+    "data_collator": "batches are made from the catalogue: override get_train_dataloader to change them",
+    "eval_dataset": "give split, whose validation targets are ranked; for other sequences call evaluate(...)",
     "preprocess_logits_for_metrics": "compute_metrics gets the recommended items and the targets",
     "tokenizer": "give processing_class, the processor of the model",
     "train_dataset": "give split, whose training sequences are trained on",
 }
-"""Arguments of `Trainer` that have no place here, and what to do instead."""
+"""Arguments of `Trainer` that do not apply here, and what to do instead."""
 
 
 def check_kind(what: str, value: Any, kind: str, mend: str) -> None:
-    """Raises `TypeError` for a value that is of another class; by name, since a checkpoint may bring ours with it."""
+    """
+    Raises `TypeError` for a value of another class, compared by name, since checkpoints may hold our classes too.
+    """
     if not any(base.__name__ == kind for base in type(value).__mro__):
         raise TypeError(f"{what} must be a {kind}, not a {type(value).__name__}: {mend}")
 
@@ -36,11 +38,11 @@ def check_kind(what: str, value: Any, kind: str, mend: str) -> None:
 def check_objects(
     model: Any, args: Any, catalogue: Any, split: Any, processor: Any, model_init: Any, others: dict[str, Any]
 ) -> None:
-    """Raises `TypeError` for whatever is not what [`TransRecTrainer`] takes."""
+    """Raises `TypeError` for an argument that [`TransRecTrainer`] does not take."""
     for name in others.keys() & INSTEAD.keys():
         raise TypeError(f"TransRecTrainer takes no {name}: {INSTEAD[name]}")
     if (model is None) == (model_init is None):
-        raise TypeError("give either a model or model_init, which makes one")
+        raise TypeError("give either a model, or model_init, a function that makes one")
     if model is not None:
         check_kind("model", base_of(model), "TransRecModel", "make one with TransRecModel(config) or from_pretrained")
     check_kind("args", args, "TransRecTrainingArguments", "it takes the same options, and those of this model")
@@ -56,21 +58,21 @@ def check_objects(
 
 
 def check_dropout(modality_dropout: float, source: ItemSource) -> None:
-    """Raises `ValueError` if there is a modality dropout, and no item of which it could hide something."""
+    """Raises `ValueError` if there is a modality dropout, but no item with several modalities."""
     if modality_dropout and not (source.present.sum(dim=1) > 1).any():
         raise ValueError(
-            f"modality_dropout={modality_dropout:g} hides a modality of items that show the model several, and none "
-            "does: leave it out"
+            f"modality_dropout={modality_dropout:g} hides one modality of items that have several, but no item has: "
+            "leave it out"
         )
 
 
 def check_metric(args: TransRecTrainingArguments, sets: Iterable[str] = ()) -> None:
     """
-    Raises `ValueError` if evaluations will not have `metric_for_best_model`, or it is taken for a loss.
+    Raises `ValueError` if evaluations will not have `metric_for_best_model`, or if it would be minimised.
 
     Args:
         args ([`TransRecTrainingArguments`]): The arguments.
-        sets (`Iterable[str]`, *optional*): Names of the sets of sequences, if there are several.
+        sets (`Iterable[str]`, *optional*): Names of the evaluation sets, if there are several.
     """
     name = args.metric_for_best_model
     if name is None:
@@ -82,4 +84,4 @@ def check_metric(args: TransRecTrainingArguments, sets: Iterable[str] = ()) -> N
         listed = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"no evaluation has metric_for_best_model={name!r}: {listed}")
     if not args.greater_is_better:
-        raise ValueError(f"more of {name} is better: leave out greater_is_better=False")
+        raise ValueError(f"a higher {name} is better: leave out greater_is_better=False")

@@ -1,4 +1,4 @@
-"""Counterfactual knowledge distillation (CKD): teachers of one modality each, beside any next-item objective."""
+"""Counterfactual knowledge distillation (CKD): one teacher for each modality, beside any next-item objective."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from .collator import DataCollatorForNextItem, TrainingWindows
 from .trainer import TransRecTrainer
 
 
-CANDIDATES = 256  # items of a batch to which targets are compared, drawn at each step
-GENERIC = 5.0  # of the generic loss, beside the specific one
-LEAST, MOST = 1e-8, 10.0  # of what a modality contributes to a margin
+CANDIDATES = 256  # items of a batch with which targets are compared, drawn at each step
+GENERIC = 5.0  # weight of the generic loss, relative to the specific one
+LEAST, MOST = 1e-8, 10.0  # limits of the contribution of a modality to a margin
 
 
 def margins(states: Tensor, item_embeds: Tensor, target: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """
-    By how much the target of each state scores higher than each candidate, and each candidate than the one after it:
-    both `(n, n_candidates)`.
+    The margins of each state: by how much its target scores higher than each candidate, and by how much each candidate
+    scores higher than the next one; both `(n, n_candidates)`.
 
     Args:
-        states (`Tensor` of shape `(n, width)`): Of users.
-        item_embeds (`Tensor` of shape `(n_items, width)`): Of items.
+        states (`Tensor` of shape `(n, width)`): User states.
+        item_embeds (`Tensor` of shape `(n_items, width)`): Item vectors.
         target (`Tensor` of shape `(n,)`): Rows of the items that came next.
         candidates (`Tensor` of shape `(n_candidates,)`): Rows of other items.
     """
@@ -56,12 +56,12 @@ def margins(states: Tensor, item_embeds: Tensor, target: Tensor, candidates: Ten
 @torch.no_grad()
 def counterfactual_weights(whole: Tensor, without: Sequence[Tensor], alone: Sequence[Tensor]) -> list[Tensor]:
     """
-    Weights of the modalities, which sum up to their number: the less a modality contributes to a margin, of what it
-    would be alone, the more it has to learn. For two modalities it is the rule of the paper's code.
+    Weights of the modalities, which add up to the number of modalities. The less a modality contributes to a margin,
+    relative to its margin alone, the larger its weight. For two modalities this is the rule of the paper's code.
 
     Args:
-        whole (`Tensor`): Margins of all modalities.
-        without, alone (`Sequence[Tensor]`): Margins without each modality, and of it alone, of the same shape.
+        whole (`Tensor`): Margins with all modalities.
+        without, alone (`Sequence[Tensor]`): Margins without each modality, and with it alone, of the same shape.
     """
     ratios = [((whole - rest) / own).nan_to_num(nan=1.0) for rest, own in zip(without, alone, strict=True)]
     inverse = [1 / ratio.clamp(LEAST, MOST) for ratio in ratios]
@@ -74,7 +74,7 @@ def specific_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def generic_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of which of two items the student prefers, the teacher being right; 0 if they agree."""
+    """Cross-entropy between teacher and student on which of two items is preferred; 0 if both agree."""
     wanted = (teacher / temperature).sigmoid()
     found = F.binary_cross_entropy_with_logits(student / temperature, wanted, reduction="none")
     return found - F.binary_cross_entropy(wanted, wanted, reduction="none")
@@ -83,13 +83,13 @@ def generic_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 @dataclass
 class Teacher:
     """
-    A frozen model that ranks by one modality. What it says is computed once.
+    A frozen model that ranks by one modality. Its outputs are computed once.
 
     Args:
-        modality (`str`): Which.
-        place (`str`): Of the checkpoint.
+        modality (`str`): The modality that it teaches.
+        place (`str`): Folder or Hub id of the checkpoint.
         model ([`TransRecModel`]): The model.
-        source ([`ItemSource`]): The items, as it reads them.
+        source ([`ItemSource`]): The items, prepared for this model.
     """
 
     modality: str
@@ -100,7 +100,8 @@ class Teacher:
     @classmethod
     def load(cls, teacher: str, student: TransRecModel, catalogue: Catalogue) -> Teacher:
         """
-        The teacher that an option names: a folder or Hub id, after `MODALITY=` if its model reads several.
+        Load the teacher that an option names: a folder or Hub id, with `MODALITY=` before it if its model reads
+        several.
 
         Raises:
             [`DataError`]: If it cannot teach this student on these items.
@@ -112,25 +113,26 @@ class Teacher:
         if modality not in read:
             what = f"reads {' and '.join(read)}" if read else "reads no contents"
             mend = f": say which modality it teaches, as in {read[0]}={place}" if len(read) > 1 and not named else ""
-            raise DataError(f"{place}: this teacher {what}{mend or f', and is to teach {modality or None!r}'}")
+            raise DataError(f"{place}: this teacher {what}{mend or f', but it should teach {modality or None!r}'}")
         if modality not in student.config.modalities:
             raise DataError(
-                f"{place}: teaches {modality}, and the student reads {' and '.join(student.config.modalities)}: leave "
-                "the teacher out"
+                f"{place}: teaches {modality}, but the student reads {' and '.join(student.config.modalities)}: leave "
+                "out this teacher"
             )
         needed, reaches = student.config.max_position_embeddings, model.config.max_position_embeddings
         if reaches < needed:
             raise DataError(
-                f"{place}: reads histories of {reaches} items, and the student of {needed}: train one of them with "
-                f"max_position_embeddings={min(needed, reaches)} or the teacher with {needed}"
+                f"{place}: reads histories of {reaches} items, but the student needs {needed}: train the student with "
+                f"max_position_embeddings={min(needed, reaches)}, or the teacher with {needed}"
             )
         known = ItemStatistics.from_pretrained(place)
         if known is not None:
             strange = sorted(set(known.item_ids.tolist()) ^ set(catalogue.item_ids.tolist()))
             if strange:
                 raise DataError(
-                    f"{place}: a teacher of another catalogue. {len(strange)} items are only there or only in "
-                    f"{catalogue.source}, e.g. {', '.join(strange[:MAX_EXAMPLES])}: train the teacher on this one."
+                    f"{place}: was trained on another catalogue. {len(strange)} items are only there or only in "
+                    f"{catalogue.source}, e.g. {', '.join(strange[:MAX_EXAMPLES])}: train the teacher on this "
+                    "catalogue."
                 )
         counts = match_items(model, catalogue, known)
         check_fits(model, catalogue)
@@ -148,7 +150,7 @@ class Teacher:
         Args:
             windows ([`TrainingWindows`]): The windows.
             collator ([`DataCollatorForNextItem`]): Cuts them into histories and targets.
-            args ([`TransRecTrainingArguments`]): Of the run.
+            args ([`TransRecTrainingArguments`]): The arguments of the run.
         """
         model, source = self.model.to(args.device), self.source
         if args.activation_store is not None and model.item_encoder.towers:
@@ -162,11 +164,11 @@ class Teacher:
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
         shape = (int(lengths.sum()), self.item_embeds.shape[1])
-        with tempfile.TemporaryFile() as file:  # which has no name, and of which memory holds what is being read
+        with tempfile.TemporaryFile() as file:  # an unnamed file, of which only the parts that are read are in memory
             self.states = np.memmap(file, dtype=np.float16, shape=shape)  # type: ignore[call-overload]
         size = args.per_device_eval_batch_size
         for start in logging.tqdm(
-            range(0, len(windows), size), desc=f"What the {self.modality} teacher says", delay=2, leave=False
+            range(0, len(windows), size), desc=f"User states of the {self.modality} teacher", delay=2, leave=False
         ):
             some = [windows[index] for index in range(start, min(start + size, len(windows)))]
             history, times = (
@@ -185,19 +187,19 @@ class Teacher:
 
 class BalancedTrainer(TransRecTrainer):
     """
-    A [`TransRecTrainer`] whose student learns from a teacher of each modality too: shown one modality alone, it is to
-    rank as that teacher. What each modality says of an item is computed once, as without teachers.
+    A [`TransRecTrainer`] whose model (the student) also learns from one teacher for each modality: when it sees one
+    modality alone, it learns to rank as this teacher. The towers run once for each item, as without teachers.
 
     Args:
-        teachers (`Sequence[str]`): Folders or Hub ids of models trained on the same catalogue; of those that read
-            several modalities, after `MODALITY=`.
-        distillation (`float`, *optional*, defaults to 0.1): Weight of the distillation beside the objective.
-        temperature (`float`, *optional*, defaults to 1.0): Of the margins that the generic loss compares.
-        kwargs: Of [`TransRecTrainer`].
+        teachers (`Sequence[str]`): Folders or Hub ids of models that were trained on the same catalogue. For a model
+            that reads several modalities, write `MODALITY=` before it.
+        distillation (`float`, *optional*, defaults to 0.1): Weight of the distillation, relative to the objective.
+        temperature (`float`, *optional*, defaults to 1.0): Temperature of the margins in the generic loss.
+        kwargs: Further arguments of [`TransRecTrainer`].
 
     Raises:
         [`DataError`]: If a teacher cannot teach this model on this catalogue.
-        `ValueError`: If the objective has no next items, or several processes train.
+        `ValueError`: If the objective is `"masked"`, or several processes train.
 
     Example:
     ```python
@@ -216,14 +218,18 @@ class BalancedTrainer(TransRecTrainer):
         **kwargs: Any,
     ):
         if args.world_size > 1 or args.item_cache_age is not None:
-            raise ValueError("teachers teach in one process and without item_cache_age")
+            raise ValueError("teachers need a single process, and no item_cache_age: leave it out")
         if model.config.objective == "masked":
-            raise ValueError("teachers say what comes next, and objective 'masked' asks for what is hidden: leave one")
+            raise ValueError(
+                "teachers rank the next item, but objective 'masked' predicts hidden items: leave out one of them"
+            )
         super().__init__(model, args, **kwargs)
         found = [Teacher.load(teacher, model, self.catalogue) for teacher in teachers]
         self.teachers = {teacher.modality: teacher for teacher in found}
         if len(self.teachers) < len(found):
-            raise DataError(f"{found[-1].place}: a second teacher of {found[-1].modality}: give one of each modality")
+            raise DataError(
+                f"{found[-1].place}: is a second teacher of {found[-1].modality}: give one teacher for each modality"
+            )
         self.distillation, self.temperature = distillation, temperature
         self.distilled: list[Tensor] = []  # since the last log
 
@@ -236,7 +242,7 @@ class BalancedTrainer(TransRecTrainer):
                 teacher.read(self.windows, self.make_collator(), self.args)
 
     def references(self) -> dict[str, float]:
-        """By modality, the validation ndcg@10 of its teacher, for [`ModalityBalanceCallback`]."""
+        """For each modality, the validation ndcg@10 of its teacher, for [`ModalityBalanceCallback`]."""
         evaluator = self.ranking_evaluator(self.split.validation, max_users=self.args.max_eval_users)
         found = {}
         for name, teacher in self.teachers.items():
@@ -246,7 +252,7 @@ class BalancedTrainer(TransRecTrainer):
         return found
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches that know which windows they are of."""
+        """Training batches that also hold the indices of their windows."""
         collator = self.make_collator()
 
         def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -278,13 +284,14 @@ class BalancedTrainer(TransRecTrainer):
         windows: Tensor,
     ) -> Tensor:
         """
-        What the student has to learn from its teachers in one batch.
+        The distillation loss of one batch.
 
         Args:
             student ([`TransRecModel`]): The student.
-            contents (`dict[str, tuple[Tensor, Tensor]]`): By modality, vectors and item rows of what items show.
+            contents (`dict[str, tuple[Tensor, Tensor]]`): For each modality, the vectors of contents and their item
+                rows.
             inputs (`dict`): The batch, with `item_embeds`.
-            states (`Tensor` of shape `(n_users, length, width)`): The student's, of all modalities.
+            states (`Tensor` of shape `(n_users, length, width)`): States of the student with all modalities.
             windows (`Tensor` of shape `(n_users,)`): The training windows of the users.
         """
         history, targets, popularity = (inputs[name] for name in ("history_index", "target_index", "log_popularity"))
@@ -331,7 +338,9 @@ class BalancedTrainer(TransRecTrainer):
         alone: Mapping[str, tuple[Tensor, Tensor]],
         of_student: Callable[[Collection[str]], tuple[Tensor, Tensor]],
     ) -> dict[str, Tensor]:
-        """The [`counterfactual_weights`] of the teachers: of margins of all, of each alone, and of what is shown."""
+        """
+        The [`counterfactual_weights`] of the modalities, from margins with all, without each, and with each alone.
+        """
         if len(alone) == 1:
             return {name: torch.ones_like(whole) for name in alone}
         without = []
@@ -342,7 +351,7 @@ class BalancedTrainer(TransRecTrainer):
         return dict(zip(alone, found, strict=True))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; beside the loss, what of it is the distillation."""
+        """Like `Trainer.log`; beside the loss, log the part of it that is the distillation."""
         if "loss" in logs and self.distilled:
             logs["ckd"] = float(torch.stack(self.distilled).mean())
             self.distilled.clear()
@@ -353,12 +362,12 @@ def item_vectors(
     model: TransRecModel, contents: Mapping[str, tuple[Tensor, Tensor]], present: Tensor, item_rows: Tensor
 ) -> Tensor:
     """
-    Vectors of items that show what `present` says, of what is known of their contents: `(n_items, hidden_size)`.
+    Vectors of items with the modalities in `present`, from the vectors of their contents: `(n_items, hidden_size)`.
 
     Args:
         model ([`TransRecModel`]): The model.
-        contents (`dict[str, tuple[Tensor, Tensor]]`): By modality, vectors `(n, hidden_size)` and items `(n,)`.
-        present (`Tensor` of shape `(n_items, len(MODALITIES))`): Boolean.
+        contents (`dict[str, tuple[Tensor, Tensor]]`): For each modality, vectors `(n, hidden_size)` and items `(n,)`.
+        present (`Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities to use.
         item_rows (`Tensor` of shape `(n_items,)`): Rows in the catalogue.
     """
     shown = {}

@@ -1,4 +1,4 @@
-"""Users' sequences to batches of distinct items and indices into them."""
+"""From sequences of users to batches of distinct items, with indices into them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from ..model.configuration_transrec import TransRecConfig
 
 class TrainingWindows(torch.utils.data.Dataset):
     """
-    Users' sequences cut into windows of a history of at most `max_history` items and its targets. With one target at
-    each position, every item but a user's first is a target once. It knows the epoch, from which the collator draws
-    new negatives.
+    Sequences of users, cut into windows. A window is a history of at most `max_history` items and its targets. With
+    one target at each position, every item except the first of a user is a target once. The windows know the epoch,
+    which gives the collator a new seed for negatives.
 
     Args:
         sequences ([`Sequences`]): The training sequences.
-        max_history (`int`): Items that the model reads.
-        num_targets (`int`, *optional*, defaults to 1): Items after the last one read; see
+        max_history (`int`): Number of items that the model reads.
+        num_targets (`int`, *optional*, defaults to 1): Number of targets after the history; see
             [`~TransRecConfig.num_targets`].
     """
 
     def __init__(self, sequences: Sequences, max_history: int, num_targets: int = 1):
         self.windows = sequences.windows(max_history + num_targets)
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # for workers that outlive an epoch
+        self._epoch = torch.zeros(
+            1, dtype=torch.long
+        ).share_memory_()  # shared with workers that live longer than an epoch
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -50,15 +52,15 @@ def draw_negatives(
     rng: np.random.Generator, num_items: int, seen: np.ndarray, num_negatives: int, rounds: int = 100
 ) -> np.ndarray:
     """
-    Items drawn uniformly from the catalogue without each user's own.
+    Negatives for each user, drawn uniformly from the catalogue without the user's own items.
 
     Args:
         seen (`np.ndarray` of shape `(n_users, length)`): Each user's own items, `-1` for padding.
         num_negatives (`int`): Items per user.
 
     Returns:
-        `np.ndarray` of shape `(n_users, num_negatives)`; `-1` where `rounds` of drawing found none, as for a user who
-        has seen the whole catalogue.
+        `np.ndarray` of shape `(n_users, num_negatives)`; `-1` where `rounds` draws found none, for example for a user
+        who has chosen the whole catalogue.
     """
     users = np.arange(len(seen))[:, None]
     own = np.unique((users * num_items + seen)[seen != PADDING])
@@ -74,13 +76,13 @@ def draw_negatives(
 
 def draw_hidden(rng: np.random.Generator, present: np.ndarray, probability: float) -> np.ndarray:
     """
-    What modality dropout hides: with this probability, of an item that has several modalities, one of them.
+    The contents that modality dropout hides: of each item with several modalities, one of them with this probability.
 
     Args:
-        present (`np.ndarray` of shape `(n_items, n_modalities)`): Boolean, what each item has.
+        present (`np.ndarray` of shape `(n_items, n_modalities)`): Boolean, the modalities of each item.
 
     Returns:
-        `np.ndarray` of the same shape, boolean.
+        `np.ndarray` of the same shape, boolean: the modalities to hide.
     """
     counts = present.sum(axis=1)
     hides = (rng.random(len(present)) < probability) & (counts > 1)
@@ -91,27 +93,31 @@ def draw_hidden(rng: np.random.Generator, present: np.ndarray, probability: floa
 @dataclass
 class DataCollatorForNextItem:
     """
-    Collates users' sequences for next-item prediction: each real item of the batch is prepared once, and histories,
-    targets and negatives are indices into those distinct items. Padding is never encoded.
+    Makes batches for next-item prediction from sequences of users. Each distinct item of a batch is prepared once, and
+    histories, targets and negatives are indices into these items. Padding is never encoded.
 
-    The negatives of a batch, and which windows of long sounds and videos it has, depend on `seed`, the epoch and the
-    batch's users only, not on the global random state or the number of workers, so a resumed run draws the same ones.
+    The negatives of a batch, and the windows of its long sounds and videos, depend only on `seed`, the epoch and the
+    users of the batch, not on the global random state or the number of workers. So a resumed run draws the same ones.
 
     Args:
-        source ([`ItemSource`]): Where items come from.
-        config ([`TransRecConfig`]): Of the model; gives the objective and the history length `L`.
-        log_popularity (`np.ndarray` of shape `(len(source),)`): Log of each item's share of the training data.
-        seed (`int`, *optional*, defaults to 0): Of the negatives.
-        modality_dropout (`float`, *optional*, defaults to 0.0): Probability with which one modality of an item that
-            has several is hidden in a batch, see [`draw_hidden`]. Drawn as the negatives are, but from a stream of its
-            own: these stay the same.
+        source ([`ItemSource`]): The items.
+        config ([`TransRecConfig`]): The configuration of the model, with the objective and the history length.
+        log_popularity (`np.ndarray` of shape `(len(source),)`): Logarithm of each item's share of the training data.
+        seed (`int`, *optional*, defaults to 0): Seed of the negatives.
+        modality_dropout (`float`, *optional*, defaults to 0.0): Probability of hiding, in a batch, one modality of an
+            item that has several, see [`draw_hidden`]. It has a separate random stream, so it does not change the
+            negatives.
 
-    Call it with a list of `{"items": catalogue rows, "timestamps": of each, "user": int, "epoch": int}`, as
-    [`TrainingWindows`] yields them, each of at least two items. It returns `items`, an [`ItemBatch`], and
-    `log_popularity` `(n_items,)`, `history_index` `(n_users, L)`, `target_index` (`(n_users, L)`, or `(n_users, P)`
-    for `"cpc"`) and, where the objective draws them, `negative_index` (`(n_users, N)` for `"cpc"`, `(n_users, L, N)`
-    for `"bce"` and `"bpr"`, `(N,)` for `"sampled_softmax"`), where `L` is the longest history of the batch; and
-    `timestamps` `(n_users, L)` for a model with `time_buckets`. The targets of `"masked"` are items of the history.
+    Call it with a list of `{"items": catalogue rows, "timestamps": of each item, "user": int, "epoch": int}` with at
+    least two items each, as [`TrainingWindows`] yields them. It returns a dictionary. `L` is the longest history of
+    the batch, `P` the number of positives, `N` the number of negatives.
+
+    - `items`, an [`ItemBatch`] of the distinct items, and their `log_popularity` `(n_items,)`;
+    - `history_index` `(n_users, L)`, and `target_index` `(n_users, L)`, or `(n_users, P)` for `"cpc"`; the targets of
+      `"masked"` are items of the history;
+    - `negative_index`, if the objective draws negatives: `(n_users, N)` for `"cpc"`, `(n_users, L, N)` for `"bce"` and
+      `"bpr"`, `(N,)` for `"sampled_softmax"`;
+    - `timestamps` `(n_users, L)` for a model with `time_buckets`.
     """
 
     source: ItemSource
@@ -159,8 +165,8 @@ class DataCollatorForNextItem:
 
     def split(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        A sequence's history and targets: shifted by one, for `"cpc"` its last items and what is before them, for
-        `"masked"` all items twice.
+        The history and the targets of a sequence. By default the targets are the history shifted by one. For `"cpc"`
+        the targets are the last items, and the history is everything before. For `"masked"` both are all items.
         """
         if len(items) < 2:
             raise ValueError("a training sequence needs at least two items: a history and a target")
@@ -174,7 +180,7 @@ class DataCollatorForNextItem:
         return items[:-1], items[1:]
 
     def hidden(self, rng: np.random.Generator, real: np.ndarray) -> np.ndarray:
-        """Which of the `real` `(n_users, L)` items of histories are hidden: in each at least one, then its last."""
+        """Which of the `real` items of histories, `(n_users, L)`, are hidden: at least one in each history."""
         hidden = real & (rng.random(real.shape) < self.config.mask_probability)
         none = ~hidden.any(axis=1)
         hidden[none, real[none].sum(axis=1) - 1] = True
@@ -182,11 +188,11 @@ class DataCollatorForNextItem:
 
     @cached_property
     def _cumulative(self) -> np.ndarray:
-        """Popularity, summed up over the catalogue."""
+        """The cumulative popularity over the catalogue."""
         return np.cumsum(np.exp(self.log_popularity.astype(np.float64)))
 
     def negatives(self, rng: np.random.Generator, slots: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """The catalogue rows of the negatives that the objective draws, empty if it draws none."""
+        """The catalogue rows of the negatives for the objective; empty if it draws none."""
         num_items, num_negatives = len(self.source), self.config.num_negatives
         if self.config.objective == "cpc":
             return draw_negatives(rng, num_items, slots, num_negatives)

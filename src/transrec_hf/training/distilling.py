@@ -1,4 +1,4 @@
-"""Distillation: a smaller model learns the item vectors of another one from a catalogue, and then its user states."""
+"""Distillation: a smaller model learns the item vectors of a larger one from a catalogue, and then its user states."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from .parameters import part_of
 
 logger = logging.get_logger(__name__)
 
-SHARPNESS = 20.0  # of the cosines of items to each other, whose distributions a student matches
-RANKING = 1.0  # weight of that beside the cosine to the teacher's vector
-HELD_OUT = 0.05  # of the items, from which it is told how near the student is
-RIDGE = 1e-3  # of the map from a student's states to a teacher's vectors, as a share of their mean variance
-USERS = 128  # a step in which user states are learned
+SHARPNESS = 20.0  # factor of the cosines between items, before the softmax whose distribution a student matches
+RANKING = 1.0  # weight of this ranking loss, relative to the cosine to the teacher's vector
+HELD_OUT = 0.05  # share of the items on which the cosine to the teacher is measured
+RIDGE = 1e-3  # ridge penalty of the map from states to vectors, as a share of the mean variance of the states
+USERS = 128  # users in a step that teaches user states
 
 
 def fewer_blocks(tower: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """
-    A tower with some of the blocks of another one, and its other weights.
+    A tower with some of the blocks of another tower, and all its other weights.
 
     Args:
-        tower (`PreTrainedModel`): Of blocks that are all alike, as Transformers have them.
-        kept (`Sequence[int]`): Which blocks, from 0.
+        tower (`PreTrainedModel`): A tower whose blocks have equal shapes, such as a Transformer.
+        kept (`Sequence[int]`): Numbers of the blocks to keep, from 0.
 
     Raises:
-        `ValueError`: If it cannot do without blocks.
+        `ValueError`: If blocks of the tower cannot be left out.
     """
     blocks = tower_blocks(tower)
     config = copy.deepcopy(tower.config)
@@ -70,32 +70,37 @@ def fewer_blocks(tower: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
 
 
 def evenly(total: int, number: int) -> list[int]:
-    """`number` blocks of `total`, the first and the last one among them; of one, the first."""
+    """`number` of `total` blocks, evenly spaced, with the first and the last one; a single one is the first."""
     return [round(i * (total - 1) / max(1, number - 1)) for i in range(number)]
 
 
 def make_student(teacher: TransRecModel, num_blocks: int | None = None, **towers: PreTrainedModel) -> TransRecModel:
     """
-    A smaller model that starts as its teacher, as far as it can.
+    A smaller model that starts from the weights of its teacher, as far as they fit.
 
     Args:
         teacher ([`TransRecModel`]): The model to learn from. User encoder, priors and scales are copied.
-        num_blocks (`int`, *optional*): Blocks of each tower that stay, evenly spaced; of Transformers that have more.
-        towers (`PreTrainedModel`): Other towers instead, by their names in the table, e.g. `text_model`.
+        num_blocks (`int`, *optional*): Number of blocks to keep of each Transformer tower, evenly spaced.
+        towers (`PreTrainedModel`): Other towers, by their names in the model, e.g. `text_model`.
 
     Raises:
-        `ValueError`: If nothing becomes smaller, a tower is of no modality of the teacher, or it has ID vectors.
+        `ValueError`: If nothing becomes smaller, a tower is for a modality that the teacher does not read, or the
+            teacher has ID vectors.
     """
     if teacher.config.num_items is not None:
-        raise ValueError("a model with ID vectors has no smaller one of content alone that says the same")
+        raise ValueError(
+            "a model with ID vectors cannot be distilled into a model of content: train a teacher without ID vectors"
+        )
     of_teacher = {str(MODALITIES[name].tower): tower for name, tower in teacher.item_encoder.towers.items()}
     unknown = towers.keys() - of_teacher.keys()
     if unknown:
-        raise ValueError(f"the teacher has no {sorted(unknown)[0]}: it has {', '.join(of_teacher) or 'no tower'}")
+        raise ValueError(
+            f"the teacher has no {sorted(unknown)[0]}, but {', '.join(of_teacher) or 'no tower'}: leave it out"
+        )
     made = dict(towers)
     for name, tower in of_teacher.items():
         if name not in made and num_blocks is not None and len(tower_blocks(tower)) > num_blocks:
-            with suppress(ValueError):  # of convolutions, whose blocks are not alike: it stays whole
+            with suppress(ValueError):  # a tower of convolutions, whose blocks differ, stays whole
                 made[name] = fewer_blocks(tower, evenly(len(tower_blocks(tower)), num_blocks))
     if not made:
         raise ValueError("the student would be as large as its teacher: give fewer blocks, or a smaller tower")
@@ -129,7 +134,7 @@ def content_vectors_of(model: TransRecModel, source: ItemSource, name: str, rows
 
 
 def _steps(optimizer: torch.optim.Optimizer, total: int, description: str) -> Iterator[None]:
-    """A rate that rises for a twentieth of the steps and falls to zero after, as a cosine; a bar shows them."""
+    """Steps with a learning rate that rises for a twentieth of them and then falls to zero as a cosine; with a bar."""
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / (0.05 * total + 1)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
@@ -145,8 +150,8 @@ def _steps(optimizer: torch.optim.Optimizer, total: int, description: str) -> It
 @torch.no_grad()
 def align(projection: nn.Module, states: Tensor, targets: Tensor) -> None:
     """
-    Let an item map begin as the linear map that takes a student's states `(n, width)` nearest to a teacher's vectors
-    `(n, hidden_size)`; of a whitened one it becomes the axes. One with a hidden layer stays as it is.
+    Set an item map to the linear map that brings the student's states `(n, width)` nearest to the teacher's vectors
+    `(n, hidden_size)`. In a whitened item map it replaces the axes. A map with a hidden layer stays as it is.
     """
     states, targets = states.double(), targets.double()
     mean, centre = states.mean(dim=0), targets.mean(dim=0)
@@ -165,8 +170,8 @@ def align(projection: nn.Module, states: Tensor, targets: Tensor) -> None:
 
 def vector_loss(found: Tensor, wanted: Tensor) -> Tensor:
     """
-    How far vectors `(n, d)` are from those of a teacher, `(n, d)`: one minus the cosine, and the divergence between
-    how each ranks the teacher's others.
+    The distance of vectors `(n, d)` from those of a teacher, `(n, d)`: one minus the cosine, plus the divergence
+    between their rankings of the teacher's other vectors.
     """
     found, wanted = F.normalize(found.float(), dim=-1), F.normalize(wanted.float(), dim=-1)
     alone = torch.eye(len(wanted), dtype=torch.bool, device=wanted.device)
@@ -195,19 +200,21 @@ def distill_items(
     Args:
         student ([`TransRecModel`]): See [`make_student`]; changed in place.
         teacher ([`TransRecModel`]): The model to learn from.
-        source ([`ItemSource`]): Items, of any catalogue that is like the one to serve.
-        own ([`ItemSource`], *optional*): The same items by the student's processor, if it has one of its own.
-        epochs (`int`, *optional*, defaults to 3): Passes over the items. With 0, only item maps are fitted.
-        batch_size (`int`, *optional*, defaults to 128): Items a step.
-        learning_rate (`float`, *optional*, defaults to 1e-3): Peak rate of the projections.
-        tower_learning_rate (`float`, *optional*, defaults to 1e-4): Peak rate of the towers.
-        seed (`int`, *optional*, defaults to 0): Of the held-out items and the batches.
+        source ([`ItemSource`]): Items of any catalogue that is similar to the one to serve.
+        own ([`ItemSource`], *optional*): The same items with the student's processor, if it differs from the
+        teacher's.
+        epochs (`int`, *optional*, defaults to 3): Epochs over the items. With 0, only item maps are fitted.
+        batch_size (`int`, *optional*, defaults to 128): Items in a step.
+        learning_rate (`float`, *optional*, defaults to 1e-3): Peak learning rate of the projections.
+        tower_learning_rate (`float`, *optional*, defaults to 1e-4): Peak learning rate of the towers.
+        seed (`int`, *optional*, defaults to 0): Seed of the held-out items and the batches.
 
     Returns:
-        `dict[str, float]`: By modality, the mean cosine of the student's vectors to the teacher's on held-out items.
+        `dict[str, float]`: For each modality, the mean cosine between the vectors of student and teacher on held-out
+            items.
 
     Raises:
-        `ValueError`: If their vectors have different widths.
+        `ValueError`: If the vectors of student and teacher have different widths.
     """
     if student.config.hidden_size != teacher.config.hidden_size:
         raise ValueError(
@@ -232,7 +239,7 @@ def distill_items(
             content_vectors_of(model, items, name, kept_out) for model, items in ((student, own), (teacher, source))
         )
         if torch.allclose(found, known, atol=1e-5):
-            cosines[name] = 1.0  # of a tower that stays as it is
+            cosines[name] = 1.0  # the tower stays as it is
             continue
         wanted = torch.zeros(len(source), teacher.config.hidden_size)
         wanted[rows] = content_vectors_of(teacher, source, name, rows)
@@ -259,7 +266,7 @@ def _teach(
     rates: dict[str, float],
     rng: np.random.Generator,
 ) -> None:
-    """Train what the contents of one modality pass, but for what reads tokens or pixels first."""
+    """Train the parts that the contents of one modality pass, except the embeddings of tokens or pixels."""
     student.requires_grad_(False)
     for module in student.item_encoder.parts_of(name):
         module.requires_grad_(True)
@@ -294,20 +301,21 @@ def distill_users(
     seed: int = 0,
 ) -> float:
     """
-    Teach a student the user states of its teacher, on the item vectors that each of them has; towers stay.
+    Teach a student the user states of its teacher. Each reads its own item vectors, and the towers stay as they are.
 
     Args:
-        student ([`TransRecModel`]): Which knows the item vectors, see [`distill_items`]; changed in place.
+        student ([`TransRecModel`]): A student of [`distill_items`]; changed in place.
         teacher ([`TransRecModel`]): The model to learn from.
         source ([`ItemSource`]): The items.
-        train ([`Sequences`]): Histories.
-        own ([`ItemSource`], *optional*): The same items by the student's processor, if it has one of its own.
-        epochs (`int`, *optional*, defaults to 1): Passes over them.
-        learning_rate (`float`, *optional*, defaults to 1e-4): Peak rate.
-        seed (`int`, *optional*, defaults to 0): Of the batches.
+        train ([`Sequences`]): Training sequences.
+        own ([`ItemSource`], *optional*): The same items with the student's processor, if it differs from the
+        teacher's.
+        epochs (`int`, *optional*, defaults to 1): Epochs over the sequences.
+        learning_rate (`float`, *optional*, defaults to 1e-4): Peak learning rate.
+        seed (`int`, *optional*, defaults to 0): Seed of the batches.
 
     Returns:
-        `float`: The mean cosine of the student's states to the teacher's in the last tenth of the steps.
+        `float`: The mean cosine between the states of student and teacher in the last tenth of the steps.
     """
     rng, length = np.random.default_rng(seed), student.config.max_position_embeddings
     teacher.eval()

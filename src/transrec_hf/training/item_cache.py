@@ -1,4 +1,4 @@
-"""Item vectors of earlier training steps, read again in histories."""
+"""Item vectors of earlier training steps, which histories use again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 class ItemCache:
     """
-    Vectors of items as they were encoded in earlier steps. An item that a batch reads in histories only, and neither
-    as a target nor as a negative, is not encoded again while its vector is young enough (as in SpeedyFeed; Xiao et
-    al., KDD 2022). A cached vector passes no gradient on and is a little stale: cheaper steps, not the same ones.
+    Item vectors that were computed in earlier steps. If an item occurs in a batch only in histories (neither as a
+    target nor as a negative) and its vector is recent enough, it is not encoded again (as in SpeedyFeed; Xiao et al.,
+    KDD 2022). A cached vector has no gradient and is slightly outdated, so steps are cheaper, but not the same.
 
     Args:
-        num_items (`int`): Items of the catalogue.
-        hidden_size (`int`): Of the vectors.
-        max_age (`int`): Steps for which a vector is used.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the vectors are kept.
+        num_items (`int`): Number of items of the catalogue.
+        hidden_size (`int`): Length of the vectors.
+        max_age (`int`): Number of steps for which a vector is used.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device on which the vectors are kept.
     """
 
     def __init__(self, num_items: int, hidden_size: int, max_age: int, device: torch.device | str = "cpu"):
@@ -27,7 +27,7 @@ class ItemCache:
         self.encoded_at = torch.full((num_items,), -max_age - 1, device=device)
 
     def leave_out(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """A training batch that gives vectors, `item_embeds`, in place of the contents of the items it knows."""
+        """The training batch with vectors (`item_embeds`) in place of the contents of the items in the cache."""
         rows = batch["items"].item_rows
         scored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for name in ("target_index", "negative_index"):

@@ -1,4 +1,4 @@
-"""Pre-training on several platforms: batches of one domain each, under the statistics of that domain."""
+"""Pre-training on several data sets: each batch is from one of them, and uses its statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .trainer import TransRecTrainer
 
 
 class MixedWindows(Dataset):
-    """The training windows of several domains, one after the other; each says which `domain` it is of."""
+    """The training windows of several data sets, one after the other; each names its `domain`."""
 
     def __init__(self, parts: Sequence[TrainingWindows]):
         self.parts = parts
@@ -47,15 +47,15 @@ class MixedWindows(Dataset):
 
 class OneDomainABatch(Sampler):
     """
-    Windows in an order of which each batch is of one domain. An epoch has as many batches as the domains have
-    together; a domain is drawn by its number of batches to the power of `temperature`: 1 draws each window alike, 0
-    each domain.
+    An order of windows in which each batch comes from one data set. An epoch has as many batches as all data sets
+    together. A data set is drawn with a probability proportional to its number of batches to the power of
+    `temperature`: 1 draws all windows alike, 0 all data sets.
 
     Args:
         windows ([`MixedWindows`]): The windows.
-        batch_size (`int`): Of the batches.
+        batch_size (`int`): Number of windows of a batch.
         temperature (`float`, *optional*, defaults to 0.5): See above.
-        seed (`int`, *optional*, defaults to 0): Of the order, with the epoch.
+        seed (`int`, *optional*, defaults to 0): Seed of the order, which also depends on the epoch.
     """
 
     def __init__(self, windows: MixedWindows, batch_size: int, temperature: float = 0.5, seed: int = 0):
@@ -80,22 +80,22 @@ class OneDomainABatch(Sampler):
 
 class MixedTrainer(TransRecTrainer):
     """
-    A [`TransRecTrainer`] on several domains. Each batch is of one of them, whose popularity the loss reads and by
-    whose statistics a whitened item map whitens. Reports pool the users of all domains, and tell the domains apart in
-    a slice.
+    A [`TransRecTrainer`] on several data sets (domains). Each batch comes from one of them; the loss uses its
+    popularity, and a whitened item map its statistics. Reports pool the users of all data sets, and also give the
+    metrics of each.
 
     Args:
-        domains (`dict[str, tuple[Catalogue, Split]]`): By name, at least one. The statistics of the first one stay
-            with the model.
+        domains (`dict[str, tuple[Catalogue, Split]]`): One or more data sets by name. The saved model has the
+            statistics of the first one.
         temperature (`float`, *optional*, defaults to 0.5): See [`OneDomainABatch`].
-        similarity (`str`, *optional*): `"grad_cosine"` weighs the steps of sources by how much they go the way of the
-            target, see [`GradientSimilarity`]; reports then have the cosines of all domains, `gradient_cosines`.
-        target (`str`, *optional*): Name of the domain that is the target then.
-        kwargs: Of [`TransRecTrainer`].
+        similarity (`str`, *optional*): `"grad_cosine"` weighs the steps on sources by how well their gradients agree
+            with the target's, see [`GradientSimilarity`]. Reports then hold all cosines, `gradient_cosines`.
+        target (`str`, *optional*): With `similarity`, the name of the data set that is the target.
+        kwargs: Further arguments of [`TransRecTrainer`].
 
     Raises:
-        [`DataError`]: If there is nothing to train on in one of the domains, by its name.
-        `ValueError`: If the model learns vectors by item ID, which are of one catalogue, or several processes train.
+        [`DataError`]: If a data set has nothing to train on; the message names it.
+        `ValueError`: If the model has ID vectors, which belong to one catalogue, or several processes train.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class MixedTrainer(TransRecTrainer):
         check_similarity(similarity, target, domains, args)
         if model.config.num_items is not None:
             raise ValueError(
-                "ID vectors are of one catalogue: leave out hybrid or id_baseline, or train on one domain"
+                "ID vectors belong to one catalogue: leave out hybrid or id_baseline, or train on one data set"
             )
         if args.world_size > 1 or args.item_cache_age is not None:
-            raise ValueError("several domains train in one process and without item_cache_age")
+            raise ValueError("several data sets need a single process, and no item_cache_age: leave it out")
         own = {name: value for name, value in kwargs.items() if name in ("processing_class", "protocol")}
         make: Callable[..., TransRecTrainer] = partial(TransRecTrainer, model, **own)
         self.parts: dict[str, TransRecTrainer] = {}
@@ -140,7 +140,7 @@ class MixedTrainer(TransRecTrainer):
             part.fill_store()
 
     def prepare_model(self) -> None:
-        """As in one domain, one after the other; the statistics of each are kept."""
+        """Prepare the model on one data set after the other; the statistics of each are kept."""
         self.is_prepared = True
         for name, part in self.parts.items():
             part.prepare_model()
@@ -155,13 +155,13 @@ class MixedTrainer(TransRecTrainer):
 
     @torch.no_grad()
     def use(self, name: str) -> None:
-        """Give the model the statistics of a domain."""
+        """Give the model the statistics of a data set."""
         for module, statistics in zip(self._whitened(), self.whitening[name], strict=True):
             for statistic, value in statistics.items():
                 getattr(module, statistic).copy_(value)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of one domain each."""
+        """Training batches, each from one data set."""
         collators = [part.make_collator() for part in self.parts.values()]
 
         def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -184,16 +184,18 @@ class MixedTrainer(TransRecTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; beside the loss, how much each source goes the way of the target."""
+        """Like `Trainer.log`; beside the loss, log the cosine of each source with the target."""
         if "loss" in logs and self.gradients is not None:
             cosines = {name: self.gradients.cosine(name, self.gradients.target) for name in self.gradients.averages}
             logs |= {f"cosine_{name}": cosine for name, cosine in cosines.items() if name != self.gradients.target}
         super().log(logs, *args, **kwargs)
 
     def _rank(self, sequences: Sequences, split: str, prefix: str, max_users: int | None = None) -> PredictionOutput:
-        """The pooled metrics of all domains. Items of several catalogues make no lists: evaluate alone uses it."""
+        """The pooled metrics of all data sets, for `evaluate`; there are no lists of items from several catalogues."""
         if prefix != "eval" and not prefix.startswith("eval_"):
-            raise ValueError("several domains make no lists together: predict with a trainer of one domain")
+            raise ValueError(
+                "items of several data sets cannot be in one list: predict with a trainer of one data set"
+            )
         started = time.time()
         report = self.report(sequences, split, baselines=False, max_users=max_users)
         metrics = {f"{prefix}_{name}": value for name, value in report["metrics"].items()}
@@ -208,7 +210,7 @@ class MixedTrainer(TransRecTrainer):
         content_vectors: torch.Tensor | None = None,
         max_users: int | None = None,
     ) -> dict[str, Any]:
-        """Of the validation or the test targets of all domains: see [`TransRecTrainer.report`]."""
+        """The report on the validation or test targets of all data sets: see [`TransRecTrainer.report`]."""
         if not self.is_prepared:
             self.prepare_model()
         reports = {}
@@ -225,7 +227,7 @@ class MixedTrainer(TransRecTrainer):
 
     @functools.cached_property
     def statistics(self) -> dict[str, Any]:
-        """The counts of all domains, and the statistics of each."""
+        """The counts of all data sets together, and the statistics of each."""
         domains = [part.statistics for part in self.parts.values()]
         counts = {name: sum(domain[name] for domain in domains) for name in domains[0] if name.startswith("num_")}
         return {"source": ", ".join(self.parts), **counts, "domains": domains}
@@ -234,23 +236,23 @@ class MixedTrainer(TransRecTrainer):
 def check_similarity(
     similarity: str | None, target: str | None, domains: Collection[str], args: TransRecTrainingArguments
 ) -> None:
-    """Raises `ValueError` for a similarity of domains that cannot be measured."""
+    """Raises `ValueError` if the similarity of the data sets cannot be measured."""
     if similarity not in (None, *SIMILARITIES):
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
     if (similarity is None) != (target is None):
-        raise ValueError("similarity and target belong together: what the domains are to be similar to, and by what")
+        raise ValueError("similarity and target need each other: give both, or leave out both")
     if target is not None and (target not in domains or len(domains) < 2):
-        raise ValueError(f"the target {target!r} must be one of several domains, and there are {', '.join(domains)}")
+        raise ValueError(f"the target {target!r} must be one of the data sets, which are {', '.join(domains)}")
     if similarity is not None and args.gradient_accumulation_steps > 1:
         raise ValueError(
-            f"similarity {similarity!r} weighs steps of one domain: leave out gradient_accumulation_steps"
+            f"similarity {similarity!r} needs steps on one data set: leave out gradient_accumulation_steps"
         )
 
 
 def pooled(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
-    One report of the users of several domains. Its metrics are means over all users, its intervals those of a sum of
-    independent means; its slices are the domains.
+    One report on the users of several data sets. Its metrics are means over all users, its intervals those of a sum of
+    independent means, and its slices are the data sets.
     """
     users = {name: report["protocol"]["num_users"] for name, report in reports.items()}
     shares = {name: count / sum(users.values()) for name, count in users.items()}

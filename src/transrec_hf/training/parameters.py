@@ -1,4 +1,4 @@
-"""Parts of a model, each with a rate and a decay of its own."""
+"""Parts of a model, each with its own learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .arguments import TransRecTrainingArguments
 
 
 def part_of(name: str) -> str:
-    """Which part of a model a parameter belongs to: `"tower"`, `"projection"` or `"user_encoder"`."""
+    """The part of a model to which a parameter belongs: `"tower"`, `"projection"` or `"user_encoder"`."""
     if any(f"{modality.tower}." in name for modality in MODALITIES.values() if modality.tower):
         return "tower"
-    # the ID baseline's table is learned from scratch like the user encoder
+    # ID vectors are learned from scratch, like the user encoder
     return "projection" if "item_encoder." in name and "item_embedding" not in name else "user_encoder"
 
 
 def parameter_groups(model: nn.Module, args: TransRecTrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """
-    Optimizer groups of the trainable parameters: a learning rate and a weight decay for each part, and no decay for
-    biases and norms.
+    Optimizer groups of the trainable parameters, with a learning rate and a weight decay for each part. Biases and
+    norms have no weight decay.
 
     Args:
         model (`nn.Module`): The model.
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, args: TransRecTrainingArguments, decayed:
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name in decayed and parameter.dim() > 1  # the scales of batch norms are not among the norms known
+            decays = name in decayed and parameter.dim() > 1  # `Trainer` does not know batch norms
             groups.setdefault((part_of(name), decays), []).append(parameter)
     return [
         {"params": parameters, "lr": rates[part][0], "weight_decay": rates[part][1] if decays else 0.0}

@@ -1,4 +1,4 @@
-"""What a training run will take on this machine, found out before it is started."""
+"""Planning: the time, memory and disk space of a training run on this machine, before it is started."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from .calibration import BATCHES, Calibration, Costs, Counts, count_items, memor
 from .collator import DataCollatorForNextItem, TrainingWindows
 
 
-FACTORS = (2, 4, 8)  # by which larger batches are looked at
-ROOM = 0.7  # of the memory, which a run may take: the allocator of a CPU holds up to 1.4 times what it has handed out
-WORTH = 0.9  # of the time, to which a change has to bring it down
+FACTORS = (2, 4, 8)  # factors of the larger batches that are considered
+ROOM = 0.7  # share of the memory that a run may use: the allocator of a CPU holds up to 1.4 times what is in use
+WORTH = 0.9  # a change must reduce the time to this share
 
 
 @dataclass(frozen=True)
 class Forecast:
     """
-    What a way of training takes.
+    The predicted costs of one way of training.
 
     Args:
-        prepare_seconds (`float`): To read, decode and collate a batch, in one process.
-        step_seconds, epoch_seconds (`float`): Of training; this includes what is not prepared meanwhile by workers.
-        evaluation_seconds (`float`): Of encoding the catalogue and ranking the validation targets.
+        prepare_seconds (`float`): Seconds to read, decode and collate a batch, in one process.
+        step_seconds, epoch_seconds (`float`): Seconds of training, with the waiting for batches.
+        evaluation_seconds (`float`): Seconds to encode the catalogue and rank the validation targets.
         step_tflop, epoch_tflop (`float`): 10^12 floating-point operations of training.
-        tower_share (`float`): How much of them the towers take.
-        memory_gb (`float`): 2^30 bytes at the peak; of the GPU, or of the process on the host.
-        chunk_memory_gb (`dict[int, float]`): The same by `item_chunk_size`.
+        tower_share (`float`): Share of these operations in the towers.
+        memory_gb (`float`): Peak memory in 2^30 bytes, of the GPU or of the process on the host.
+        chunk_memory_gb (`dict[int, float]`): The peak memory for each `item_chunk_size`.
     """
 
     prepare_seconds: float
@@ -61,22 +61,23 @@ class Forecast:
 @dataclass(frozen=True)
 class Plan:
     """
-    A run and what it takes.
+    A run and its predicted costs.
 
     Args:
-        machine, dtype (`str`): Where and in which precision was calibrated.
-        steps_per_epoch (`int`): Batches of an epoch.
-        step ([`Counts`]): Of a batch.
-        larger_steps (`dict[int, Counts]`): Of batches of several times as many users.
-        larger_batches (`dict[int, Forecast]`): Of the run with those.
-        without_store ([`Forecast`]): Where frozen blocks run in every step.
-        with_store ([`Forecast`], *optional*): Where an [`ActivationStore`] has their states; `None` if there are none.
-        uses_store (`bool`): Which of the two the run is.
-        store_pays (`bool`): Whether the run would save more time by a store than it takes to fill.
-        fill_seconds, store_gb (`float`): To fill the store once, and its size on the disk in 2^30 bytes.
-        available_gb (`float`): Memory of the device that the run could have.
-        calibration_seconds (`float`): That it took to find out.
-        advice (`list[str]`): What to change, or not, and why.
+        machine, dtype (`str`): The machine and the precision of the measurement.
+        steps_per_epoch (`int`): Number of batches of an epoch.
+        step ([`Counts`]): Counts of a batch.
+        larger_steps (`dict[int, Counts]`): Counts of batches of several times as many users, by factor.
+        larger_batches (`dict[int, Forecast]`): Costs of the run with these batches, by factor.
+        without_store ([`Forecast`]): Costs if frozen blocks run in every step.
+        with_store ([`Forecast`], *optional*): Costs if an [`ActivationStore`] has their states; `None` if no block is
+            frozen.
+        uses_store (`bool`): Whether the run uses a store.
+        store_pays (`bool`): Whether a store saves more time than filling it takes.
+        fill_seconds, store_gb (`float`): Seconds to fill the store once, and its size on the disk in 2^30 bytes.
+        available_gb (`float`): Memory of the device that is available to the run.
+        calibration_seconds (`float`): Seconds that the measurement took.
+        advice (`list[str]`): What to change or to leave, and why.
     """
 
     machine: str
@@ -97,17 +98,19 @@ class Plan:
 
     @property
     def forecast(self) -> Forecast:
-        """Of the run as it was asked for."""
+        """The costs of the run with the given options."""
         return self.with_store if self.uses_store and self.with_store is not None else self.without_store
 
     @property
     def advised(self) -> Forecast:
-        """Of the run with a store if that pays: what the other pieces of advice go out from."""
+        """The costs of the run, with a store if that pays; the other advice starts from these."""
         return self.with_store if self.store_pays and self.with_store is not None else self.forecast
 
 
 def side_by_side(prepare: float, compute: float, workers: int, device: torch.device) -> float:
-    """Seconds of a step whose batch is prepared before it, or by workers beside it; on a CPU they share its cores."""
+    """
+    Seconds of a step whose batch is prepared before it, or at the same time by workers, which share the CPU cores.
+    """
     if not workers:
         return prepare + compute
     shared = prepare / (os.cpu_count() or 1) if device.type == "cpu" else 0.0
@@ -116,8 +119,8 @@ def side_by_side(prepare: float, compute: float, workers: int, device: torch.dev
 
 def training_bytes(counts: Counts, costs: Costs, chunk: int | None = None) -> float:
     """
-    What a step makes at its peak: texts are encoded bucket by bucket, then the images at once, then comes the rest.
-    Until the backward pass each keeps what that reads; with a chunk size nothing, and fewer items are encoded at once.
+    Peak bytes of a step. Texts are encoded bucket by bucket, then the images together, then the rest. All keep their
+    activations until the backward pass; with a chunk size they keep none, and fewer items are encoded at a time.
     """
     at_once = counts.at_once
     if chunk is not None:
@@ -132,7 +135,7 @@ def training_bytes(counts: Counts, costs: Costs, chunk: int | None = None) -> fl
 
 
 def encoding_bytes(counts: Counts, costs: Costs, batch_size: int) -> float:
-    """What one batch of the items in `counts` makes at its peak when all of them are encoded."""
+    """Peak bytes of one batch when all items in `counts` are encoded."""
     share = min(1.0, batch_size / counts.items)
     units = {modality: count * share for modality, count in counts.units.items()}
     at_once = {modality: min(counts.at_once[modality], count) for modality, count in units.items()}
@@ -141,7 +144,7 @@ def encoding_bytes(counts: Counts, costs: Costs, batch_size: int) -> float:
 
 
 def encoding_seconds(counts: Counts, costs: Costs, args: TransRecTrainingArguments) -> float:
-    """Of all items in `counts`, without gradients."""
+    """Seconds to encode all items in `counts` without gradients."""
     compute = sum(cost.eval_seconds * counts.units[modality] for modality, cost in costs.towers.items())
     return side_by_side(costs.prepare_seconds * counts.items, compute, args.dataloader_num_workers, args.device)
 
@@ -155,14 +158,14 @@ def make_forecast(
     filling: float = 0.0,
 ) -> Forecast:
     """
-    From what the pieces take to what a run takes.
+    Compute the costs of a run from the costs of its parts.
 
     Args:
         args ([`TransRecTrainingArguments`]): The arguments.
-        num_steps (`int`): Of an epoch.
-        step, everything ([`Counts`]): What a step encodes, and what an evaluation does.
-        costs ([`Costs`]): What the pieces take.
-        filling (`float`, *optional*): Bytes that the filling of a store makes at its peak.
+        num_steps (`int`): Number of steps of an epoch.
+        step, everything ([`Counts`]): What a step encodes, and what an evaluation encodes.
+        costs ([`Costs`]): The costs of the parts.
+        filling (`float`, *optional*): Peak bytes of filling a store.
     """
 
     def total(which: str) -> float:
@@ -203,20 +206,21 @@ def plan_run(
     seconds: float = 10.0,
 ) -> Plan:
     """
-    Predict what [`TransRecTrainer`] with these arguments takes on this machine, in one process.
+    Predict the costs of a run of [`TransRecTrainer`] with these arguments on this machine, in one process.
 
     Args:
-        model ([`TransRecModel`]): The model; it is frozen and run as in training, but learns nothing.
+        model ([`TransRecModel`]): The model. It is frozen and run as in training, but does not change.
         args ([`TransRecTrainingArguments`]): The arguments. `item_cache_age` and `torch_compile` are not considered.
         catalogue ([`Catalogue`]): The items.
         split ([`Split`]): Training and validation sequences.
-        processing_class ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        processing_class ([`TransRecProcessor`], *optional*): The processor of the model; the ID baseline has none.
         protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): How targets are ranked.
-        seconds (`float`, *optional*, defaults to 10): To spend on calibration, about: large towers take longer.
+        seconds (`float`, *optional*, defaults to 10): Approximate seconds of the measurement; large towers take
+            longer.
 
     Raises:
         [`DataError`]: If no training sequence has two items.
-        `ValueError`: If states are to be stored and nothing is frozen.
+        `ValueError`: If the run has a store, but no block is frozen.
     """
     config, processor = model.config, processing_class if model.config.modalities else None
     windows = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)
@@ -267,7 +271,7 @@ def plan_run(
             again = np.resize(np.arange(len(rows)), int(step.items))
             prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, store), store)
             stored_costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
-        calibration.update()  # gradients and the states of the optimizer are there, as between two steps
+        calibration.update()  # so that gradients and optimizer states exist, as between two steps
         base_bytes, free_bytes = memory_of(args.device)
         bar.update()
 
@@ -279,7 +283,7 @@ def plan_run(
         stored_costs = replace(stored_costs, base_bytes=base_bytes)
         counts = step.stored(pooled), everything.stored(pooled)
         with_store = make_forecast(args, num_steps(), *counts, stored_costs, filling)
-        # what evaluations are spared later; not less than nothing where the clock is coarser than the tower
+        # the time that later evaluations save; clip at zero, since a coarse clock can measure the store as slower
         fill_seconds = max(0.0, without_store.evaluation_seconds - with_store.evaluation_seconds)
         saved = epoch_seconds(without_store, args) - epoch_seconds(with_store, args)
         store_pays = saved * args.num_train_epochs > fill_seconds
@@ -320,17 +324,17 @@ def epoch_seconds(way: Forecast, args: TransRecTrainingArguments) -> float:
 def advise_store(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether the states of the frozen blocks are worth storing."""
     if plan.with_store is None:
-        return "activation_store: no, a tower is trained whole; lower trainable_blocks to store what is below them."
+        return "activation_store: no, a tower is trained whole; lower trainable_blocks to store frozen states."
     without, stored = (epoch_seconds(way, args) for way in (plan.without_store, plan.with_store))
     facts = f"an epoch takes {stored:.0f} s instead of {without:.0f} s"
     facts += f", and filling it {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB"
     if not plan.store_pays:
-        return f"activation_store: no, {facts}, not paid back within {args.num_train_epochs:g} epochs."
-    return f"activation_store: yes, {facts}, paid back after {plan.fill_seconds / (without - stored):.1f} epochs."
+        return f"activation_store: no, {facts}, which {args.num_train_epochs:g} epochs do not pay back."
+    return f"activation_store: yes, {facts}, which pays after {plan.fill_seconds / (without - stored):.1f} epochs."
 
 
 def advise_batch(plan: Plan) -> str:
-    """Whether a larger batch, in which more items are repeats, is worth it."""
+    """Whether a larger batch, which has more repeated items, is worth it."""
     best, now = 1, plan.advised
     for factor, way in plan.larger_batches.items():
         if way.epoch_seconds > WORTH * now.epoch_seconds or way.memory_gb > ROOM * plan.available_gb:
@@ -339,10 +343,10 @@ def advise_batch(plan: Plan) -> str:
     share = f"{plan.step.distinct_share:.0%} of a step's items are distinct"
     with_store = " with the store" if plan.store_pays else ""
     if best == 1:
-        return f"batch: as it is; {share}, and a larger one would save little time or take too much memory."
+        return f"batch: keep it; {share}, and a larger one would save little time or need too much memory."
     return (
-        f"batch: {best} times as many users if the metrics bear it, for {now.epoch_seconds:.0f} s an epoch"
-        f"{with_store} and {now.memory_gb:.1f} GB; {share}, {plan.larger_steps[best].distinct_share:.0%} would be."
+        f"batch: {best} times as many users, if the metrics do not suffer: {now.epoch_seconds:.0f} s an epoch"
+        f"{with_store} and {now.memory_gb:.1f} GB; {share}, then {plan.larger_steps[best].distinct_share:.0%}."
     )
 
 
@@ -354,7 +358,7 @@ def advise_chunk(plan: Plan, args: TransRecTrainingArguments) -> str:
         return f"item_chunk_size: {args.item_chunk_size or 'none'}, {memory}."
     fitting = [chunk for chunk, size in now.chunk_memory_gb.items() if size < room]
     if not fitting:
-        return f"item_chunk_size: none is small enough, {memory}; lower per_device_train_batch_size."
+        return f"item_chunk_size: no value is small enough, as {memory}; lower per_device_train_batch_size."
     return f"item_chunk_size: {fitting[-1]}, as {memory}; with it {now.chunk_memory_gb[fitting[-1]]:.1f} GB."
 
 
@@ -362,7 +366,7 @@ def advise_workers(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether batches should be prepared by other processes."""
     now, cores = plan.advised, os.cpu_count() or 1
     if args.dataloader_num_workers:
-        return f"dataloader_num_workers: as it is, {args.dataloader_num_workers}."
+        return f"dataloader_num_workers: keep {args.dataloader_num_workers}."
     compute = now.step_seconds - now.prepare_seconds
     best = {n: side_by_side(now.prepare_seconds, compute, n, args.device) for n in range(1, cores + 1)}
     fewest = next(n for n, seconds in best.items() if seconds <= 1.01 * min(best.values()))

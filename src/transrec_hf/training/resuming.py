@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what it must hold, and which settings must be as they were."""
+"""Resuming from a checkpoint: what it must hold, and which settings must not change."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ AS_BEFORE = (
     *("learning_rate", "tower_learning_rate", "projection_learning_rate"),
     *("weight_decay", "tower_weight_decay", "projection_weight_decay"),
 )
-"""Arguments that would be ignored, or would make another order of users or another schedule, if they changed."""
+"""Arguments that must not change: a change would be ignored, or give another order of users or another schedule."""
 NEW_RUN = "To start a new run from its weights, load it with TransRecModel.from_pretrained."
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint of a run with the most steps from which it can go on; `None` if there is none."""
+    """The checkpoint with the most steps from which a run can be resumed; `None` if there is none."""
     for checkpoint in reversed(checkpoints_of(output_dir)):
         recover(checkpoint)
         if not what_is_missing(checkpoint):
@@ -38,7 +38,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """The first file that a run needs to go on and that a checkpoint lacks, or has in pieces."""
+    """The first file that resuming needs and that a checkpoint lacks, or has only in part."""
     state: dict[str, Any] = {}
     with suppress(DataError):
         state = read_json(checkpoint / TRAINER_STATE_NAME)
@@ -55,14 +55,14 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 def check_resumable(checkpoint: str | os.PathLike, args: TransRecTrainingArguments) -> None:
     """
-    Refuse a checkpoint from which a run with these arguments would not go on as it was.
+    Refuse a checkpoint from which a run with these arguments would not continue as before.
 
     Args:
         checkpoint (`str` or `os.PathLike`): The folder.
-        args ([`TransRecTrainingArguments`]): Of the run.
+        args ([`TransRecTrainingArguments`]): The arguments of the run.
 
     Raises:
-        [`DataError`]: With what is missing, or the argument that differs.
+        [`DataError`]: The message names what is missing, or the argument that differs.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -72,20 +72,24 @@ def check_resumable(checkpoint: str | os.PathLike, args: TransRecTrainingArgumen
     if missing := what_is_missing(folder):
         inside = checkpoints_of(folder)
         if inside:
-            raise DataError(f"{checkpoint}: a run, and no checkpoint of it. Give one, such as {inside[-1]}.")
+            raise DataError(
+                f"{checkpoint}: is the folder of a run, not of a checkpoint. Give one, such as {inside[-1]}."
+            )
         raise DataError(
-            f"{checkpoint}: training cannot go on from it, {missing} is missing or damaged. It was not saved to its "
-            f"end, or with save_only_model. {NEW_RUN}"
+            f"{checkpoint}: training cannot be resumed from it, as {missing} is missing or damaged. Saving it was "
+            f"interrupted, or it was saved with save_only_model. {NEW_RUN}"
         )
     states, world_size = {path.name for path in folder.glob("rng_state*.pth")}, args.world_size
     if states != ({f"rng_state_{rank}.pth" for rank in range(world_size)} if world_size > 1 else {"rng_state.pth"}):
-        raise DataError(f"{checkpoint}: {len(states)} processes saved it, and {world_size} go on: start as many.")
+        raise DataError(
+            f"{checkpoint}: was saved by {len(states)} processes, and {world_size} resume: start as many as before."
+        )
     before = read_json(folder / TRAINING_ARGS_NAME)
     now = json.loads(args.to_json_string())
     for name in AS_BEFORE:
         found_out = name == "per_device_train_batch_size" and args.auto_find_batch_size
         if name in before and before[name] != now[name] and not found_out:
             raise DataError(
-                f"{checkpoint}: was saved with {name}={before[name]}, and cannot go on with {now[name]}: leave it as "
-                f"it was. {NEW_RUN}"
+                f"{checkpoint}: was saved with {name}={before[name]}, and cannot be resumed with {now[name]}: leave "
+                f"it as it was. {NEW_RUN}"
             )

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` whose checkpoints are whole, in a folder of its own, and pushed without pickles."""
+"""A `transformers.Trainer` that writes checkpoints as a whole, and pushes no pickles."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .tuning import thin_checkpoints
 
 
 class WholeCheckpoints(Trainer):
-    """Writes checkpoints whole, in each state of a kill, and keeps those with the most steps."""
+    """Writes checkpoints as a whole, even if the process is killed, and keeps those with the most steps."""
 
-    _partial: str | None = None  # where a checkpoint is written, before it is put in its place
+    _partial: str | None = None  # where a checkpoint is written, before it is moved to its place
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other training writes its checkpoints to the output folder. Raises `OSError`."""
+        """A context in which no other run can write checkpoints to the output folder. Raises `OSError`."""
         folder = Path(self.args.output_dir)
         if not self.args.should_save:
             yield
@@ -41,7 +41,7 @@ class WholeCheckpoints(Trainer):
         return self._partial or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, in all processes, and then put it there."""
+        """Write a checkpoint beside its place, in all processes, and then move it there."""
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         partial = run_dir / f".{name}.writing"  # the same in all processes
         try:
@@ -64,8 +64,8 @@ class WholeCheckpoints(Trainer):
             raise
         except Exception as error:
             raise OSError(
-                f"{run_dir / name} could not be written and was removed ({error}): make room and resume from the last "
-                "one"
+                f"{run_dir / name} could not be written and was removed ({error}): free disk space, and resume from "
+                "the last checkpoint"
             ) from error
         finally:
             self._partial = None
@@ -79,7 +79,7 @@ class WholeCheckpoints(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.is_fsdp_enabled and self.args.should_save:
-            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # the weights once more, as a pickle
+            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # a second copy of the weights, as a pickle
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # `Trainer` would push its arguments as a pickle

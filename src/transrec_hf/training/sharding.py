@@ -1,4 +1,4 @@
-"""Models that FSDP has sharded: which settings can train them, and how all their weights are had again."""
+"""Models that FSDP has sharded: the settings that can train them, and collecting all their weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 
 def check_sharding(plugin: Any) -> None:
     """
-    Raises `ValueError` for settings of FSDP under which the model cannot be trained. The blocks of a tower cannot be
-    units of their own: in a step one process may read three buckets of texts and another two, or no image at all, and
-    then they would wait for each other's weights. The model as a whole is one unit.
+    Raises `ValueError` for FSDP settings with which the model cannot be trained. The whole model must be one unit. If
+    the blocks of a tower were units, processes would wait for each other's weights, because in one step they may read
+    different numbers of text batches, or no image at all.
     """
     state_dict_type = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
     found = {
@@ -26,14 +26,14 @@ def check_sharding(plugin: Any) -> None:
     }
     wrong = [f"{name} {needed} (not {value})" for name, (value, needed) in found.items() if value != needed]
     if wrong:
-        raise ValueError(f"FSDP needs {', '.join(wrong)}: take examples/accelerate_configs/fsdp2.yaml")
+        raise ValueError(f"FSDP needs {', '.join(wrong)}: use examples/accelerate_configs/fsdp2.yaml")
 
 
 @contextmanager
 def one_unit(model: Any) -> Iterator[None]:
     """
-    Inside, accelerate shards a model as one unit. It would make the input embeddings a unit of their own whatever the
-    wrapping policy is, and processes that read a different number of buckets of texts would wait for each other.
+    A context in which accelerate shards a model as one unit. Otherwise it makes the input embeddings a separate unit,
+    whatever the wrapping policy is, and processes with different numbers of text batches wait for each other.
     """
     model.get_input_embeddings = lambda: None
     try:
@@ -44,7 +44,7 @@ def one_unit(model: Any) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, each process has all weights of a model that FSDP has sharded, and may run any part of it any time."""
+    """A context in which each process has all weights of a sharded model, and can run any part of it at any time."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -56,7 +56,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """As `load_state_dict`; of a model that FSDP has sharded each process keeps its part."""
+    """Like `load_state_dict`; for a sharded model, each process keeps its part."""
     if isinstance(model, FSDPModule):
         set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
     else:
@@ -65,7 +65,7 @@ def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def own_class(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that FSDP has sharded is of its own class again, whose code goes with its weights."""
+    """A context in which a sharded model has its original class again, so that its code is saved with its weights."""
     sharded = type(model)
     if issubclass(sharded, FSDPModule):
         model.__class__ = sharded.__mro__[2]
@@ -76,5 +76,5 @@ def own_class(model: nn.Module) -> Iterator[None]:
 
 
 def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights on the host, which no training changes."""
+    """A copy of weights on the host, which training does not change."""
     return {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}

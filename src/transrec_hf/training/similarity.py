@@ -1,4 +1,4 @@
-"""Which domain helps which: cosines of their gradients, and steps weighted by them."""
+"""Which data set helps which: cosines of their gradients, and steps weighted by them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from .adapters import base_of
 logger = logging.get_logger(__name__)
 
 SIMILARITIES = ("grad_cosine",)
-DECAY = 0.9  # of the averages of gradients, at each step of the domain
+DECAY = 0.9  # decay of the averages of gradients, at each step on the data set
 
 
 class GradientSimilarity(TrainerCallback):
     """
-    Weighs each step of a run on several domains by whether it goes the way that a target would go. Of each domain the
-    gradients of the user encoder, which is what all of them share, are averaged over its last steps; a step of a
-    source counts as much as the cosine of its average with the target's, over that of the source most like it, and
-    nothing if it is negative. Steps of the target count in full. The cost is a dot product a step.
+    Weighs each step of a run on several data sets by how well its gradient agrees with the target's. For each data
+    set, the gradients of the user encoder, which all data sets share, are averaged over its last steps. The weight of
+    a step on a source is the cosine between its average and the target's, divided by the largest such cosine of all
+    sources; it is zero if the cosine is negative. Steps on the target count in full. The cost is one dot product for
+    each step.
 
     This is a first-order reconstruction of meta-transfer with rescaled gradients (MetaRec, arXiv 2411.01785, whose
-    code is not public). A resumed run averages anew.
+    code is not public). A resumed run starts its averages again.
 
     Args:
-        names (`Sequence[str]`): Of the domains.
-        target (`str`): One of them.
+        names (`Sequence[str]`): Names of the data sets.
+        target (`str`): The name of the target.
 
     Attributes:
-        domain (`str`, *optional*): Of the step at hand; whoever makes the batches sets it.
+        domain (`str`, *optional*): The data set of the current step, set by the code that makes the batches.
     """
 
     def __init__(self, names: Sequence[str], target: str):
@@ -46,7 +47,7 @@ class GradientSimilarity(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """After the gradients were clipped, or clipping would undo the weights."""
+        """Weigh the gradients after they were clipped, since clipping would undo the weights."""
         transrec: Any = base_of(model)  # type: ignore[arg-type]
         shared = [weight.grad for weight in transrec.user_encoder.parameters() if weight.grad is not None]
         if self.domain is None or not shared:
@@ -63,13 +64,13 @@ class GradientSimilarity(TrainerCallback):
                     parameter.grad.mul_(weight)
 
     def cosine(self, one: str, other: str) -> float:
-        """Of the averages of two domains; 0 if one of them was not met yet."""
+        """The cosine between the averages of two data sets; 0 if one of them had no step yet."""
         if one not in self.averages or other not in self.averages:
             return 0.0
         return float(nn.functional.cosine_similarity(self.averages[one], self.averages[other], dim=0))
 
     def weight(self, name: str) -> float:
-        """What a step of a domain counts now."""
+        """The current weight of a step on a data set."""
         if name == self.target or self.target not in self.averages:
             return 1.0
         others = [other for other in self.names if other != self.target and other in self.averages]
@@ -77,7 +78,7 @@ class GradientSimilarity(TrainerCallback):
         return cosines[name] / max(cosines.values()) if cosines[name] else 0.0
 
     def matrix(self) -> dict[str, dict[str, float]]:
-        """Which domain (rows) goes the way of which other one (columns): cosines, as they are now."""
+        """The current cosines between all data sets."""
         return {one: {other: self.cosine(one, other) for other in self.names} for one in self.names}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,5 +87,5 @@ class GradientSimilarity(TrainerCallback):
             if mean < 0:
                 logger.warning(
                     f"{name} pulls against {self.target}: the mean cosine of their gradients is {mean:.3f}, and steps "
-                    "against it counted nothing. Leave it out of the sources, or see if the target alone is better."
+                    "with a negative cosine had no weight. Leave out this source, or try the target alone."
                 )

@@ -1,4 +1,4 @@
-"""Training in two stages: the user encoder on items as they are, then everything."""
+"""Training in two stages: first the user encoder on item vectors as they are, then everything."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from transformers import TrainerCallback
 
 class UserEncoderFirst(TrainerCallback):
     """
-    Leaves the item encoder as it is for the first epochs of a run: its gradients are dropped before the optimizer sees
-    them.
+    Keeps the item encoder as it is for the first epochs of a run, by dropping its gradients before the optimizer step.
 
     Args:
-        epochs (`float`): How many.
+        epochs (`float`): Number of these epochs.
     """
 
     def __init__(self, epochs: float):

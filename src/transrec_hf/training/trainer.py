@@ -1,4 +1,4 @@
-"""Training: `transformers.Trainer` with next-item batches, a rate for each part, and ranking as its evaluation."""
+"""Training: `transformers.Trainer` with next-item batches, a rate for each part, and ranking as evaluation."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ class TransRecTrainer(TrainerBase):
     Trains a [`TransRecModel`] on users' sequences and ranks the validation targets at each evaluation.
 
     Args:
-        model ([`TransRecModel`]): The model, or one with a PEFT adapter, of which that alone is trained and saved.
+        model ([`TransRecModel`]): The model. If it has a PEFT adapter, only the adapter is trained and saved.
         args ([`TransRecTrainingArguments`]): The arguments.
         catalogue ([`Catalogue`]): The items.
         split ([`Split`]): Training sequences, and validation sequences whose last item is the target.
-        processing_class ([`TransRecProcessor`], *optional*): Of the model; the ID baseline has none.
+        processing_class ([`TransRecProcessor`], *optional*): The processor; the ID baseline has none.
         protocol (`str` or [`EvaluationProtocol`], *optional*, defaults to `"full"`): How targets are ranked.
-        model_init (`Callable`, *optional*): Makes the model, anew for each trial of `hyperparameter_search`; then
-            `model` is `None`.
-        compute_metrics (`Callable`, *optional*): Further metrics from an [`~transformers.EvalPrediction`] as
-            [`~TransRecTrainer.predict`] has it.
-        kwargs: further arguments of [`~transformers.Trainer`], e.g. `callbacks`.
+        model_init (`Callable`, *optional*): Makes a new model, for each trial of `hyperparameter_search`; then `model`
+            is `None`.
+        compute_metrics (`Callable`, *optional*): Computes further metrics from an [`~transformers.EvalPrediction`],
+            whose contents are those of [`~TransRecTrainer.predict`].
+        kwargs: Further arguments of [`~transformers.Trainer`], e.g. `callbacks`.
 
     Raises:
-        `TypeError`: If something is of another class, with what to do.
-        `ValueError`: If model, data and arguments do not fit each other.
+        `TypeError`: If an argument has the wrong class; the message says what to do.
+        `ValueError`: If model, data and arguments do not fit together.
 
     Example:
     ```python
@@ -97,8 +97,8 @@ class TransRecTrainer(TrainerBase):
         check_objects(model, args, catalogue, split, processing_class, model_init, kwargs)
         self.args: Any = args
         self.catalogue, self.split, self.protocol = catalogue, split, protocol
-        self.reports: dict[str, dict[str, Any]] = {}  # the last one of each split, for the card
-        self.metadata: dict[str, Any] = {}  # of the card, what only a person can tell
+        self.reports: dict[str, dict[str, Any]] = {}  # the last report of each split, for the card
+        self.metadata: dict[str, Any] = {}  # facts for the card that only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
         self.item_ids, self.train_counts = catalogue.item_ids, split.train.item_counts(len(catalogue))
         self.items = ItemSource(catalogue, processing_class, token_budget(args.device))
@@ -114,7 +114,7 @@ class TransRecTrainer(TrainerBase):
             **kwargs,
         )
         self.train_dataset: Any = self.windows
-        self.data_collator: Any = None  # made with the batches: it reads the store, if there is to be one
+        self.data_collator: Any = None  # made with the first batches, since it reads the store
         self.owns_optimizer = self.optimizer is None
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -127,7 +127,7 @@ class TransRecTrainer(TrainerBase):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def adopt(self, model: TransRecModel) -> None:
-        """Check that a model, data and arguments fit each other, and set the model up as the arguments say."""
+        """Check that model, data and arguments fit together, and set up the model as the arguments say."""
         args, config = self.args, model.config
         check_fits(model, self.catalogue)
         if config.modalities and self.items.processor is None:
@@ -136,20 +136,20 @@ class TransRecTrainer(TrainerBase):
         check_dropout(args.modality_dropout, self.source)
         self.source.log_popularity = torch.from_numpy(log_popularity(self.train_counts))
         self.store: ActivationStore | None = None
-        self.is_prepared = False  # for the items at hand
+        self.is_prepared = False  # for these items
         self.windows = TrainingWindows(self.split.train, config.max_position_embeddings, config.num_targets)
         if not len(self.windows):
             raise DataError("no training sequence has two items: every user needs a history and a next item")
         if args.dataloader_drop_last and len(self.windows) < args.train_batch_size * args.world_size:
             raise ValueError(
-                f"there are {len(self.windows)} training sequences, less than one batch, and dataloader_drop_last "
-                "leaves them out: make per_device_train_batch_size smaller"
+                f"there are {len(self.windows)} training sequences, less than one batch, which dataloader_drop_last "
+                "leaves out: make per_device_train_batch_size smaller"
             )
         self.check_batch(args.train_batch_size, config)
         if args.item_cache_age is not None and config.objective != "cpc":
             raise ValueError(
-                f"item_cache_age saves nothing with objective {config.objective!r}, which scores the items of a "
-                "history as well: leave it out, or train with 'cpc'"
+                f"item_cache_age saves nothing with objective {config.objective!r}, in which items of a history are "
+                "targets too: leave it out, or train with 'cpc'"
             )
         tune(model, args)
         check_adapters(model, saves=args.save_strategy != SaveStrategy.NO or args.push_to_hub)
@@ -169,11 +169,11 @@ class TransRecTrainer(TrainerBase):
             self.item_cache = ItemCache(len(self.catalogue), config.hidden_size, args.item_cache_age, args.device)
 
     def check_batch(self, users: int, config: TransRecConfig | None = None) -> None:
-        """Raises `ValueError` if a batch of so many users a process has no negatives."""
+        """Raises `ValueError` if a batch with this many users per process has no negatives."""
         config = config or self.model.config
         if config.objective == "in_batch" and (users * self.args.world_size == 1 or len(self.windows) == 1):
             raise ValueError(
-                "objective 'in_batch' takes the items of the other users as negatives, and a batch has one user: "
+                "objective 'in_batch' takes the items of other users as negatives, but a batch has only one user, so "
                 "nothing would be learned. Raise per_device_train_batch_size (gradient_accumulation_steps adds no "
                 "negatives, item_chunk_size saves memory), or train with 'sampled_softmax', which draws negatives."
             )
@@ -186,20 +186,20 @@ class TransRecTrainer(TrainerBase):
         return model
 
     def prepare(self) -> None:
-        """Training begins with it: the model is set up, the store filled, and new projections get their start."""
+        """Begin a training: set up the model, fill the store, and initialise new projections from the data."""
         self.args.check()
         if self.model_init is not None:
             self.adopt(self.model)
             self.train_dataset = self.windows
         if self.owns_optimizer:
-            self.optimizer = None  # what is trained, and at which rate, may have changed since the last run
+            self.optimizer = None  # the trained parts and their rates may have changed since the last run
         self.fill_store()
         self.prepare_model()
 
     def fill_store(self) -> None:
         """
-        Compute the states of all items after the frozen blocks, as far as `args.activation_store` lacks them. Training
-        and evaluation call it at their start.
+        Compute the states of all items after the frozen blocks that `args.activation_store` lacks. Training and
+        evaluation call this at their start.
         """
         if self.args.activation_store is None or (self.store is not None and self.store.is_current):
             return
@@ -218,7 +218,7 @@ class TransRecTrainer(TrainerBase):
         self.store, self.source = store, store.source
 
     def prepare_model(self) -> None:
-        """Give what is new in the model its start by the data at hand; `train` begins with it."""
+        """Initialise the new parts of the model from the data; `train` begins with it."""
         self.is_prepared = True
         keeps_own = has_adapter(self.model) and not has_own_projections(self.model)
         prepare = standardize_for if keeps_own else standardize_projections
@@ -228,12 +228,12 @@ class TransRecTrainer(TrainerBase):
                 start_from_data(self.model, self.source, self.split.train)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The batches of training windows, of items as the store has them."""
+        """The training batches, with items from the store if there is one."""
         self.data_collator = self.make_collator()
         return super().get_train_dataloader()
 
     def make_collator(self) -> DataCollatorForNextItem:
-        """What makes batches of training windows."""
+        """The collator that makes batches of training windows."""
         args, popularity = self.args, log_popularity(self.train_counts)
         seed = args.seed if args.data_seed is None else args.data_seed
         return DataCollatorForNextItem(self.source, self.model.config, popularity, seed, args.modality_dropout)
@@ -259,16 +259,16 @@ class TransRecTrainer(TrainerBase):
         try:
             return super().create_optimizer(model)
         finally:
-            self.optimizer_cls_and_kwargs = given  # of the next run, the groups are others
+            self.optimizer_cls_and_kwargs = given  # the next run has other groups
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
-        As in `Trainer`; `resume_from_checkpoint=True` takes the newest checkpoint that was saved completely. With
-        `load_best_model_at_end` and `eval_on_start`, our defaults, the start counts as an evaluation too: if nothing
-        is better, the model ends as it began.
+        Like `Trainer.train`; `resume_from_checkpoint=True` takes the newest complete checkpoint. With
+        `load_best_model_at_end` and `eval_on_start`, our defaults, the start is evaluated too: if no later state is
+        better, the model ends as it began.
 
         Raises:
-            `ValueError`: If there is no such checkpoint, or a run with these settings cannot go on from it.
+            `ValueError`: If there is no such checkpoint, or a run with these settings cannot be resumed from it.
             [`NotFinite`]: At the first loss or gradient that is not finite.
         """
         has_own = type(self).evaluate is not TransRecTrainer.evaluate or self.compute_metrics is not None
@@ -277,17 +277,19 @@ class TransRecTrainer(TrainerBase):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+                raise ValueError(
+                    f"there is no complete checkpoint in {self.args.output_dir}: leave out resume_from_checkpoint"
+                )
         if resume_from_checkpoint:
             check_resumable(resume_from_checkpoint, self.args)
-        if self.args.process_index == 0:  # or a truncated image ends the run when a batch first has it
+        if self.args.process_index == 0:  # otherwise a truncated image would end the run later
             self.source.catalogue.check_contents(self.source.modalities)
         before = load_evaluation(resume_from_checkpoint) if resume_from_checkpoint else {}
         self.reports = before.get("reports", self.reports)
         self.train_seconds = before.get("run", {}).get("seconds", 0.0)
         processor = self.source.processor
         if processor is not None and processor.tokenizer is None:
-            self.processing_class: Any = None  # or `Trainer` would align the special tokens of its tokenizer
+            self.processing_class: Any = None  # otherwise `Trainer` would align special tokens
         self.start = None
         try:
             with self.alone(), self.quiet():
@@ -308,11 +310,11 @@ class TransRecTrainer(TrainerBase):
         Rank the last item of every sequence among the whole catalogue.
 
         Args:
-            eval_dataset ([`Sequences`] or `dict`, *optional*): Histories that end with their target; if not given, the
-                validation sequences, or as many of them as `args.max_eval_users` says. Of a `dict`, each by its name,
-                which is put before the names of its metrics.
-            ignore_keys: not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Put before the name of each metric.
+            eval_dataset ([`Sequences`] or `dict`, *optional*): Histories that end with their target; by default the
+                validation sequences, or `args.max_eval_users` of them. In a `dict`, the name of each set is put before
+                the names of its metrics.
+            ignore_keys: Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the name of each metric.
         """
         sequences: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(sequences, str):
@@ -339,17 +341,17 @@ class TransRecTrainer(TrainerBase):
         self, test_dataset: Sequences, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """
-        What is recommended after the histories of sequences that end with a target.
+        The items that are recommended after the history of each sequence.
 
         Args:
-            test_dataset ([`Sequences`]): The sequences.
-            ignore_keys: not used.
-            metric_key_prefix (`str`, *optional*, defaults to `"test"`): Put before the name of each metric.
+            test_dataset ([`Sequences`]): Histories that end with their target.
+            ignore_keys: Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): Prefix of the name of each metric.
 
         Returns:
-            `PredictionOutput` of `predictions` `(n_users, 10)`, the catalogue rows of the items that are recommended,
-            the best one first and -1 where there is none, `label_ids` `(n_users,)`, the rows of the targets, and
-            `metrics`, those of [`~TransRecTrainer.evaluate`].
+            `PredictionOutput` of `predictions` `(n_users, 10)`, the catalogue rows of the recommended items, best
+            first, -1 where there is none; `label_ids` `(n_users,)`, the rows of the targets; and `metrics`, those of
+            [`~TransRecTrainer.evaluate`].
         """
         self._memory_tracker.start()
         output = self._rank(test_dataset, metric_key_prefix, metric_key_prefix)
@@ -382,17 +384,17 @@ class TransRecTrainer(TrainerBase):
         max_users: int | None = None,
     ) -> dict[str, Any]:
         """
-        Everything there is to say about the model on one split. The model card shows the last report of a split, and
-        is rendered again if the model has been saved.
+        The full report on the model for one split. The model card shows the last report of a split, and is written
+        again if the model has been saved.
 
         Args:
             sequences ([`Sequences`], *optional*): Histories that end with their target; the test sequences if not
                 given.
-            split (`str`, *optional*, defaults to `"test"`): What to call them; the report is kept as `reports[split]`.
-            baselines (`bool`, *optional*, defaults to `True`): Report what needs no training as well. The report
-                of another model, such as the ID baseline, may be added to `reports[split]["baselines"]`.
-            content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): For a baseline of content alone.
-            max_users (`int`, *optional*): Rank for so many users, drawn at random by the seed of the run, not for all.
+            split (`str`, *optional*, defaults to `"test"`): Name of the split; the report is kept as `reports[split]`.
+            baselines (`bool`, *optional*, defaults to `True`): Whether to report baselines that need no training. The
+                report of another model, such as the ID baseline, may be added to `reports[split]["baselines"]`.
+            content_vectors (`torch.Tensor` of shape `(num_items, size)`, *optional*): For a baseline of content only.
+            max_users (`int`, *optional*): Number of users to rank for, drawn by the seed of the run; all if not given.
 
         Returns:
             `dict`: See [`RankingEvaluator.evaluate`].
@@ -412,7 +414,7 @@ class TransRecTrainer(TrainerBase):
         self.fill_store()
         evaluator = self.ranking_evaluator(sequences, baselines, max_users, content_vectors)
         model = self.accelerator.unwrap_model(self.model)
-        broadcast(list(model.buffers()))  # averages of batch norms, of which those of the first process are saved
+        broadcast(list(model.buffers()))  # averages of batch norms; those of the first process are saved
         with self.quiet(), self.autocast_smart_context_manager(), whole_weights(model):
             if not self.is_prepared:
                 standardize_for(model, self.source, seed=self.args.seed)
@@ -453,17 +455,17 @@ class TransRecTrainer(TrainerBase):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Render the model card from the run, and write it to `output_dir` with the small files that it is made of. What
-        is said here once is kept for the cards that follow.
+        Write the model card of the run to `output_dir`, with the small files that it is made from. Facts that are
+        given here are kept for later cards.
 
         Args:
-            language, license (`str`, *optional*): Of the model.
-            tags (`str` or `list[str]`, *optional*): Besides those that every card has.
+            language, license (`str`, *optional*): Language and licence of the model.
+            tags (`str` or `list[str]`, *optional*): Tags besides those that every card has.
             model_name (`str`, *optional*): Name or Hub id of the model.
-            finetuned_from (`str`, *optional*): The checkpoint it was trained from; the one it was loaded from if not
-                given.
+            finetuned_from (`str`, *optional*): The checkpoint that it was trained from; by default the one that it was
+                loaded from.
             dataset_tags (`str` or `list[str]`, *optional*): Id of the Hub data set of the training.
-            dataset, tasks, dataset_args: not used.
+            dataset, tasks, dataset_args: Not used.
         """
         given = {
             "language": language,
@@ -478,16 +480,16 @@ class TransRecTrainer(TrainerBase):
             self.describe(Path(self.args.output_dir))
 
     def save_beside(self, folder: Path) -> None:
-        """Write what belongs beside the weights of a checkpoint."""
+        """Write the other files of a checkpoint beside its weights."""
         if needs_item_statistics(self.accelerator.unwrap_model(self.model)):
             ItemStatistics(self.item_ids, self.train_counts).save(folder)
         self.describe(folder)
 
     def describe(self, folder: Path) -> None:
-        """Write what a reader of the checkpoint has to know: arguments, statistics, reports, and the card of them."""
+        """Write the files that describe a checkpoint: arguments, statistics, reports, and the card made from them."""
         model = self.accelerator.unwrap_model(self.model)
         parent = self.metadata.get("finetuned_from") or model.config._name_or_path
-        arguments = json.loads(self.args.to_json_string())  # which hides the tokens
+        arguments = json.loads(self.args.to_json_string())  # without the tokens
         run = describe_device(self.args.device) | {
             "num_processes": self.args.world_size,
             "seconds": round(self._seconds(), 1),
@@ -512,5 +514,5 @@ class TransRecTrainer(TrainerBase):
         return data_statistics(self.catalogue, self.split)
 
     def _seconds(self) -> float:
-        """Time spent in training, that of a resumed checkpoint included."""
+        """Seconds of training, including those of a resumed checkpoint."""
         return self.train_seconds + (time.time() - self.train_started if self.train_started else 0.0)

@@ -1,4 +1,4 @@
-"""All that is overridden of the private parts of `transformers.Trainer`, each with the reason why."""
+"""All overrides of private parts of `transformers.Trainer`, each with its reason."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ logger = logging.get_logger(__name__)
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the training windows their epoch, hence new negatives; over several processes, nothing else does. Gives back
-    what the epoch before has left of memory.
+    Tells the training windows their epoch, so that new negatives are drawn; with several processes, nothing else does
+    that. Also gives memory of the previous epoch back to the system.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch)
         train_dataloader.dataset.set_epoch(epoch)
-        if epoch:  # the system takes its time to give it again
+        if epoch:  # not in the first epoch, since getting memory again takes time
             give_back_memory()
 
 
 def give_back_memory() -> None:
     """
     Give the freed memory of this process back to the system. Batches differ in size, and the allocator of Linux keeps
-    the holes that they leave: a process grew by a quarter of a gigabyte in each epoch of a small domain.
+    the gaps between them: without this, a process grew by a quarter of a gigabyte in each epoch on a small data set.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -65,27 +65,27 @@ class TrainerBase(WholeCheckpoints):
     start: tuple[float, dict[str, torch.Tensor]] | None = None  # its metric and weights
 
     def prepare(self) -> None:
-        """What a run does before its first step, when model and arguments are those of the run."""
+        """Prepare a run before its first step, when its model and arguments are final."""
 
     def check_batch(self, users: int) -> None:
-        """Raises `ValueError` if nothing can be learned from batches of so many users a process."""
+        """Raises `ValueError` if nothing can be learned from batches with this many users per process."""
 
     def save_beside(self, folder: Path) -> None:
         """Write what belongs beside the weights of a checkpoint."""
 
     def check_finite(self, what: str, value: float) -> None:
-        """Raises [`NotFinite`] if the loss, say, of the coming step is not finite."""
+        """Raises [`NotFinite`] if a value of the coming step, such as the loss, is not finite."""
         if not math.isfinite(value):
             raise NotFinite(
                 f"step {self.state.global_step + 1}: the {what} is {value}, at a learning rate of "
-                f"{self._get_learning_rate():.3g}. The run ends here, and nothing of this step is saved. Go on from "
+                f"{self._get_learning_rate():.3g}. The run ends here, and nothing of this step is saved. Resume from "
                 "the last checkpoint with a lower learning_rate or a longer warmup_steps; if it is the first step, "
                 "look for numbers that are not finite in the model and the features of the items."
             )
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Inside, no progress bars are shown if `args.disable_tqdm`."""
+        """A context without progress bars if `args.disable_tqdm`."""
         shown, of_hub = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
         if self.args.disable_tqdm:
             logging.disable_progress_bar()
@@ -112,31 +112,31 @@ class TrainerBase(WholeCheckpoints):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `Trainer`, but what is optimised without a `compute_objective` is `metric_for_best_model`.
+        Like `Trainer.hyperparameter_search`, but without a `compute_objective` it optimises `metric_for_best_model`.
 
         Args:
-            hp_space (`Callable`, *optional*): From a trial to arguments, `learning_rate` and others.
-            compute_objective (`Callable`, *optional*): From the metrics of an evaluation to a number.
-            n_trials (`int`, *optional*, defaults to 20): How many.
-            direction (`str`, *optional*): `"maximize"` or `"minimize"` that number.
-            kwargs: see `Trainer`.
+            hp_space (`Callable`, *optional*): Returns the arguments of a trial, such as `learning_rate`.
+            compute_objective (`Callable`, *optional*): Returns a number for the metrics of an evaluation.
+            n_trials (`int`, *optional*, defaults to 20): Number of trials.
+            direction (`str`, *optional*): Whether to `"maximize"` or to `"minimize"` this number.
+            kwargs: See `Trainer`.
         """
         if compute_objective is None:
             direction = direction or f"{self.args.better}imize"
             compute_objective = operator.itemgetter(self.args.best_metric)
         if direction is None:
-            raise ValueError("say in which direction compute_objective is better: 'maximize' or 'minimize'")
+            raise ValueError("compute_objective needs a direction: give direction='maximize' or 'minimize'")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
-        self.prepare()  # the last of what `Trainer.train` does first: model and arguments are those of a trial
+        self.prepare()  # called late in `Trainer.train`, when model and arguments are those of a trial
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # not in `train`: special tokens of a processor without a tokenizer would be aligned, and the store is filled
         self.processing_class = self.callback_handler.processing_class
         self.train_started = time.time()
-        self.check_batch(batch_size or self.args.train_batch_size)  # `auto_find_batch_size` comes by for each size
+        self.check_batch(batch_size or self.args.train_batch_size)  # `auto_find_batch_size` calls this for each size
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ class TrainerBase(WholeCheckpoints):
         except (ValueError, LookupError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise DataError(  # torch would say which list has another length, or fail in the first step
                 f"{checkpoint}: the state of its optimizer or schedule does not fit this run, or is damaged "
-                f"({one_line(error)}). Go on with the model and the arguments that it was saved with. {NEW_RUN}"
+                f"({one_line(error)}). Resume with the model and the arguments that it was saved with. {NEW_RUN}"
             ) from error
 
     # The start, which may be the best
@@ -166,15 +166,15 @@ class TrainerBase(WholeCheckpoints):
         return metrics
 
     def return_to_start(self) -> None:
-        """Take the weights of the start again if no evaluation since was better."""
+        """Restore the weights of the start if no later evaluation was better."""
         if self.start is None:
             return
         value, best = self.start[0], self.state.best_metric
         if best is not None and (best > value if self.args.greater_is_better else best < value):
             return
         logger.warning(
-            f"No evaluation was better than the start ({self.args.metric_for_best_model} {value:.4f}): the model is "
-            "what it was before training."
+            f"No evaluation was better than the start ({self.args.metric_for_best_model} {value:.4f}), so the model "
+            "is as it was before training."
         )
         load_whole_weights(self.accelerator.unwrap_model(self.model), self.start[1])
         self.state.best_metric, self.state.best_model_checkpoint, self.state.best_global_step = value, None, 0
@@ -182,14 +182,17 @@ class TrainerBase(WholeCheckpoints):
     # In a step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; a loss that is not finite ends the run, and a batch without negatives is told once."""
+        """
+        Like `Trainer.training_step`; a loss that is not finite ends the run, and a batch without negatives gives a
+        warning.
+        """
         loss = super().training_step(model, inputs, *args, **kwargs)
         value = float(loss)
         self.check_finite("loss", value)
         if value == 0 and self.model.config.objective == "in_batch":
             logger.warning_once(
-                "A batch without negatives trained nothing: it had one user, or its users share all their items. Set "
-                "dataloader_drop_last if it was the last one of an epoch, or raise per_device_train_batch_size."
+                "A batch without negatives taught nothing: it had one user, or its users share all their items. Set "
+                "dataloader_drop_last if it was the last batch of an epoch, or raise per_device_train_batch_size."
             )
         return loss
 
@@ -228,8 +231,8 @@ class TrainerBase(WholeCheckpoints):
             shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (there, here)]
             if shapes[0] != shapes[1]:
                 raise DataError(
-                    f"{checkpoint}: holds another model. {name} is {shapes[0]} there and {shapes[1]} here: make the "
-                    "model with the settings of its config.json."
+                    f"{checkpoint}: holds another model. {name} has the shape {shapes[0]} there and {shapes[1]} here: "
+                    "make the model with the settings of its config.json."
                 )
         load_whole_weights(self.model, there)
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the parts of a checkpoint that are kept, and which start the validation targets prefer."""
+"""The start of a fine-tuning run: which parts of a checkpoint are kept, and which start is best on validation."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ logger = logging.get_logger(__name__)
 
 INITS = ("all", "half", "item_encoder", "user_encoder", *MODALITIES, "none")
 """
-What of a checkpoint a run starts from: all of it; half way between it and a new model; its item encoder or its user
-encoder; what it learned of one modality; or nothing but its towers.
+The part of a checkpoint from which a run starts: all of it; half way between it and a new model; its item encoder; its
+user encoder; or nothing but its towers. The name of a modality keeps only what was learned about this modality.
 """
 AUTO_INITS = ("none", "half", "user_encoder", "item_encoder", "all")
 GAIN = 1.02
-"""What a source has to be worth on validation, as a multiple of nothing of it: less is as likely chance as gain."""
+"""The least validation metric of a source, relative to a start without it; a smaller gain may be chance."""
 
 
 @dataclass(frozen=True)
 class Start:
     """
-    What a model starts from.
+    The start of a model.
 
     Args:
         init (`str`): One of `INITS`.
-        loaded, new (`list[str]`): The parts of the model that are the checkpoint's, and those that are new.
-        standardized (`list[str]`): The modalities whose item vectors are standardised on the catalogue at hand.
-        values (`dict[str, float]`): By start, the best validation metric of its short run, if it was chosen by them.
+        loaded, new (`list[str]`): The parts of the model that come from the checkpoint, and those that are new.
+        standardized (`list[str]`): The modalities whose item vectors are standardised on this catalogue.
+        values (`dict[str, float]`): For each start, the best validation metric of its short run, if there were such
+            runs.
     """
 
     init: str
@@ -60,7 +61,7 @@ class Start:
 
 
 def is_kept(name: str, init: str) -> bool:
-    """Whether a parameter keeps what the checkpoint has. Towers always do: what they learned is not undone."""
+    """Whether a parameter keeps the values of the checkpoint. Towers always do."""
     towers = [f"item_encoder.{modality.tower}." for modality in MODALITIES.values() if modality.tower]
     if init in ("all", "half") or name.startswith(tuple(towers)):
         return True
@@ -75,7 +76,7 @@ def is_kept(name: str, init: str) -> bool:
 
 
 def check_init(model: TransRecModel, init: str) -> None:
-    """Raises `ValueError` if `init` is none of `INITS`, or a modality that the model does not read."""
+    """Raises `ValueError` if `init` is not one of `INITS`, or is a modality that the model does not read."""
     if init not in INITS or (init in MODALITIES and init not in model.config.modalities):
         known = [name for name in INITS if name not in MODALITIES or name in model.config.modalities]
         raise ValueError(f"init is {init!r}, but must be one of {', '.join(map(repr, known))}")
@@ -84,15 +85,15 @@ def check_init(model: TransRecModel, init: str) -> None:
 @torch.no_grad()
 def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     """
-    Keep a part of what a model has learned, and make the rest new.
+    Keep a part of what a model has learned, and initialise the rest again.
 
     Args:
-        model ([`TransRecModel`]): Loaded from a checkpoint; changed in place.
+        model ([`TransRecModel`]): A model loaded from a checkpoint; changed in place.
         init (`str`): One of `INITS`.
-        seed (`int`, *optional*, defaults to 0): Of the new weights.
+        seed (`int`, *optional*, defaults to 0): Seed of the new weights.
 
     Raises:
-        `ValueError`: If `init` is none of `INITS`, or a modality that the model does not read.
+        `ValueError`: If `init` is not one of `INITS`, or is a modality that the model does not read.
     """
     check_init(model, init)
     with torch.random.fork_rng(devices=[]):
@@ -124,19 +125,19 @@ def choose_start(
     seed: int = 0,
 ) -> Start:
     """
-    A guard against negative transfer: train from each start for a short while, and leave the model at the start that
-    the validation targets prefer. What a start is worth before any training counts too. `"none"` wins unless another
-    is better by a fiftieth.
+    A guard against negative transfer: train from each start for a short while, and set the model to the start that is
+    best on validation. The metric before any training counts too. `"none"` wins unless another start is better by a
+    fiftieth.
 
     Args:
-        model ([`TransRecModel`]): Loaded from a checkpoint; it ends at the best start.
-        make_trainer (`Callable`): Makes a trainer of this model, for a short run in the folder that it is given. With
-            `num_train_epochs=0` the starts are compared as they are.
-        inits (`Sequence[str]`, *optional*): Of `INITS`. The first of equal ones wins.
-        seed (`int`, *optional*, defaults to 0): Of new weights.
+        model ([`TransRecModel`]): A model loaded from a checkpoint; it is set to the best start.
+        make_trainer (`Callable`): Makes a trainer of this model for a short run in a given folder. With
+            `num_train_epochs=0` the starts are compared without training.
+        inits (`Sequence[str]`, *optional*): Some of `INITS`. If several are equal, the first one wins.
+        seed (`int`, *optional*, defaults to 0): Seed of new weights.
 
     Returns:
-        [`Start`]: The best one, with the best validation metric of each in `values`.
+        [`Start`]: The best start, with the best validation metric of each start in `values`.
     """
     checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
     values: dict[str, float] = {}
@@ -154,7 +155,7 @@ def choose_start(
 
 
 def value_of(trainer: TransRecTrainer) -> float:
-    """What validation says of a short run or, with no epochs, of the model as it starts."""
+    """The best validation metric of a short run or, with no epochs, that of the model as it is."""
     if trainer.args.num_train_epochs > 0:
         trainer.train()
         return best_value(trainer)

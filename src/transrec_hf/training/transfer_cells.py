@@ -35,7 +35,7 @@ from .tuning import CostCallback
 
 logger = logging.get_logger(__name__)
 
-WITH_POPULARITY = "_popularity"  # the end of the name of what also knows the target's popularity
+WITH_POPULARITY = "_popularity"  # suffix of models that also know the target's popularity
 MODELS = (
     *("popularity", "co_occurrence", "content_neighbours", "id_baseline", "untrained", "zero_shot"),
     *("untrained_popularity", "zero_shot_popularity", "untrained_hybrid", "from_scratch", "fine_tuned"),
@@ -48,11 +48,15 @@ REFERENCES = {
     "scratch_hybrid": "id_baseline",
     "hybrid": "scratch_hybrid",
 }
-"""What a model has to be better than, for the source to help."""
+"""For each model, the reference that it must beat for the source to help."""
 WITHOUT_SOURCE = ("popularity", "co_occurrence", "id_baseline")
-WITHOUT_USERS = ("content_neighbours", "untrained", "zero_shot")  # of the target, hence for any share of them
+WITHOUT_USERS = (
+    "content_neighbours",
+    "untrained",
+    "zero_shot",
+)  # models that train on no users of the target, so all shares give the same result
 ID_SEARCH: tuple[dict[str, Any], ...] = ({}, {"hidden_dropout_prob": 0.5}, {"content_prior": False})
-"""Settings of the ID baseline of which validation chooses."""
+"""Settings of the ID baseline, from which validation chooses."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,11 @@ class Cell:
     One model on one target.
 
     Args:
-        target (`str`): The domain.
+        target (`str`): The target data set.
         model (`str`): One of `MODELS`.
-        source (`str`, *optional*): The checkpoint; of models that have nothing to do with it, `None`.
-        fraction (`float`, *optional*): Share of the target's training users; `None` if none is trained on.
-        seed (`int`, *optional*): Of weights, order and the draw of users; `None` if nothing is drawn.
+        source (`str`, *optional*): The checkpoint of the source; `None` for models that do not use it.
+        fraction (`float`, *optional*): Share of the target's training users; `None` if the model trains on none.
+        seed (`int`, *optional*): Seed of weights, order and the draw of users; `None` if nothing is drawn.
     """
 
     target: str
@@ -76,7 +80,7 @@ class Cell:
 
     @classmethod
     def of(cls, target: str, model: str, source: str | None, fraction: float, seed: int) -> Cell:
-        """The cell that holds this model, whatever of the rest it depends on."""
+        """The cell of a model, without the arguments on which this model does not depend."""
         if model in ("content_neighbours", "zero_shot"):
             return cls(target, model, source)
         if model in WITHOUT_USERS:
@@ -86,7 +90,7 @@ class Cell:
 
 @dataclass
 class Source:
-    """A checkpoint, which no cell changes."""
+    """The checkpoint of a source; no cell changes it."""
 
     name: str
     model: TransRecModel
@@ -95,14 +99,14 @@ class Source:
 
 class Target:
     """
-    A target domain, whose items each tower reads once.
+    A target data set, whose items each tower reads only once.
 
     Args:
         catalogue ([`Catalogue`]): The items.
-        split ([`Split`]): Of all users. Every cell is validated and tested on the same ones.
-        args ([`TransRecTrainingArguments`]): Of the longest training run; a run of few users has smaller batches.
+        split ([`Split`]): The split of all users. All cells are validated and tested on the same users.
+        args ([`TransRecTrainingArguments`]): Arguments of the training runs; runs with few users have smaller batches.
         protocol (`str`): How targets are ranked.
-        init_epochs (`float`): Of the short runs by which validation chooses the start.
+        init_epochs (`float`): Epochs of the short runs with which validation chooses the start.
     """
 
     def __init__(
@@ -119,11 +123,12 @@ class Target:
 
     def run(self, cell: Cell, source: Source) -> tuple[torch.Tensor, dict[str, Any]]:
         """
-        Ranks of the test targets, `(num_users,)`, and what is to be known of the run.
+        The ranks of the test targets, `(num_users,)`, and facts about the run.
 
         Args:
-            cell ([`Cell`]): Of this target.
-            source ([`Source`]): Its checkpoint or, of a model without any, one whose design it has.
+            cell ([`Cell`]): A cell of this target.
+            source ([`Source`]): The checkpoint of the cell; for a model without one, a checkpoint with the same
+            design.
         """
         started = time.time()
         split = few_users(self.split, 1.0 if cell.fraction is None else cell.fraction, cell.seed or 0)
@@ -156,7 +161,7 @@ class Target:
         is_trained = not cell.model.startswith(("untrained", "zero_shot"))
 
         def ready(trainer: TransRecTrainer) -> TransRecTrainer:
-            """A trainer whose model, if it is not to be trained, has what it may know of the target."""
+            """A trainer whose model is prepared on the target (statistics, popularity), in case it is not trained."""
             if cell.model in WITHOUT_USERS:
                 trainer.source.log_popularity, trainer.is_prepared = None, True
                 standardize_projections(model, trainer.source, seed=seed)
@@ -205,8 +210,8 @@ class Target:
         epochs: float | None = None,
     ) -> TransRecTrainer:
         """
-        A trainer of a model on a part of the users, with items that are read and encoded already; with `epochs`, of a
-        short run that saves nothing.
+        A trainer of a model on a part of the users, with items that are already read and encoded. With `epochs`, it is
+        for a short run that saves nothing.
         """
         args = copy.copy(self.args)
         args.output_dir, args.seed = folder, seed or 0
@@ -224,7 +229,7 @@ class Target:
             processing_class=None if source is None else source.processor,
             protocol=self.protocol,
         )
-        for callback in (PrinterCallback, CostCallback):  # a line for each of many runs says nothing
+        for callback in (PrinterCallback, CostCallback):  # their lines for each of many runs are of no use
             trainer.remove_callback(callback)
         if source is not None:
             if source.name not in self.read:
@@ -242,14 +247,16 @@ class Target:
 
 
 def few_users(split: Split, fraction: float, seed: int) -> Split:
-    """A split with a share of the training users; a smaller share is a part of a larger one."""
+    """A split with a share of the training users; a smaller share is part of a larger one."""
     drawn = np.random.default_rng(seed).permutation(len(split.train))
     kept = np.sort(drawn[: max(1, round(fraction * len(drawn)))])
     return split if fraction == 1 else dataclasses.replace(split, train=split.train.select(kept))
 
 
 def content_of(model: TransRecModel, source: ItemSource) -> torch.Tensor:
-    """What the towers say of all items, side by side, each part of length 1 and zero where an item lacks it."""
+    """
+    The outputs of the towers for all items, side by side; each part has length 1, or is zero if an item lacks it.
+    """
     parts = []
     for name in model.config.modalities:
         states = item_states(model, source, name, len(source))
@@ -267,7 +274,7 @@ def cells_of(
     fractions: Sequence[float],
     seeds: Sequence[int],
 ) -> list[Cell]:
-    """All cells, each once; those that many are compared with come first."""
+    """All cells, each once; the references of many comparisons come first."""
     cells = (
         Cell.of(target, model, source, fraction, seed)
         for target in targets

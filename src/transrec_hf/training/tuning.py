@@ -1,4 +1,4 @@
-"""Tuning modes: which weights a run trains, and what that costs; which checkpoints of it are thin."""
+"""Tuning modes: which weights a run trains, what that costs, and which of its checkpoints are thin."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.get_logger(__name__)
 PEFT_TUNINGS = ("lora", "dora", "ia3", "ln_tuning")
 TUNINGS = ("full", "top_k_blocks", "frozen", *PEFT_TUNINGS, "bottleneck", "side", "codes")
 SIZES = {"lora": 8, "dora": 8, "bottleneck": 32, "side": 64}
-"""Rank, or width, of adapters where no other is given."""
+"""The default rank or width of adapters."""
 PAPER_BLOCKS = 2
 FROZEN = ("frozen", "side")
-"""Modes that train nothing of a tower."""
+"""Modes that train no weights of the towers."""
 
 
 def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int | None) -> int | None:
     """
-    The blocks at the top of each tower that a tuning mode trains, as `trainable_blocks` has them.
+    The value of `trainable_blocks` for a tuning mode.
 
     Raises:
         `ValueError`: If the options contradict each other.
@@ -42,7 +42,7 @@ def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int |
     if tuning is not None and tuning not in TUNINGS:
         raise ValueError(f"tuning must be one of {TUNINGS}, got {tuning!r}")
     if size is not None and tuning not in SIZES:
-        raise ValueError(f"adapter_size is the rank or width of tuning {', '.join(SIZES)}: leave it out")
+        raise ValueError(f"adapter_size is only for tuning {', '.join(SIZES)}: leave it out")
     if tuning == "top_k_blocks":
         if trainable_blocks == 0:
             raise ValueError(
@@ -57,21 +57,21 @@ def resolve_tuning(tuning: str | None, trainable_blocks: int | None, size: int |
 
 
 def is_target(module: nn.Module, tuning: str, pads_as_tensorflow: bool) -> bool:
-    """Whether a module of a block is one that this kind of adapter goes on."""
+    """Whether this kind of adapter is added to a module of a block."""
     if tuning == "ln_tuning":
         return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    if isinstance(module, nn.Conv2d):  # not depthwise, whose groups no rank divides
+    if isinstance(module, nn.Conv2d):  # not depthwise ones, since no rank divides their groups
         return module.groups == 1 and (not pads_as_tensorflow or module.kernel_size == (1, 1))
     return isinstance(module, nn.Linear)
 
 
 def target_modules(model: TransRecModel, tuning: str) -> str:
     """
-    A regular expression of the modules that adapters go on: in the blocks of all towers and in the user encoder the
-    linear layers, ordinary or pointwise convolutions, or layer norms.
+    A regular expression for the modules that get adapters: the linear layers, the ordinary and pointwise convolutions,
+    or the layer norms in the blocks of all towers and in the user encoder.
 
     Raises:
-        `ValueError`: If there are none.
+        `ValueError`: If there are no such modules.
     """
     wanted = []
     names = {module: name for name, module in model.named_modules()}
@@ -80,12 +80,12 @@ def target_modules(model: TransRecModel, tuning: str) -> str:
         wanted += [names[module] for module in tower_blocks(tower).modules() if is_target(module, tuning, pads)]
     wanted += [names[module] for module in model.user_encoder.modules() if is_target(module, tuning, False)]
     if not wanted:
-        raise ValueError(f"tuning={tuning!r} finds no layer to adapt in this model: take another one")
+        raise ValueError(f"tuning={tuning!r} finds no layer to adapt in this model: use another tuning")
     return as_expression(names_as_patterns(wanted, set(names.values()) - set(wanted)))
 
 
 def trained_whole(model: TransRecModel) -> list[str]:
-    """Modules trained whole beside adapters: projections, pooling, side networks, ID vectors, priors and scales."""
+    """Modules that are trained as a whole beside adapters: projections, pooling, side networks, ID vectors, scales."""
     encoder = model.item_encoder
     modules = [encoder.projection(name) for name in model.config.modalities]
     for owner, name in (
@@ -100,7 +100,8 @@ def trained_whole(model: TransRecModel) -> list[str]:
 
 def adapter_config(model: TransRecModel, tuning: str, size: int | None = None) -> Any:
     """
-    The configuration of a PEFT adapter on towers and user encoder, whose places are found by structure.
+    The configuration of a PEFT adapter on towers and user encoder. Its modules are found by the structure of the
+    model.
 
     Args:
         model ([`TransRecModel`]): The model.
@@ -127,7 +128,7 @@ def adapter_config(model: TransRecModel, tuning: str, size: int | None = None) -
 
 
 def check_base_items(model: TransRecModel, tuning: str) -> None:
-    """Raises `ValueError` if the ID vectors of a model are not those of the checkpoint that it came from."""
+    """Raises `ValueError` if the ID vectors of a model are not those of the checkpoint that it was loaded from."""
     base = model.config._name_or_path
     if not base:
         return
@@ -136,28 +137,28 @@ def check_base_items(model: TransRecModel, tuning: str) -> None:
     if num_items != model.config.num_items:
         raise ValueError(
             f"an adapter of tuning={tuning!r} is saved without its base {base}, which has ID vectors of "
-            f"{num_items or 'no'} items and not of the {model.config.num_items or 0} here: take tuning='bottleneck'"
+            f"{num_items or 'no'} items, not of the {model.config.num_items or 0} items here: use tuning='bottleneck'"
         )
 
 
 def tune(model: Any, args: Any) -> None:
     """
-    Freeze and adapt a model as `args.tuning` and `args.trainable_blocks` say. An adapter that a run before has added
+    Freeze and adapt a model as `args.tuning` and `args.trainable_blocks` say. An adapter that an earlier run has added
     stays.
 
     Args:
-        model ([`TransRecModel`]): Changed in place.
+        model ([`TransRecModel`]): The model; changed in place.
         args ([`TransRecTrainingArguments`]): The arguments.
 
     Raises:
-        `ValueError`: If the model brings an adapter, which says itself what is trained.
+        `ValueError`: If the model already has an adapter, which decides itself what is trained.
     """
     if args.tuning is not None and getattr(model, "tuned_by", None) == args.tuning:
         return
     if getattr(model, "peft_config", None):
         if args.trainable_blocks is not None or args.tuning is not None:
             name = "trainable_blocks" if args.tuning is None else "tuning"
-            raise ValueError(f"an adapter says itself what is trained: leave out {name}")
+            raise ValueError(f"the model has an adapter, which decides what is trained: leave out {name}")
         return
     if args.tuning in PEFT_TUNINGS:
         check_base_items(model, args.tuning)
@@ -177,7 +178,7 @@ def tune(model: Any, args: Any) -> None:
                 model.add_bottlenecks(size, args.bottleneck_places, args.bottleneck_parallel)
     elif args.tuning == "codes":
         if "codes" not in model.config.modalities:
-            raise ValueError("tuning='codes' trains the code table, and this model reads no codes: take another one")
+            raise ValueError("tuning='codes' trains the code table, but this model reads no codes: use another tuning")
         model.requires_grad_(False)
         model.item_encoder.codes_table.requires_grad_(True)
     elif args.trainable_blocks is not None or args.tuning == "full":
@@ -185,7 +186,7 @@ def tune(model: Any, args: Any) -> None:
 
 
 def has_own_projections(model: Any) -> bool:
-    """Whether the adapter of a model brings projections of its own, so that they may follow the catalogue at hand."""
+    """Whether the adapter of a model includes projections, which may then be adapted to this catalogue."""
     encoder: Any = getattr(model, "item_encoder", None)
     names = [] if encoder is None else model.config.modalities
     return bool(names) and all(hasattr(encoder.projection(name), "modules_to_save") for name in names)
@@ -194,8 +195,9 @@ def has_own_projections(model: Any) -> bool:
 @contextmanager
 def thin_checkpoints(model: Any, args: Any) -> Iterator[None]:
     """
-    Inside, checkpoints of the run are thin, if `args.thin_checkpoints` says so or leaves it open: then if something of
-    a tower is frozen, nothing is pushed, and the model does not come from the run's own folder, which is tidied up.
+    A context in which checkpoints of the run are thin if `args.thin_checkpoints` is true. If it is not given, they are
+    thin if blocks are frozen, nothing is pushed, and the model was not loaded from the folder of the run, whose old
+    checkpoints are deleted.
     """
     before = getattr(model, "saves_thin", False)
     if args.thin_checkpoints is None and isinstance(model, TransRecModel) and not args.push_to_hub:
@@ -213,7 +215,7 @@ def thin_checkpoints(model: Any, args: Any) -> Iterator[None]:
 
 
 class Cost(NamedTuple):
-    """What a run trains, and what that costs."""
+    """The number of parameters that a run trains, and its costs."""
 
     trainable_parameters: int
     parameters: int
@@ -230,7 +232,7 @@ class Cost(NamedTuple):
 
 
 class CostCallback(TrainerCallback):
-    """Measures the training steps alone, without evaluation and saving, and tells their cost at the end."""
+    """Measures the training steps without evaluation and saving, and logs their cost at the end."""
 
     def __init__(self) -> None:
         self.seconds, self.steps, self.started = 0.0, 0, 0.0
