@@ -106,7 +106,7 @@ def test_states_of_several_depths_are_stored_too(tmp_path, catalogue, family, tr
 def test_a_tower_that_cannot_go_on_from_states_is_refused(tmp_path, catalogue):
     config = XLNetConfig(vocab_size=13, d_model=16, n_layer=2, n_head=2, d_inner=24)  # its states are tokens by texts
     model = make_frozen(config=make_config("text", text_config=config))
-    with pytest.raises(ValueError, match=r"XLNetModel cannot go on from stored states.*leave out activation_store"):
+    with pytest.raises(ValueError, match=r"XLNetModel cannot continue from stored states.*leave out activation_store"):
         make_store(tmp_path, model, make_catalogue(kinds=("text",)))
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_named(tmp_path, catalogue, damage):
     make_store(tmp_path, model, catalogue).fill()
     path = shards(tmp_path)[0]
     damage(path)
-    with pytest.raises(InputError, match=rf"{path.name}: a damaged file of an activation store.*Delete it"):
+    with pytest.raises(InputError, match=rf"{path.name}: is a damaged file of an activation store.*Delete it"):
         make_store(tmp_path, model, catalogue)
     path.unlink()
     store = make_store(tmp_path, model, catalogue)
@@ -237,7 +237,7 @@ def test_states_are_not_read_by_blocks_that_are_trained(tmp_path, catalogue, tra
     assert store.is_current
     model.freeze_towers(None)
     assert not store.is_current
-    with pytest.raises(RuntimeError, match="make a new ActivationStore when towers are unfrozen"):
+    with pytest.raises(RuntimeError, match="make a new ActivationStore after unfreezing towers"):
         encode_catalogue(model, store.source)
 
 
@@ -374,7 +374,7 @@ def test_a_changed_item_is_computed_again(tmp_path, catalogue):
 
 
 def test_a_tower_without_a_frozen_block_is_refused(tmp_path, catalogue):
-    with pytest.raises(ValueError, match=r"2 blocks and none is frozen.*lower trainable_blocks"):
+    with pytest.raises(ValueError, match=r"none of the 2 blocks of the text tower is frozen.*lower trainable_blocks"):
         make_store(tmp_path, make_frozen(trainable_blocks=2), catalogue)
 
 

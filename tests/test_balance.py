@@ -162,8 +162,6 @@ def test_balance_is_on_the_card_and_in_a_plot(tmp_path):
     (line,) = [line for line in card.splitlines() if "with all modalities" in line]
     assert "with text alone (" in line and "with image alone." in line
     assert "below a model that reads only it) and" in line
-        "with text alone (" in line and "below a model that reads only it) and" in line and "with image alone." in line
-    )
     plot_balance(trainer.state.log_history, tmp_path / "balance.png")
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
 

@@ -92,7 +92,7 @@ def test_a_tower_of_blocks_that_are_not_alike_stays_whole():
 def test_a_student_with_all_blocks_would_be_no_student(teacher):
     with pytest.raises(ValueError, match="as large as its teacher"):
         make_student(teacher, num_blocks=4)
-    with pytest.raises(ValueError, match="no vision_model: it has text_model"):
+    with pytest.raises(ValueError, match="no vision_model, but text_model"):
         make_student(teacher, vision_model=teacher.item_encoder.text_model)
     with pytest.raises(ValueError, match="ID vectors"):
         make_student(make_teacher(num_items=60), num_blocks=1)

@@ -655,7 +655,7 @@ def test_both_towers_of_a_two_tower_checkpoint_can_be_used(clip_folder):
 
 
 def test_a_model_needs_a_tower():
-    with pytest.raises(ValueError, match="reads nothing of an item"):
+    with pytest.raises(ValueError, match="has no content to read"):
         TransRecModel(make_config(""))
 
 

@@ -78,7 +78,7 @@ def test_users_split_in_two_have_the_same_states(name):
 
 
 def test_an_unknown_input_is_refused():
-    with pytest.raises(ValueError, match="'output_hiden_states' is no input of a TransRec model"):
+    with pytest.raises(ValueError, match="'output_hiden_states' is not an input of a TransRec model"):
         id_model()(USERS, item_rows=ITEMS, output_hiden_states=True)
 
 

@@ -144,7 +144,7 @@ def test_an_attention_kernel_of_a_repository_is_refused(folder: Path, place: str
     parts["inside of the tower"] = config["text_config"].setdefault("part_config", {})
     parts[place][name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="is code of a repository, which is not run"):
+    with pytest.raises(DataError, match="names code of a repository, which is not run"):
         load_checkpoint(str(folder))
 
 
@@ -153,7 +153,7 @@ def test_an_attention_kernel_of_a_tower_is_refused(tmp_path: Path, name: str) ->
     make_model(modalities=["text"]).item_encoder.text_model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, name: "evil/kernel"}))
-    with pytest.raises(ValueError, match="is code of a repository, which is not run"):
+    with pytest.raises(ValueError, match="names code of a repository, which is not run"):
         TransRecModel.from_text_vision_pretrained(text_model=str(tmp_path))
 
 

@@ -191,7 +191,7 @@ def test_pushed_and_loaded_by_id(hub: LocalHub, tmp_path):
 
 def test_a_folder_is_refused_at_push(hub: LocalHub, tmp_path):
     model = from_towers(save_towers(tmp_path))
-    with pytest.raises(ValueError, match="works on this machine only: push it with thin=False"):
+    with pytest.raises(ValueError, match="works only on this machine: push it with thin=False"):
         model.push_to_hub(TARGET, thin=True)
     assert not hub.repos or "model.safetensors" not in hub.files(TARGET)
     model.push_to_hub(TARGET)
@@ -215,5 +215,5 @@ def test_card_info_and_upload_say_where_the_weights_are(hub: LocalHub, tmp_path)
     local = from_towers(save_towers(tmp_path / "local"))
     local.save_pretrained(tmp_path / "of-folders", thin=True)
     assert str(tmp_path) not in str(model_card(tmp_path / "of-folders"))
-    with pytest.raises(DataError, match="works on this machine only"):
+    with pytest.raises(DataError, match="works only on this machine"):
         upload_checkpoint(tmp_path / "of-folders", TARGET)

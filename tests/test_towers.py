@@ -20,8 +20,8 @@ from transrec_hf import ActivationStore, ItemSource, encode_catalogue
 from transrec_hf.model.towers_transrec import build_tower
 
 
-SENTENCES = ("cannot be the", "is an encoder with a decoder", "does not say how wide")
-STORE_SENTENCES = ("cannot go on from stored states", "none is frozen", "has no list of blocks")
+SENTENCES = ("cannot be the", "has a decoder too", "does not name the width")
+STORE_SENTENCES = ("cannot continue from stored states", "is frozen, so there is", "has no list of blocks")
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "embedding_size", "emb_dim"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer", "num_layers"), 3),

@@ -408,7 +408,7 @@ def test_evaluator_and_recommender_read_the_same_times(timed_sequences):
         ({"user_encoder": "hstu", "is_causal": False, "objective": "cpc"}, "'hstu' reads histories forwards only"),
         ({"user_encoder": "mean", "is_causal": False, "objective": "cpc"}, "'mean' reads histories forwards only"),
         ({"user_encoder": "hstu", "time_buckets": -1}, "time_buckets must be between 0"),
-        ({"time_buckets": 8}, "'transformer' reads no timestamps"),
+        ({"time_buckets": 8}, "'transformer' does not read timestamps"),
         ({"user_encoder": "hstu", "num_attention_heads": 3}, "must be a multiple"),
     ],
 )

@@ -1,3 +1,3 @@
-"""Items from a catalogue to model inputs and vectors."""
+"""From the items of a catalogue to model inputs and vectors."""
 
 from __future__ import annotations

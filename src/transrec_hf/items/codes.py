@@ -1,4 +1,4 @@
-"""Item vectors as a few codes: fitted on any vectors, decoded to vectors again, the start of a model's code table."""
+"""Item vectors as a few codes: fitting quantizers, encoding and decoding, and the start of a model's code table."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ..model.modeling_transrec import TransRecModel
 
 FORMAT = 1
 METHODS = ("residual", "product", "learned")
-BLOCK = 2**22  # distances computed at a time
-FITTED = 2**15  # vectors that codebooks are fitted on at most, drawn at random
+BLOCK = 2**22  # distances that are computed at a time
+FITTED = 2**15  # most vectors that codebooks are fitted on, drawn at random
 COMMITMENT = 0.25  # weight of the distance to the codes in the loss of "learned"
-KEPT = 0.95  # of the moving averages of "learned" at each step
-RARE = 0.05  # uses in a step, on average, below which a learned code starts again
+KEPT = 0.95  # share of the moving averages of "learned" that is kept at each step
+RARE = 0.05  # a learned code with fewer uses per step, on average, starts again
 
 
 def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """The centroid `(size, d)` nearest to each vector `(n, d)`: `(n,)`."""
+    """The index of the nearest centroid, of `(size, d)`, for each vector of `(n, d)`: `(n,)`."""
     lengths = (centroids**2).sum(dim=1)
     blocks = vectors.split(max(1, BLOCK // len(centroids)))
     return torch.cat([(lengths - 2 * block @ centroids.T).argmin(dim=1) for block in blocks])
@@ -41,8 +41,8 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
 
 def k_means(vectors: Tensor, size: int, iterations: int, generator: torch.Generator) -> Tensor:
     """
-    Centroids of vectors by Lloyd's algorithm. One that no vector is nearest to starts again at a vector that is far
-    from its own.
+    Centroids of vectors by Lloyd's algorithm. A centroid without vectors starts again at a vector that is far from its
+    own centroid.
 
     Args:
         vectors (`Tensor` of shape `(n, d)`): `n` is at least `size`.
@@ -65,8 +65,9 @@ def k_means(vectors: Tensor, size: int, iterations: int, generator: torch.Genera
 
 def balanced_rotation(centred: Tensor, num_parts: int) -> Tensor:
     """
-    The principal axes `(d, d)` of centred vectors `(n, d)`, in rows, ordered so that equal parts of them hold equally
-    much (Ge et al., 2013, section 3.2): the next one goes to the part whose eigenvalues have the smallest product.
+    The principal axes `(d, d)` of centred vectors `(n, d)`, as rows. They are ordered so that equal parts of the axes
+    hold equal shares of the variance (Ge et al., 2013, section 3.2): the next axis goes to the part whose eigenvalues
+    have the smallest product.
     """
     values, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
     weights = values.clamp(min=values.max() * 1e-6 + 1e-30).log()
@@ -79,7 +80,7 @@ def balanced_rotation(centred: Tensor, num_parts: int) -> Tensor:
 
 
 def residual_codes(vectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes `(n, num_codebooks)` of vectors `(n, width)`, each for what the ones before it have left, and that."""
+    """Residual codes `(n, num_codebooks)` of vectors `(n, width)`, and the remaining residual."""
     codes = []
     for book in codebooks:
         codes.append(nearest(vectors, book))
@@ -99,12 +100,12 @@ def _fit_residual(centred: Tensor, num: int, size: int, iterations: int, generat
 def _fit_product(
     centred: Tensor, num: int, size: int, iterations: int, rotations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Codebooks `(num, size, d / num)` and the rotation `(d, d)`, if there is to be one."""
+    """Codebooks `(num, size, d / num)` and the rotation `(d, d)`, if one is wanted."""
     rotation = balanced_rotation(centred, num) if rotations else None
     for turn in trange(rotations + 1, desc="Fitting codebooks", leave=False):
         parts = (centred if rotation is None else centred @ rotation.T).chunk(num, dim=1)
         codebooks = [k_means(part, size, iterations, generator) for part in parts]
-        if turn < rotations:  # the rotation that takes the vectors nearest to what was decoded (Procrustes)
+        if turn < rotations:  # rotate the vectors nearest to the decoded ones (Procrustes)
             pairs = zip(parts, codebooks, strict=True)
             decoded = torch.cat([book[nearest(part, book)] for part, book in pairs], dim=1)
             left_vectors, _, right_vectors = torch.linalg.svd(decoded.T @ centred)
@@ -117,9 +118,9 @@ def _learn(
     centred: Tensor, codebooks: Tensor, passes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Residual codebooks with linear maps there and back, learned together from a start by k-means: the maps by a
-    straight-through gradient, the codes by moving averages (van den Oord et al., 2017); one that is hardly used starts
-    again at what a vector has left.
+    Residual codebooks with a linear map before and one after them, learned together from a start by k-means: the maps
+    by a straight-through gradient, the codes by moving averages (van den Oord et al., 2017). A rarely used code starts
+    again at the residual of a vector.
     """
     maps = [torch.nn.Parameter(torch.eye(centred.shape[1])) for _ in range(2)]
     there, back = maps
@@ -153,21 +154,21 @@ def _learn(
 @dataclass
 class ItemQuantizer:
     """
-    Codebooks by which an item vector becomes a few whole numbers, and these a vector again.
+    Codebooks that turn an item vector into a few whole numbers (codes), and codes into a vector.
 
     Args:
-        codebooks (`Tensor` of shape `(num_codebooks, codebook_size, width)`): The centroids; `width` is that of the
+        codebooks (`Tensor` of shape `(num_codebooks, codebook_size, width)`): The centroids. `width` is that of the
             vectors, or of a part of them for `"product"`.
-        method (`str`): `"residual"`, each codebook for what the ones before it have left, so that codes go from coarse
-            to fine (semantic ids, arXiv 2305.05065); `"product"`, each for a part of the rotated vector, so that they
-            have no order (OPQ, Ge et al., 2013; VQ-Rec, arXiv 2210.12316); or `"learned"`, residual after a linear
-            map, which is learned with the codes, as is the one back (RQ-VAE without hidden layers).
+        method (`str`): `"residual"`: each code describes what the codes before it left over, from coarse to fine
+            (semantic ids, arXiv 2305.05065). `"product"`: each code describes a part of the rotated vector, so codes
+            have no order (OPQ, Ge et al., 2013; VQ-Rec, arXiv 2210.12316). `"learned"`: residual codes with a linear
+            map before and one after them, learned together (RQ-VAE without hidden layers).
         mean (`Tensor` of shape `(d,)`): Subtracted from vectors first.
-        rotation (`Tensor` of shape `(width, d)`, *optional*): Of `"product"` and `"learned"`, applied next.
-        back (`Tensor` of shape `(width, d)`, *optional*): Of `"learned"`, from codes to vectors; for `"product"` it is
-            the rotation itself.
-        vectors_hash (`str`, *optional*): Of the vectors that it was fitted on, see [`hash_of_vectors`].
-        encoder_hash (`str`, *optional*): Of the model that has made them, see [`encoder_hash`].
+        rotation (`Tensor` of shape `(width, d)`, *optional*): For `"product"` and `"learned"`, applied next.
+        back (`Tensor` of shape `(width, d)`, *optional*): For `"learned"`, the map from codes to vectors; for
+            `"product"` it is the rotation itself.
+        vectors_hash (`str`, *optional*): Hash of the vectors that it was fitted on, see [`hash_of_vectors`].
+        encoder_hash (`str`, *optional*): Hash of the model that made these vectors, see [`encoder_hash`].
 
     Example:
 
@@ -196,9 +197,11 @@ class ItemQuantizer:
         elif self.codebooks.ndim != 3 or not self.codebooks.numel():
             wrong = "codebooks must have the shape (num_codebooks, codebook_size, width)"
         elif self.mean.ndim != 1 or (not maps and len(self.mean) != parts * self.codebooks.shape[2]):
-            wrong = f"codebooks of {parts * self.codebooks.shape[2]} dimensions and a mean of {self.mean.numel()}"
+            wrong = (
+                f"codebooks have {parts * self.codebooks.shape[2]} dimensions, but the mean has {self.mean.numel()}"
+            )
         elif any(part.shape != (parts * self.codebooks.shape[2], len(self.mean)) for part in maps):
-            wrong = "the rotation has another width than codebooks and mean"
+            wrong = "the width of the rotation differs from that of codebooks and mean"
         elif not all(part.isfinite().all() for part in (self.codebooks, self.mean, *maps)):
             wrong = "there is a NaN or an infinity in it"
         if wrong:
@@ -211,7 +214,7 @@ class ItemQuantizer:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of codebooks and maps: codes of two quantizers mean the same if these are equal."""
+        """SHA-256 of codebooks and maps. If it is equal, codes of two quantizers mean the same."""
         digest = hashlib.sha256(self.method.encode())
         for name, part in self.tensors().items():
             digest.update(name.encode() + part.contiguous().numpy().tobytes())
@@ -219,7 +222,7 @@ class ItemQuantizer:
 
     @property
     def bytes_per_item(self) -> float:
-        """Bytes that the codes of an item take."""
+        """The bytes that the codes of an item take."""
         return len(self.codebooks) * np.log2(self.codebooks.shape[1]) / 8
 
     @classmethod
@@ -236,17 +239,18 @@ class ItemQuantizer:
         encoder_hash: str | None = None,
     ) -> ItemQuantizer:
         """
-        Codebooks for item vectors, by k-means; of many vectors on a sample.
+        Fit codebooks to item vectors by k-means; if there are many vectors, to a sample.
 
         Args:
-            vectors (`Tensor` of shape `(n_items, d)`): Of any origin, see [`encode_catalogue`].
-            num_codebooks (`int`, *optional*, defaults to 4): Codes an item.
-            codebook_size (`int`, *optional*, defaults to 256): Values a code can have.
+            vectors (`Tensor` of shape `(n_items, d)`): Any vectors, for example those of [`encode_catalogue`].
+            num_codebooks (`int`, *optional*, defaults to 4): Number of codes of an item.
+            codebook_size (`int`, *optional*, defaults to 256): Number of values of a code.
             method (`str`, *optional*, defaults to `"residual"`): See [`ItemQuantizer`].
-            iterations (`int`, *optional*, defaults to 20): Of k-means, for each codebook; passes of `"learned"`.
-            rotations (`int`, *optional*, defaults to 5): How often `"product"` fits the rotation and the codebooks in
-                turn; 0 for no rotation.
-            seed (`int`, *optional*, defaults to 0): Of the sample and the first centroids.
+            iterations (`int`, *optional*, defaults to 20): Iterations of k-means for each codebook; epochs of
+                `"learned"`.
+            rotations (`int`, *optional*, defaults to 5): For `"product"`, how often rotation and codebooks are fitted
+                in turn; 0 for no rotation.
+            seed (`int`, *optional*, defaults to 0): Seed of the sample and of the first centroids.
             encoder_hash (`str`, *optional*): See [`ItemQuantizer`].
 
         Raises:
@@ -274,7 +278,7 @@ class ItemQuantizer:
 
     def encode(self, vectors: Tensor) -> Tensor:
         """
-        Codes of item vectors `(n, d)`: `(n, num_codebooks)`, integers.
+        The codes of item vectors `(n, d)`: `(n, num_codebooks)`, integers.
 
         Raises:
             [`DataError`]: If the vectors have another width, or are not finite.
@@ -289,14 +293,14 @@ class ItemQuantizer:
 
     def decode(self, codes: Tensor) -> Tensor:
         """
-        Vectors `(n, d)` that codes `(n, num_codebooks)` stand for.
+        The vectors `(n, d)` that codes `(n, num_codebooks)` stand for.
 
         Raises:
-            [`DataError`]: If there are other numbers of codes, or a code is out of range.
+            [`DataError`]: If the number of codes is wrong, or a code is out of range.
         """
         if codes.ndim != 2 or codes.shape[1] != len(self.codebooks):
             raise DataError(
-                f"codes of shape {tuple(codes.shape)}, and the quantizer has {len(self.codebooks)} an item"
+                f"codes have the shape {tuple(codes.shape)}, but the quantizer has {len(self.codebooks)} per item"
             )
         wrong = ((codes < 0) | (codes >= self.codebooks.shape[1])).any(dim=1)
         if wrong.any():
@@ -312,8 +316,8 @@ class ItemQuantizer:
 
     def code_vectors(self) -> Tensor:
         """
-        A vector for each value of each code, `(num_codebooks * codebook_size, d)`, of which the mean over the codes of
-        an item is what these stand for.
+        A vector for each value of each code, `(num_codebooks * codebook_size, d)`. The mean of the vectors of an
+        item's codes is the vector that the codes stand for.
         """
         num, size, width = self.codebooks.shape
         found = self.codebooks
@@ -327,10 +331,10 @@ class ItemQuantizer:
 
     def report(self, vectors: Tensor) -> dict[str, float]:
         """
-        How well codes stand for vectors `(n, d)`: `relative_error`, the squared error as a share of the variance;
-        `usage_entropy`, that of the codes as a share of the largest there could be, in the codebook where it is least;
-        `unused_codes`, a share; `collision_rate`, the share of items that have the codes of another one;
-        `bytes_per_item`.
+        How well codes represent vectors `(n, d)`: `relative_error`, the squared error as a share of the variance;
+        `usage_entropy`, the entropy of the codes as a share of the largest possible one, in the worst codebook;
+        `unused_codes`, the share of unused codes; `collision_rate`, the share of items that share all codes with
+        another one; and `bytes_per_item`.
         """
         codes = self.encode(vectors)
         values = vectors.detach().float().cpu()
@@ -367,18 +371,20 @@ class ItemQuantizer:
         The quantizer in a folder or a repository of the Hub.
 
         Raises:
-            [`DataError`]: If there is none, or it is damaged.
+            [`DataError`]: If there is no quantizer, or it is damaged.
         """
         name = os.fspath(pretrained_model_name_or_path)
         file = cached_file(name, QUANTIZER_NAME, _raise_exceptions_for_missing_entries=False, **kwargs)
         if file is None:
-            raise DataError(f"{name}: no {QUANTIZER_NAME}. Fit one: `ItemQuantizer.fit(vectors)`.")
+            raise DataError(f"{name}: there is no {QUANTIZER_NAME}. Fit one with `ItemQuantizer.fit(vectors)`.")
         try:
             with safe_open(file, framework="pt") as content:
                 tensors = {key: content.get_tensor(key) for key in content.keys()}
                 made = content.metadata() or {}
             if int(made.get("format", FORMAT)) > FORMAT:
-                raise ValueError(f"format {made['format']}, and this version of transrec-hf reads up to {FORMAT}")
+                raise ValueError(
+                    f"it has format {made['format']}, but this version of transrec-hf reads up to {FORMAT}"
+                )
             method: Any = made["method"]
             return cls(
                 tensors["codebooks"],
@@ -390,33 +396,32 @@ class ItemQuantizer:
                 made.get("encoder_hash") or None,
             )
         except (LookupError, SafetensorError, ValueError) as error:
-            raise DataError(f"{file}: damaged ({one_line(error)}). Fit it again.") from error
+            raise DataError(f"{file}: is damaged ({one_line(error)}). Fit it again.") from error
 
 
 def check_quantizer(known: str | None, file: Path | None) -> None:
     """
-    Raises [`DataError`] if codes beside which the `file` of a quantizer lies are not of the one whose
-    [`~ItemQuantizer.hash`] is `known`; of what nothing is known, nothing is said.
+    Raises [`DataError`] if the quantizer in `file`, which is beside the codes, does not have the
+    [`~ItemQuantizer.hash`] `known`. Without a file or a known hash nothing is checked.
     """
     if known is None or file is None:
         return
     found = ItemQuantizer.from_pretrained(file.parent).hash
     if found != known:
         raise DataError(
-            f"{file}: the codes are those of another quantizer ({found[:12]}) than those that the model was trained "
-            f"on ({known[:12]}), and the same number means something else. Make them by that one: transrec codes "
-            "--quantizer."
+            f"{file}: the codes were made by another quantizer ({found[:12]}) than the one of the model's training "
+            f"({known[:12]}), so they mean something else. Make them with that one: transrec codes --quantizer."
         )
 
 
 @torch.no_grad()
 def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
     """
-    Let the code table of a model that was never trained begin as the codebooks of the quantizer beside the items, if
-    there is one: an item's vector is then what its codes stand for. The model knows the quantizer from then on.
+    Initialise the code table of an untrained model with the codebooks of the quantizer beside the items, if there is
+    one, so that an item's vector is the one that its codes stand for. The model then keeps the hash of the quantizer.
 
     Args:
-        model ([`TransRecModel`]): One that reads codes; changed in place.
+        model ([`TransRecModel`]): A model that reads codes; changed in place.
         catalogue ([`Catalogue`]): The items.
 
     Raises:
@@ -432,8 +437,8 @@ def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
     vectors = quantizer.code_vectors()
     if vectors.shape != table.vectors.weight.shape:
         raise DataError(
-            f"{content.quantizer}: {vectors.shape[0]} codes of vectors of {vectors.shape[1]} numbers, and the model "
-            f"has {table.vectors.weight.shape[0]} of {table.vectors.weight.shape[1]}. Make one with --hidden_size "
+            f"{content.quantizer}: has {vectors.shape[0]} codes of {vectors.shape[1]} numbers, but the model has "
+            f"{table.vectors.weight.shape[0]} of {table.vectors.weight.shape[1]}. Make a model with --hidden_size "
             f"{vectors.shape[1]} --num_codebooks {len(quantizer.codebooks)} --codebook_size "
             f"{quantizer.codebooks.shape[1]}."
         )
@@ -443,8 +448,8 @@ def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
 
 def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_size: int, method: str) -> None:
     """
-    Raises `ValueError` or [`DataError`] for codebooks that cannot be fitted on so many vectors of this width, which
-    are not needed for that.
+    Raises `ValueError` or [`DataError`] if codebooks cannot be fitted on `num_items` vectors of this width. The
+    vectors themselves are not needed.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -454,11 +459,11 @@ def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_siz
             f"{codebook_size}"
         )
     if num_items < codebook_size:
-        raise DataError(f"{num_items} items for codebooks of {codebook_size}: take a smaller codebook_size")
+        raise DataError(f"{num_items} items are too few for codebooks of {codebook_size}: use a smaller codebook_size")
     if method == "product" and width % num_codebooks:
         near = sorted((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - num_codebooks))[:2]
         raise DataError(
-            f"vectors of {width} numbers do not fall into {num_codebooks} equal parts: make num_codebooks "
+            f"vectors of {width} numbers cannot be divided into {num_codebooks} equal parts: set num_codebooks to "
             + " or ".join(map(str, near))
         )
 
@@ -468,12 +473,12 @@ def check_vectors(vectors: Tensor, size: int | None = None) -> None:
     if vectors.ndim != 2 or not len(vectors):
         raise DataError(f"item vectors must have the shape (n_items, d), got {tuple(vectors.shape)}")
     if size is not None and vectors.shape[1] != size:
-        raise DataError(f"the quantizer was fitted on vectors of {size} numbers, these have {vectors.shape[1]}")
+        raise DataError(f"the quantizer was fitted on vectors of {size} numbers, but these have {vectors.shape[1]}")
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
         raise DataError(f"the vector of row {int((~finite).nonzero()[0]) + 1} is not finite")
 
 
 def hash_of_vectors(vectors: Tensor) -> str:
-    """SHA-256 of vectors in fp32, by which a quantizer knows those that it was fitted on."""
+    """SHA-256 of vectors in fp32, with which a quantizer recognises the vectors that it was fitted on."""
     return hashlib.sha256(vectors.detach().float().cpu().contiguous().numpy().data).hexdigest()

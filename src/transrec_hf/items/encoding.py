@@ -1,4 +1,4 @@
-"""A whole catalogue to vectors."""
+"""Encoding a whole catalogue."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MAX_FITTED = 20_000  # items from which the statistics of a catalogue are taken
-# not of the public interface of PyTorch, whose compiler uses them
+MAX_FITTED = 20_000  # most items that the statistics of a catalogue are computed from
+# not public functions of PyTorch; its compiler uses them
 PACKED_OPERATORS = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
 
 
 def sort_by_length(source: ItemSource) -> np.ndarray:
-    """Catalogue rows by the tokens of their texts, the longest first, so that it shows at once if memory suffices."""
+    """Catalogue rows by the length of their texts, the longest first, so that too little memory shows at once."""
     lengths = [units for name, units in source.units().items() if MODALITIES[name].mask is not None]
     return np.argsort(-sum(lengths), kind="stable") if lengths else np.arange(len(source))
 
@@ -47,14 +47,14 @@ def item_loader(
     device: torch.device | str = "cpu",
 ) -> DataLoader:
     """Batches of the given catalogue rows, in that order, as [`ItemBatch`]es for a model on `device`."""
-    source.units()  # texts are tokenised now, not in each worker
+    source.units()  # tokenise texts now, not in each worker
     return DataLoader(
         rows,  # type: ignore[arg-type]
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=partial(_collate, source),
         pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # or it would draw from the numbers of training
+        generator=torch.Generator(),  # otherwise it would use the random numbers of training
     )
 
 
@@ -64,8 +64,8 @@ def _collate(source: ItemSource, rows: list[int]) -> ItemBatch:
 
 def fit_texts(model: TransRecModel, source: ItemSource) -> None:
     """
-    Cut texts where the model's text tower has no more positions, from now on: `max_text_length` of the processor is
-    lowered to their number, with a warning if texts are as long.
+    Lower `max_text_length` of the processor to the number of positions of the text tower, so that longer texts are
+    cut. If there are such texts, log a warning.
     """
     processor, limit = source.processor, model.item_encoder.positions
     if processor is None or limit is None or processor.max_text_length <= limit:
@@ -73,8 +73,8 @@ def fit_texts(model: TransRecModel, source: ItemSource) -> None:
     is_long = [int((units > limit).sum()) for name, units in source.units().items() if MODALITIES[name].has_tokens]
     if any(is_long):
         logger.warning(
-            f"{is_long[0]} texts have more than {limit} tokens, which is all that the text tower has positions for: "
-            f"they are cut. Set max_text_length={limit} to do so without this warning."
+            f"{is_long[0]} texts have more than {limit} tokens, but the text tower has only positions for {limit}: "
+            f"they are cut. Set max_text_length={limit} to avoid this warning."
         )
         source.forget("text")
     processor.max_text_length = limit
@@ -86,7 +86,7 @@ def linear_dtype(layer: nn.Linear) -> torch.dtype:
 
 
 def has_packed_linears(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has matrix products of packed weights for this CPU and dtype, and this PyTorch hands them out."""
+    """Whether oneDNN supports packed weights for this CPU and dtype, and this version of PyTorch exposes them."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     if not all(hasattr(torch.ops.mkldnn, name) for name in PACKED_OPERATORS):
@@ -97,10 +97,10 @@ def has_packed_linears(dtype: torch.dtype) -> bool:
 @contextmanager
 def packed_linears(model: TransRecModel) -> Iterator[None]:
     """
-    Inside, on a CPU, the linear layers of the item encoder multiply in oneDNN by weights that were cast and laid out
-    for it once; they have no gradients. PyTorch itself takes MKL in fp32, which leaves half the speed of a CPU of AMD
-    unused; in bf16 it lays the weights out anew at each call and, under autocast, casts frozen ones anew. Compiled
-    models, layers whose `forward` was replaced already, other devices and dtypes stay as they are.
+    A context in which, on a CPU, the linear layers of the item encoder use oneDNN with weights that were cast and
+    packed once; there are no gradients. By default PyTorch uses MKL in fp32, which reaches only half the speed on AMD
+    CPUs; in bf16 it packs the weights at each call and, under autocast, also casts frozen ones each time. Compiled
+    models, layers whose `forward` was replaced, and other devices and dtypes stay as they are.
     """
 
     def pack(layer: nn.Linear) -> None:
@@ -141,23 +141,22 @@ def encode_catalogue(
     column for the popularity of the items if the model has a `popularity_prior`.
 
     Args:
-        model ([`TransRecModel`]): In whichever mode; encoding is done in evaluation mode.
+        model ([`TransRecModel`]): The model; it is in evaluation mode during encoding.
         source ([`ItemSource`]): The items.
         batch_size (`int`, *optional*, defaults to 128): Items per forward pass.
         num_workers (`int`, *optional*, defaults to 0): Processes that read, decode and tokenise.
         accelerator (`Accelerator`, *optional*): Its processes share the work, and each one gets all vectors.
 
     Raises:
-        `DataError`: If an item has none of the model's modalities.
-        `ValueError`: If the items of a content model come without a processor, or an ID baseline meets another
-            catalogue.
+        [`DataError`]: If an item has none of the model's modalities.
+        `ValueError`: If a model that reads content gets no processor, or an ID baseline gets another catalogue.
     """
     device = model.device
     if model.config.num_items is not None:
         if model.config.num_items != len(source):
             raise ValueError(
-                f"this ID baseline knows {model.config.num_items} items and the catalogue has {len(source)}: "
-                "it cannot leave the catalogue it was trained on"
+                f"this ID baseline knows {model.config.num_items} items, but the catalogue has {len(source)}: give it "
+                "the catalogue that it was trained on"
             )
     if not model.config.modalities:
         batch = ItemBatch(source.present, item_rows=torch.arange(len(source))).to(device)
@@ -183,16 +182,17 @@ def encode_catalogue(
 @torch.no_grad()
 def standardize_projections(model: TransRecModel, source: ItemSource, *, num_items: int = 256, seed: int = 0) -> None:
     """
-    Data-dependent initialisation (Krähenbühl et al., ICLR 2016) of projections that were never trained, told by their
-    bias of zero: the item vectors of each modality get mean zero and, on average, length one over a sample of items.
+    Data-dependent initialisation (Krähenbühl et al., ICLR 2016) of untrained projections, which are recognised by
+    their zero bias: the item vectors of each modality get mean zero and, on average, length one over a sample of
+    items.
 
-    What a pre-trained tower says of all items alike is large beside what tells them apart. Without this step the first
-    epochs go into unlearning it, with it an untrained model already ranks by content.
+    In the outputs of a pre-trained tower, the part that all items share is large compared with their differences.
+    Without this step the first epochs have to unlearn it; with it an untrained model already ranks by content.
 
     A whitened item map takes the statistics of this catalogue, trained or not: see [`WhitenedProjection`].
 
     Args:
-        model ([`TransRecModel`]): Changed in place.
+        model ([`TransRecModel`]): The model; changed in place.
         source ([`ItemSource`]): The items to sample from.
         num_items (`int`, *optional*, defaults to 256): Size of the sample for each modality.
         seed (`int`, *optional*, defaults to 0): Of the sample.
@@ -207,7 +207,9 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
             if len(states):
                 model.item_encoder.projection(name).fit(states, generator)  # type: ignore[operator]
             continue
-        last: Any = list(model.item_encoder.projection(name).modules())[-1]  # of those with a hidden layer
+        last: Any = list(model.item_encoder.projection(name).modules())[
+            -1
+        ]  # the last layer of those with a hidden one
         rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
         if last.bias.any() or len(rows) < 2:
             continue
@@ -225,8 +227,8 @@ def item_states(
     model: TransRecModel, source: ItemSource, name: str, num_items: int = MAX_FITTED, seed: int = 0
 ) -> torch.Tensor:
     """
-    What the tower of a modality says of the items that have it, or of a sample of `num_items`, drawn by `seed`:
-    `(n, width)`, what its projection reads, in catalogue order.
+    The outputs of the tower of a modality that its projection reads, `(n, width)`, for all items that have the
+    modality or for a sample of `num_items`, drawn by `seed`; in catalogue order.
     """
     rows = np.flatnonzero(source.present[:, COLUMNS[name]].numpy())
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_items])
@@ -250,14 +252,14 @@ def content_vectors(
     **kwargs: Any,
 ) -> torch.Tensor:
     """
-    What pre-trained towers alone say of the items, for the zero-shot baseline: `(len(catalogue), sum of widths)`, the
-    part of each tower scaled to length 1, and zero where an item lacks its modality.
+    The outputs of pre-trained towers for the items, for the zero-shot baseline: `(len(catalogue), sum of widths)`. The
+    part of each tower is scaled to length 1, and is zero if an item lacks its modality.
 
     Args:
-        towers (`dict[str, str]`): Folders or Hub ids, by the names of the table, e.g. `"text_model"`; at least one.
+        towers (`dict[str, str]`): Folders or Hub ids, by names such as `"text_model"`; at least one.
         catalogue ([`Catalogue`]): The items.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute them.
-        kwargs: further arguments of [`encode_catalogue`].
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device of the computation.
+        kwargs: Further arguments of [`encode_catalogue`].
     """
     named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}
     model = TransRecModel.from_text_vision_pretrained(**{**named, **FORMAT_1})
@@ -265,7 +267,7 @@ def content_vectors(
     encoder = model.item_encoder
     widths = [tower_width(tower) for tower in encoder.towers.values()]
     for name, columns in zip(encoder.towers, torch.eye(sum(widths)).split(widths, dim=1), strict=True):
-        # each tower's output into columns of its own, untouched
+        # the output of each tower goes unchanged into its own columns
         projection = torch.nn.Linear(columns.shape[1], columns.shape[0], bias=False)
         projection.weight = torch.nn.Parameter(columns.contiguous())
         setattr(encoder, MODALITIES[name].projection, projection)

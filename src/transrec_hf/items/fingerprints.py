@@ -1,4 +1,4 @@
-"""What item vectors and stored states depend on besides weights, in a form that can be hashed."""
+"""The settings, besides weights, on which item vectors and stored states depend, in a form that can be hashed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 
 ELSEWHERE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")
-"""Of a configuration what changes nothing, or is hashed with the weights."""
+"""Fields of configurations that change nothing, or that are hashed with the weights."""
 OF_TRAINING = ("dropout", "drop_path", "initializer", "gradient_checkpointing", "label")
 
 
 def tower_settings(tower: PreTrainedModel) -> dict[str, Any]:
-    """The settings of a tower that say what it computes, as its layer norms' epsilon; not those of training alone."""
+    """
+    The settings of a tower that change its outputs, such as the epsilon of layer norms, but not training settings.
+    """
     settings = json.loads(tower.config.to_json_string(use_diff=True))
     return {
         name: settings[name]
@@ -26,7 +28,7 @@ def tower_settings(tower: PreTrainedModel) -> dict[str, Any]:
 
 
 def adapter_settings(model: nn.Module) -> list[Any]:
-    """Which adapters of a model or a part of one are in use, and how strongly."""
+    """The adapters of a model, or of a part of it, that are in use, with their scales."""
     found = []
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
@@ -37,7 +39,7 @@ def adapter_settings(model: nn.Module) -> list[Any]:
 
 
 def hash_weight(digest: Any, value: Any) -> None:
-    """Add what a state dictionary holds under one name to a hash; a quantised layer has tuples of tensors there."""
+    """Add one value of a state dictionary to a hash; quantised layers have tuples of tensors there."""
     if isinstance(value, tuple):
         for part in value:
             hash_weight(digest, part)

@@ -1,4 +1,4 @@
-"""A model meets a catalogue: what it knows of single items is found by their ids, and its statistics are renewed."""
+"""Adapting a model to a catalogue: matching what it knows about items by id, and renewing its statistics."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ logger = logging.get_logger(__name__)
 ITEM_STATISTICS_NAME = "item_statistics.parquet"
 MAX_SHIFT = 0.04
 """
-Share of the mean in the second moment of whitened states from which a catalogue is another one. Between the platforms
-that we have it is .07 to .6 in one of the modalities at least, within one (the last fifth of its items) up to .03.
+From this share of the mean in the second moment of whitened states on, a catalogue counts as another one. Between the
+platforms that we have, it is .07 to .6 in at least one modality; within one (for the last fifth of its items) at most
+.03.
 """
-WINDOW = 3  # steps, at most, between two items of a user that are neighbours
-NEIGHBOUR_LENGTH = 0.75  # of an ID vector at the start, as a share of that of the content
-NEIGHBOUR_DOUBT = 10  # neighbours at which it is half as long
-TRIPLES, FEWEST_TRIPLES = 2**16, 100  # of items that follow each other, from which a decay is fitted
-SAMPLE = 500  # items from which the shift is measured
+WINDOW = 3  # most steps between two items of a user that are neighbours
+NEIGHBOUR_LENGTH = 0.75  # length of an ID vector at the start, relative to the content vector
+NEIGHBOUR_DOUBT = 10  # with so many neighbours, it has half of this length
+TRIPLES, FEWEST_TRIPLES = 2**16, 100  # most and fewest triples of consecutive items to fit a decay
+SAMPLE = 500  # items on which the shift is measured
 
 
 @dataclass(frozen=True)
 class ItemStatistics:
     """
-    What a checkpoint keeps of the single items of its catalogue: `item_statistics.parquet`, beside the weights. Only
-    models that need it have it: those of ID vectors, whose rows it names, and those that add popularity to the scores.
+    What a checkpoint knows about single items of its catalogue: the file `item_statistics.parquet` beside the weights.
+    Only models with ID vectors, whose rows it names, and models that add popularity to the scores have it.
 
     Args:
-        item_ids (`np.ndarray` of shape `(n_items,)`): In the order of the ID vectors.
+        item_ids (`np.ndarray` of shape `(n_items,)`): The ids, in the order of the ID vectors.
         train_counts (`np.ndarray` of shape `(n_items,)`): How often each item occurs in the training data.
     """
 
@@ -56,11 +57,13 @@ class ItemStatistics:
 
     @property
     def log_popularity(self) -> torch.Tensor:
-        """Log of each item's share of the training data, `(n_items,)`; items without any count as one."""
+        """
+        Logarithm of each item's share of the training data, `(n_items,)`; items without interactions count as one.
+        """
         return torch.from_numpy(log_popularity(self.train_counts))
 
     def rows(self, item_ids: np.ndarray) -> np.ndarray:
-        """The row of each id, `-1` for those that are not known: `(n,)`."""
+        """The row of each id, `-1` for unknown ids: `(n,)`."""
         row_of = {item_id: row for row, item_id in enumerate(self.item_ids.tolist())}
         return np.array([row_of.get(item_id, -1) for item_id in item_ids.tolist()], dtype=np.int64)
 
@@ -73,7 +76,7 @@ class ItemStatistics:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ItemStatistics | None:
         """
-        Those in a folder or a repository of the Hub, `None` if there are none.
+        The statistics in a folder or a repository of the Hub, `None` if there are none.
 
         Raises:
             [`DataError`]: If the file is damaged.
@@ -88,13 +91,13 @@ class ItemStatistics:
             return cls(ids, table["train_count"].to_numpy().astype(np.int64))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{file}: damaged, it should have item_id and train_count ({one_line(error)}). Get the checkpoint "
-                "again."
+                f"{file}: is damaged, it should have item_id and train_count ({one_line(error)}). Download the "
+                "checkpoint again."
             ) from error
 
 
 def needs_item_statistics(model: TransRecModel) -> bool:
-    """Whether a checkpoint of the model is of no use without its [`ItemStatistics`]."""
+    """Whether a checkpoint of the model cannot be used without its [`ItemStatistics`]."""
     return model.config.num_items is not None or model.config.popularity_prior
 
 
@@ -103,9 +106,9 @@ def set_item_vectors(model: TransRecModel, vectors: torch.Tensor | None) -> None
     Replace the ID vectors of a model, or remove them.
 
     Args:
-        model ([`TransRecModel`]): Changed in place, its `num_items` too.
-        vectors (`torch.Tensor` of shape `(num_items, hidden_size)`, *optional*): Of the items of a catalogue, zero
-            where nothing is known of one; `None` to have none.
+        model ([`TransRecModel`]): The model; changed in place, with its `num_items`.
+        vectors (`torch.Tensor` of shape `(num_items, hidden_size)`, *optional*): ID vectors of the items of a
+            catalogue, zero for unknown items; `None` to remove them.
     """
     encoder = model.item_encoder
     if vectors is not None:
@@ -119,19 +122,19 @@ def set_item_vectors(model: TransRecModel, vectors: torch.Tensor | None) -> None
 
 def match_items(model: TransRecModel, catalogue: Catalogue, known: ItemStatistics | None) -> ItemStatistics | None:
     """
-    Give each item of a catalogue what a checkpoint knows of it, by its id. Items that are new have ID vectors of zero;
-    if all are, as on another platform, a model that reads content goes without ID vectors.
+    Match what a checkpoint knows about single items to a catalogue, by id. New items get ID vectors of zero. If all
+    items are new, as on another platform, a model that reads content loses its ID vectors.
 
     Args:
-        model ([`TransRecModel`]): Its ID vectors are put in the order of the catalogue.
+        model ([`TransRecModel`]): The model; its ID vectors are put into the order of the catalogue.
         catalogue ([`Catalogue`]): The items.
-        known ([`ItemStatistics`], *optional*): Of the checkpoint. A model without them is left as it is.
+        known ([`ItemStatistics`], *optional*): Those of the checkpoint. Without them the model stays as it is.
 
     Returns:
-        [`ItemStatistics`]: Of the items of the catalogue; `None` if nothing is known of any of them.
+        [`ItemStatistics`]: Those of the items of the catalogue; `None` if no item is known.
 
     Raises:
-        [`DataError`]: If a model that reads no content knows nothing of an item.
+        [`DataError`]: If a model that reads no content does not know an item.
     """
     if known is None:
         return None
@@ -141,8 +144,8 @@ def match_items(model: TransRecModel, catalogue: Catalogue, known: ItemStatistic
     if len(new) and not reads_content:
         raise DataError(
             f"{catalogue.source}: {len(new)} of {len(catalogue)} items are new to this ID baseline "
-            f"({', '.join(catalogue.item_ids[new[:MAX_EXAMPLES]])}), which cannot leave the catalogue that it was "
-            "trained on. Give that one (and its k_core), or a content model."
+            f"({', '.join(catalogue.item_ids[new[:MAX_EXAMPLES]])}), which cannot leave the catalogue of its "
+            "training. Give that catalogue (and its k_core), or a content model."
         )
     if has_vectors and len(new) == len(rows):
         set_item_vectors(model, None)
@@ -161,12 +164,12 @@ def match_items(model: TransRecModel, catalogue: Catalogue, known: ItemStatistic
 @torch.no_grad()
 def start_from_data(model: TransRecModel, source: ItemSource, train: Sequences) -> None:
     """
-    Start what is new in a model by the data at hand: the decay of its content prior, see [`fitted_decay`], and the ID
-    vectors of a hybrid, see [`neighbour_vectors`]. What was trained before stays, and so does a model whose item map
-    does not whiten: what its content says is not known yet.
+    Initialise new parts of a model from the data: the decay of its content prior, see [`fitted_decay`], and the ID
+    vectors of a hybrid, see [`neighbour_vectors`]. Parts that were trained before stay as they are. A model without a
+    whitened item map stays as it is, because its untrained content vectors mean nothing.
 
     Args:
-        model ([`TransRecModel`]): Changed in place.
+        model ([`TransRecModel`]): The model; changed in place.
         source ([`ItemSource`]): The items.
         train ([`Sequences`]): The training data.
     """
@@ -189,8 +192,9 @@ def start_from_data(model: TransRecModel, source: ItemSource, train: Sequences) 
 
 def fitted_decay(content: torch.Tensor, train: Sequences) -> float | None:
     """
-    What an item says of the next choice, as a share of what the item after it says: the ratio of the coefficients in
-    the least squares of an item's content on that of the two before it. `None` if that was seen too seldom.
+    The weight of an item for the next choice, relative to the weight of the item after it. It is the ratio of the
+    coefficients in a least-squares fit of an item's content on the content of the two items before it. `None` if there
+    are too few such triples.
 
     Args:
         content (`torch.Tensor` of shape `(n_items, size)`): Vectors of the items.
@@ -215,8 +219,8 @@ def fitted_decay(content: torch.Tensor, train: Sequences) -> float | None:
 
 def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
     """
-    What the content of an item's neighbours says, which are the items that users chose shortly before or after it.
-    With `c_ij` how often they did, `n_i` the sum of that and `e_j` the unit vectors of content:
+    ID vectors from the content of an item's neighbours, the items that users chose shortly before or after it. `c_ij`
+    is how often that happened, `n_i` its sum over `j`, and `e_j` are the unit content vectors:
 
         v_i = 0.75 n_i / (n_i + 10) unit(sum over j of c_ij (1 + n_j)^(-1/2) e_j)
 
@@ -225,7 +229,7 @@ def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
         train ([`Sequences`]): The training data.
 
     Returns:
-        `torch.Tensor` of shape `(n_items, size)`: The vectors, zero where an item has no neighbours.
+        `torch.Tensor` of shape `(n_items, size)`: The vectors, zero for items without neighbours.
     """
     size = len(content)
     blocks = [(pairs, torch.from_numpy(counts).float()) for pairs, counts in co_occurrences(train, size, WINDOW)]
@@ -243,8 +247,9 @@ def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
 @torch.no_grad()
 def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> dict[str, float]:
     """
-    How far the items are from those whose statistics a model with a whitened item map has: by modality, the share of
-    the mean in the second moment of the whitened states of a sample, without what a sample of that size has by chance.
+    The distance of the items from the catalogue whose statistics a whitened item map has: for each modality, the share
+    of the mean in the second moment of the whitened states of a sample, minus the share that such a sample has by
+    chance.
     """
     shifts = {}
     for name in model.config.modalities:
@@ -258,16 +263,16 @@ def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
 
 def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> bool:
     """
-    Before a model meets a catalogue that it is not going to be trained on: if its item map whitens, and the catalogue
-    is another than that of its statistics, take those of this one. A few new items do not make another catalogue.
+    Prepare a model for a catalogue on which it is not trained: if its item map is whitened, and its statistics belong
+    to another catalogue, compute the statistics of this one. A few new items do not make another catalogue.
 
     Args:
-        model ([`TransRecModel`]): Changed in place.
+        model ([`TransRecModel`]): The model; changed in place.
         source ([`ItemSource`]): The items.
-        seed (`int`, *optional*, defaults to 0): Of the samples.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples.
 
     Returns:
-        `bool`: Whether the statistics are new.
+        `bool`: Whether the statistics were renewed.
     """
     if model.config.item_map != "whitened" or source.processor is None:
         return False
@@ -275,9 +280,11 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     said = ", ".join(f"{name} {shift:.3f}" for name, shift in shifts.items())
     fitted = all(model.item_encoder.projection(name).num_fitted for name in shifts)
     if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:
-        logger.debug("The items are like those of the model's statistics (shift of the mean: %s)", said)
+        logger.debug("The statistics of the model fit these items (shift of the mean: %s)", said)
         return False
-    logger.info_once("Another catalogue (shift of the mean: %s): the model takes its statistics", said)
+    logger.info_once(
+        "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again", said
+    )
     standardize_projections(model, source, seed=seed)
     return True
 

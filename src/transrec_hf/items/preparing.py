@@ -1,4 +1,4 @@
-"""Where items come from: catalogue rows to batches that a model reads."""
+"""From catalogue rows to batches that a model reads."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ..model.processing_transrec import TransRecProcessor
 
 
 PADDING = -1
-TOKENS_ON_CPU = 2048  # in one pass of a text tower
-TEXTS_AT_A_TIME = 2048  # tokenised in one call
+TOKENS_ON_CPU = 2048  # tokens in one pass of a text tower
+TEXTS_AT_A_TIME = 2048  # texts that are tokenised in one call
 
 
 def token_budget(device: torch.device | str | None = None) -> int:
     """
-    Tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep all units busy.
+    The number of tokens in one pass of a text tower: on a CPU what its cache holds, elsewhere enough to keep the
+    device busy.
 
     Args:
-        device (`torch.device` or `str`, *optional*): Where the tower runs; the accelerator of this machine, if it has
-            one.
+        device (`torch.device` or `str`, *optional*): Device of the tower; by default the accelerator of this machine,
+            if it has one.
     """
     if device is None:
         return 32768 if torch.accelerator.is_available() else TOKENS_ON_CPU
@@ -35,13 +36,13 @@ def token_budget(device: torch.device | str | None = None) -> int:
 
 def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """
-    Indices of `lengths` `(n,)` in buckets of like length, short ones first. Padded to its longest text, a bucket holds
-    at most `budget` tokens, or one text.
+    Indices of `lengths` `(n,)` in buckets of similar length, short ones first. Padded to its longest text, a bucket
+    holds at most `budget` tokens, or one text.
     """
     order = np.argsort(lengths, kind="stable")
     buckets, start = [], 0
     while start < len(order):
-        # padded to its last text, the longest, a bucket grows with every text it takes in
+        # a bucket is padded to its last text, the longest
         padded = lengths[order[start:]] * np.arange(1, len(order) - start + 1)
         size = max(1, int(np.searchsorted(padded, budget, side="right")))
         buckets.append(order[start : start + size])
@@ -50,7 +51,7 @@ def bucket_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 
 def pad_right(rows: list[np.ndarray], length: int | None = None) -> np.ndarray:
-    """Ragged rows to one `(n_rows, length)` array, filled with `-1` on the right."""
+    """Join rows of different lengths into one `(n_rows, length)` array, filled with `-1` on the right."""
     length = length or max(len(row) for row in rows)
     padded = np.full((len(rows), length), PADDING, dtype=np.int64)
     for i, row in enumerate(rows):
@@ -63,19 +64,19 @@ class Preparation(Protocol):
 
     @property
     def units(self) -> np.ndarray:
-        """What the cost of each item is proportional to, `(n_items,)`, int64, 0 where it lacks the modality."""
+        """A number to which the cost of each item is proportional, `(n_items,)`, int64; 0 if it lacks the modality."""
 
     def __call__(self, rows: np.ndarray, slots: torch.Tensor, max_tokens: int) -> ItemPart:
         """
-        The contents of catalogue rows `(n,)`, all of which have the modality, for the rows `slots` `(n,)` of a batch;
-        in buckets of at most `max_tokens` where the modality has tokens.
+        The contents of catalogue rows `(n,)`, all of which have the modality, for the rows `slots` `(n,)` of a batch.
+        If the modality has tokens, they come in buckets of at most `max_tokens`.
         """
 
 
 class TextPreparation:
     """
-    Texts in buckets of like length. The token ids of all texts of a catalogue are computed once and kept in one flat
-    array: 4 bytes a token.
+    Texts in buckets of similar length. The token ids of all texts of a catalogue are computed once and kept in one
+    flat array of 4 bytes per token.
     """
 
     def __init__(self, catalogue: Catalogue, processor: TransRecProcessor):
@@ -114,13 +115,13 @@ class ContentPreparation:
         return ItemPart(slots, [self.prepared(rows)[MODALITIES[self.name].values]])
 
     def prepared(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """What the processor makes of the contents of catalogue rows, all of which have the modality."""
+        """The processor's output for the contents of catalogue rows, all of which have the modality."""
         form = self.processor.form(self.name)
         contents = [self.catalogue.read(row, [self.name], **form, **self.place())[self.name] for row in rows]
         return self.processor.prepare(self.name, contents)
 
     def place(self) -> dict[str, Any]:
-        """Where in a content its windows are read, for a reader that is told so."""
+        """The position of the windows in a content, as an argument of the reader."""
         return {}
 
 
@@ -140,7 +141,7 @@ class WindowPreparation(ContentPreparation):
         return ItemPart(slots, [prepared[modality.values]], [prepared[str(modality.mask)]])
 
     def drawn(self, draws: np.random.Generator) -> WindowPreparation:
-        """The same, with windows at places that are drawn."""
+        """The same, with windows at random positions."""
         other = copy.copy(self)
         other.draws = draws
         return other
@@ -151,19 +152,20 @@ class WindowPreparation(ContentPreparation):
 
 class ItemSource:
     """
-    Items as a model reads them, by their catalogue rows: read and prepared when a batch needs them.
+    The items of a catalogue, read and prepared for a model when a batch needs them. It is what all other classes take
+    as their items.
 
     Args:
         catalogue ([`Catalogue`]): The items.
-        processor ([`TransRecProcessor`], *optional*): Of the model. Without one the items have no contents but their
-            rows, as the ID baseline reads them.
-        max_tokens (`int`, *optional*): Tokens of a bucket of texts, see [`token_budget`].
+        processor ([`TransRecProcessor`], *optional*): The processor of the model. Without one, items have no contents,
+            only their rows, which an ID baseline reads.
+        max_tokens (`int`, *optional*): Most tokens of a bucket of texts, see [`token_budget`].
 
     Attributes:
-        present (`torch.Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities that are read of each
-            item.
-        log_popularity (`torch.Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of the training
-            data, if it is known; `None` at first.
+        present (`torch.Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities of each item that are
+            read.
+        log_popularity (`torch.Tensor` of shape `(n_items,)`, *optional*): Logarithm of each item's share of the
+            training data, if it is known; `None` at first.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class ItemSource:
 
     @property
     def preparations(self) -> dict[str, Preparation]:
-        """By modality, how its contents are prepared. Texts are tokenised at the first use."""
+        """The preparation of each modality. Texts are tokenised at the first use."""
         for name in self.modalities:
             if name not in self._preparations and self.catalogue.has(name).any():
                 self._preparations[name] = self._preparation(name)
@@ -197,15 +199,18 @@ class ItemSource:
         return ContentPreparation(self.catalogue, self.processor, name)
 
     def forget(self, name: str) -> None:
-        """Prepare the contents of one modality anew, since its processor prepares them otherwise now."""
+        """Forget the prepared contents of one modality, after the settings of its processor have changed."""
         self._preparations.pop(name, None)
 
     def units(self) -> dict[str, np.ndarray]:
-        """By modality, what the cost of each item is proportional to, `(n_items,)`: tokens, windows, or 1."""
+        """
+        For each modality, a number to which the cost of each item is proportional, `(n_items,)`: tokens, windows, or
+        1.
+        """
         return {name: preparation.units for name, preparation in self.preparations.items()}
 
     def with_preparations(self, preparations: dict[str, Preparation]) -> ItemSource:
-        """The same items with other preparations of some modalities, such as states that are stored."""
+        """The same items with other preparations of some modalities, such as stored states."""
         other = copy.copy(self)
         other._preparations = {**self._preparations, **preparations}
         return other
@@ -215,7 +220,7 @@ class ItemSource:
         return ItemSource(self.catalogue.select(rows), self.processor, self.max_tokens)
 
     def showing(self, modalities: Collection[str]) -> ItemSource:
-        """The same items without their other modalities, where an item has one of these; what has none stays."""
+        """The same items with all but these modalities hidden; an item that has none of them keeps its contents."""
         other = copy.copy(self)
         other.present = showing(self.present, modalities)
         return other
@@ -224,14 +229,14 @@ class ItemSource:
         self, rows: np.ndarray, hidden: torch.Tensor | None = None, draws: np.random.Generator | None = None
     ) -> ItemBatch:
         """
-        The items at catalogue rows `(n_items,)`.
+        A batch of the items at catalogue rows `(n_items,)`.
 
         Args:
             rows (`np.ndarray` of shape `(n_items,)`): The rows.
-            hidden (`torch.Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Boolean, what of them is not
-                shown, nor read.
-            draws (`np.random.Generator`, *optional*): By which the windows of long contents are read at a place of
-                their own in this batch, as in training; without one they are in the middles of their parts.
+            hidden (`torch.Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Boolean, contents that are
+                hidden and not read.
+            draws (`np.random.Generator`, *optional*): Generator for random positions of the windows of long contents,
+                as in training; without it each window is in the middle of its part.
 
         Raises:
             `ValueError`: If an item has none of the modalities that are read.

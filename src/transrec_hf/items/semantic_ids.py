@@ -1,4 +1,4 @@
-"""Codes of items as semantic ids, in the layout that generative recommenders read."""
+"""Codes of items as semantic ids, in the layout of generative recommenders."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def resolve_collisions(codes: Tensor) -> Tensor:
     """
-    Codes `(n, num_codebooks)` that are all different: one more code counts the items that share the others, so that
-    the result is `(n, num_codebooks + 1)` (TIGER, arXiv 2305.05065).
+    Make codes `(n, num_codebooks)` unique: one more code numbers the items that share all others. The result is
+    `(n, num_codebooks + 1)` (TIGER, arXiv 2305.05065).
     """
     _, inverse = np.unique(codes.numpy(), axis=0, return_inverse=True)
     order = np.argsort(inverse.reshape(-1), kind="stable")
@@ -37,11 +37,11 @@ def resolve_collisions(codes: Tensor) -> Tensor:
 
 def save_semantic_ids(file: str | os.PathLike, item_ids: Sequence[str] | np.ndarray, codes: Tensor) -> None:
     """
-    Write codes as one token a codebook for each item, the layout of LC-Rec and of what was built upon it:
+    Write codes as one token per codebook for each item, the layout of LC-Rec and its successors:
     `{"item id": ["<a_17>", "<b_3>", "<c_201>"], ...}`.
 
     Raises:
-        [`DataError`]: If there are not as many ids as codes, or over 26 codes an item.
+        [`DataError`]: If the numbers of ids and items differ, or items have more than 26 codes.
     """
     if len(item_ids) != len(codes) or codes.shape[1] > len(LETTERS):
         raise DataError(
@@ -54,15 +54,15 @@ def save_semantic_ids(file: str | os.PathLike, item_ids: Sequence[str] | np.ndar
 
 def load_semantic_ids(file: str | os.PathLike) -> tuple[np.ndarray, Tensor]:
     """
-    Item ids and codes `(n, num_codebooks)` of a file as [`save_semantic_ids`] writes it.
+    Read item ids and codes `(n, num_codebooks)` from a file of [`save_semantic_ids`].
 
     Raises:
-        [`DataError`]: If the file is none such; it names the item.
+        [`DataError`]: If the file has another layout; the message names the item.
     """
     try:
         rows = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({one_line(error)})") from error
+        raise DataError(f"{file}: cannot be read as JSON ({one_line(error)}). Write it again.") from error
     if not isinstance(rows, dict) or not rows:
         raise DataError(f'{file}: holds no {{"item id": ["<a_1>", "<b_2>"]}}')
     codes, length = [], None

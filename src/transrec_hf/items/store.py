@@ -1,4 +1,4 @@
-"""States of the towers' frozen lower blocks, computed once per item and kept in memory-mapped files."""
+"""States after the frozen lower blocks of towers, computed once per item and kept in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-KEY_BYTES = 16  # of the hash of a content
-FILE_BYTES = 2**26  # states in one file, about
-FILE_SECONDS = 30  # after which what there is is written all the same
+KEY_BYTES = 16  # bytes of the hash of a content
+FILE_BYTES = 2**26  # approximate bytes of one file
+FILE_SECONDS = 30  # seconds after which a smaller file is written
 
 
 def prefix_key(
@@ -60,10 +60,10 @@ def prefix_key(
     lower: Sequence[int] = (),
 ) -> str:
     """
-    A name made of all that stored states depend on besides the item: the settings of the tower and the adapters in it,
-    the weights and the number of the frozen blocks, the pooling after them if it is frozen too, the lower depths, the
-    preprocessing, the dtypes of computation and of storage. If any of them changes, so does the name: states are never
-    stale.
+    A name that depends on everything that stored states depend on, except the item: the settings of the tower and its
+    adapters, the weights and the number of the frozen blocks, the pooling after them if it is frozen too, the lower
+    depths, the preprocessing, and the dtypes of computation and storage. If any of them changes, the name changes too,
+    so states are never outdated.
     """
     device = tower.device.type
     computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tower.dtype
@@ -77,14 +77,14 @@ def prefix_key(
         below = below and id(tensor) not in in_upper
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         if not below and (id(tensor) in in_upper or not is_frozen):
-            continue  # what is registered after the blocks, and frozen, the lower ones may read
+            continue  # lower blocks may read frozen weights that are registered after the blocks
         digest.update(name.encode())
         hash_weight(digest, tensor)
     return digest.hexdigest()[:32]
 
 
 def checksum(shard: dict[str, Tensor]) -> str:
-    """Of all that is in a file of the store."""
+    """The checksum of everything in a file of the store."""
     value = 0
     for name in sorted(shard):
         value = zlib.crc32(shard[name].contiguous().flatten().view(torch.uint8).numpy().data, value)
@@ -92,19 +92,19 @@ def checksum(shard: dict[str, Tensor]) -> str:
 
 
 def read_shard(path: Path, check: bool = False) -> dict[str, Tensor]:
-    """A file of the store, not copied. Raises [`InputError`] if it is none or, asked to `check`, if it is damaged."""
+    """Map a file of the store. Raises [`InputError`] if it is not such a file or, with `check`, if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get("crc32")
             shard = {name: file.get_tensor(name) for name in ("states", "lengths", "keys")}
         if check and found != checksum(shard):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum is wrong")
         if len(shard["keys"]) != len(shard["lengths"]) or shard["lengths"].sum() != len(shard["states"]):
-            raise ValueError("its parts do not fit each other")
+            raise ValueError("its parts do not fit together")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(
-            f"{path}: a damaged file of an activation store ({one_line(error)}). Delete it: what it held is computed "
-            "again."
+            f"{path}: is a damaged file of an activation store ({one_line(error)}). Delete it, then its states are "
+            "computed again."
         ) from error
     return shard
 
@@ -112,8 +112,8 @@ def read_shard(path: Path, check: bool = False) -> dict[str, Tensor]:
 @torch.no_grad()
 def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
     """
-    Raises `ValueError` for a tower that cannot go on from stored states: one whose blocks hand on something else than
-    one state for each token, or image, or whose frozen blocks read parameters that are trained.
+    Raises `ValueError` for a tower that cannot continue from stored states, because its blocks pass on something else
+    than one state for each token or image, or its frozen blocks read trained parameters.
     """
     kind = type(tower).__name__
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
@@ -126,36 +126,38 @@ def check_resumes(name: str, tower: PreTrainedModel, depth: int) -> None:
     try:
         with in_evaluation(tower):
             if MODALITIES[name].is_windowed and (has_states_in_time(tower) or reads_clips(tower)):
-                raise ValueError("which of its states are real is known before its blocks alone")
+                raise ValueError("its mask of real states is known only before its blocks")
             if trained and read_below(tower, depth, trained):
                 raise ValueError("frozen blocks read parameters that are trained")
             with torch.autocast(tower.device.type, enabled=False):
                 expected = run_tower(tower, values, mask).last_hidden_state
                 states = lower_states(tower, depth, values, mask)
-                if mask is not None:  # the second of two texts, without its padding, twice
+                if mask is not None:  # the second of two texts twice, without its padding
                     mask, states, expected = (part[[1, 1], :3] for part in (mask, states, expected))
                 found = resume_tower(tower, depth, states, mask).last_hidden_state
             tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
-            if (found - expected).abs().max() > tolerance * expected.abs().max():  # what is not finite is seen later
-                raise ValueError("from the states of its blocks it goes on otherwise")
+            if (
+                found - expected
+            ).abs().max() > tolerance * expected.abs().max():  # values that are not finite are found later
+                raise ValueError("its output differs if it continues from the states of its blocks")
     except Exception as error:
         raise ValueError(
-            f"{kind} cannot go on from stored states, so its part of the activation store would be wrong "
+            f"{kind} cannot continue from stored states, so its part of the activation store would be wrong "
             f"({one_line(error)}): leave out activation_store"
         ) from error
 
 
 class StoredStates:
     """
-    The states of one modality, by catalogue row: the hash of its content and, once it is stored, the file and the
-    states in it. It is a [`Preparation`] of the items.
+    The stored states of one modality. For each catalogue row it knows the hash of the content and, if it is stored,
+    the file and the position of its states. It is a [`Preparation`] of the items.
 
     Args:
-        folder (`Path`): Of the files.
+        folder (`Path`): Folder of the files.
         source ([`ItemSource`]): The items.
         name (`str`): The modality.
-        depth (`int`): Blocks of the tower after which they are.
-        ragged (`bool`): There are as many states for an item as it has tokens, or windows; else one.
+        depth (`int`): Number of blocks of the tower after which the states are taken.
+        ragged (`bool`): Whether an item has a state for each of its tokens or windows, rather than one.
     """
 
     def __init__(self, folder: Path, source: ItemSource, name: str, depth: int, ragged: bool):
@@ -172,11 +174,11 @@ class StoredStates:
 
     @property
     def units(self) -> np.ndarray:
-        """Stored states of each item, `(n_items,)`, 0 where it lacks the modality."""
+        """The number of stored states of each item, `(n_items,)`, 0 if it lacks the modality."""
         return np.where(self.content_of < 0, 0, self.lengths[self.content_of])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of the files their names: a process that is spawned maps them itself, and nothing is copied."""
+        """Keep only the names of the files, so that a spawned process maps them itself and nothing is copied."""
         return {**vars(self), "files": list(self.files)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,7 +186,7 @@ class StoredStates:
         self.files = {path: read_shard(path)["states"] for path in state["files"]}
 
     def refresh(self) -> None:
-        """Map the files that were added. Raises [`InputError`] for one that is damaged."""
+        """Map files that were added. Raises [`InputError`] for a damaged file."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - set(self.files)):
             shard = read_shard(path, check=True)
             lengths = shard["lengths"].numpy()
@@ -197,14 +199,14 @@ class StoredStates:
             self.files[path] = shard["states"]
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Which of the catalogue rows have a content that is not stored yet: boolean, `(n,)`."""
+        """Which of the catalogue rows have contents that are not stored yet: boolean, `(n,)`."""
         contents = self.content_of[rows]
         return (contents >= 0) & (self.file_of[contents] < 0)
 
     def states(self, rows: np.ndarray) -> list[Tensor]:
         """
-        The states of each catalogue row, `(states of the item, ...)`, not copied. Raises [`InputError`] for rows whose
-        states are not stored.
+        The states of each catalogue row, `(states of the item, ...)`, without a copy. Raises [`InputError`] for rows
+        whose states are not stored.
         """
         contents, files = self.content_of[rows], list(self.files.values())
         if missing := int(self.missing(rows).sum()):
@@ -237,22 +239,23 @@ class StoredStates:
 
 class ActivationStore:
     r"""
-    The states of items after the frozen lower blocks of each tower. Training, evaluation and serving then run the
-    upper blocks only; of a tower that is frozen whole, the pooled states are stored, and nothing of it runs. Losses
-    and gradients are the same: nothing below changes, and dropout is off in frozen blocks.
+    The states of items after the frozen lower blocks of each tower. With them, training, evaluation and serving run
+    only the upper blocks. If a whole tower is frozen, its pooled states are stored, and the tower does not run at all.
+    Losses and gradients are the same, because frozen blocks do not change and have no dropout.
 
-    Files are `FOLDER/MODALITY-KEY/*.safetensors`, `KEY` being [`prefix_key`]. Each holds the states of some items with
-    the hashes of their contents, and is written under another name and then renamed: several processes may fill one
-    store, and one that is killed leaves nothing that could be read.
+    Files are `FOLDER/MODALITY-KEY/*.safetensors`, with the `KEY` of [`prefix_key`]. Each file holds the states of some
+    items with the hashes of their contents. It is written under another name and then renamed, so several processes
+    can fill one store, and a killed process leaves no incomplete file.
 
     Args:
-        folder (`str`): Where the stores of all keys are.
-        model ([`TransRecModel`]): With at least one frozen block in each tower, see [`~TransRecModel.freeze_towers`].
+        folder (`str`): Folder for the stores of all keys.
+        model ([`TransRecModel`]): A model with at least one frozen block in each tower, see
+            [`~TransRecModel.freeze_towers`].
         source ([`ItemSource`]): The items.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the stored states.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the stored states.
 
     Raises:
-        `ValueError`: If a tower has no frozen block, or cannot go on from states.
+        `ValueError`: If a tower has no frozen block, or cannot continue from states.
         [`InputError`]: If a file of the store is damaged.
 
     Example:
@@ -283,7 +286,7 @@ class ActivationStore:
         for name, tower in encoder.towers.items():
             if not self.depths[name]:
                 raise ValueError(
-                    f"the {name} tower has {len(tower_blocks(tower))} blocks and none is frozen, so there is "
+                    f"none of the {len(tower_blocks(tower))} blocks of the {name} tower is frozen, so there is "
                     "nothing to store: lower trainable_blocks"
                 )
             if not source.present[:, COLUMNS[name]].any():
@@ -291,8 +294,8 @@ class ActivationStore:
             self.pooled[name] = pooled = encoder.is_stored_pooled(name)
             if encoder.depths[name] and not pooled and not MODALITIES[name].has_tokens:
                 raise ValueError(
-                    f"the side network of the {name} tower reads blocks of several shapes, which are stored pooled "
-                    "only: freeze the tower whole (tuning='side'), or leave out activation_store"
+                    f"the side network of the {name} tower reads blocks of several shapes, of which only pooled "
+                    "states can be stored: freeze the whole tower (tuning='side'), or leave out activation_store"
                 )
             if not (pooled and MODALITIES[name].is_windowed):
                 check_resumes(name, tower, self.depths[name])
@@ -306,24 +309,24 @@ class ActivationStore:
 
     @property
     def source(self) -> ItemSource:
-        """The items with their stored states in place of what the towers' frozen blocks would read."""
+        """The items with stored states in place of the inputs of the towers."""
         return self.contents.with_preparations({**self.states})
 
     @property
     def is_current(self) -> bool:
-        """Whether the same blocks are frozen as when it was made."""
+        """Whether the same blocks are frozen as when the store was made."""
         encoder = self.model.item_encoder
         frozen = {name: encoder.is_stored_pooled(name) for name in self.states}
         depths = {name: frozen_depth(tower) for name, tower in encoder.towers.items()}
         return depths == self.depths and frozen == self.pooled
 
     def refresh(self) -> None:
-        """Map the files that are there now."""
+        """Map files that other processes have added."""
         for states in self.states.values():
             states.refresh()
 
     def missing_rows(self) -> np.ndarray:
-        """Catalogue rows of which some state is not stored yet."""
+        """Catalogue rows that have states which are not stored yet."""
         rows = np.arange(len(self.contents))
         missing = [states.missing(rows) for states in self.states.values()]
         return np.flatnonzero(np.any(missing, axis=0)) if missing else rows[:0]
@@ -331,7 +334,7 @@ class ActivationStore:
     @torch.no_grad()
     def fill(self, *, batch_size: int = 128, num_workers: int = 0, accelerator: Accelerator | None = None) -> None:
         """
-        Compute and write what is missing; a run that is stopped goes on where it was, within a minute's work.
+        Compute and write missing states. After an interruption it continues, and at most a minute of work is lost.
 
         Args:
             batch_size (`int`, *optional*, defaults to 128): Items prepared at a time.
@@ -340,7 +343,7 @@ class ActivationStore:
         """
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         missing = self.missing_rows()
-        own = missing[missing % world_size == rank]  # also if some see what others have written meanwhile
+        own = missing[missing % world_size == rank]  # also if others have written files meanwhile
         if len(own):
             self._compute(own, batch_size, num_workers, show_progress=rank == 0)
         if accelerator is not None:
@@ -349,7 +352,7 @@ class ActivationStore:
 
     def _compute(self, rows: np.ndarray, batch_size: int, num_workers: int, show_progress: bool) -> None:
         """Compute and write the states of catalogue rows."""
-        source = self.contents.select(rows)  # of which alone the texts are tokenised
+        source = self.contents.select(rows)  # so that only their texts are tokenised
         loader = item_loader(source, sort_by_length(source), batch_size, num_workers, self.model.device)
         waiting: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self.states}
         num_bytes, written = 0, time.monotonic()
@@ -360,8 +363,8 @@ class ActivationStore:
                         for row, state in states:
                             if not state.isfinite().all():
                                 raise InputError(
-                                    f"item {self.contents.catalogue.item_ids[rows[row]]}: the {name} tower says "
-                                    f"something that is not finite in {self.dtype}. Look at its weights, or leave out "
+                                    f"item {self.contents.catalogue.item_ids[rows[row]]}: the {name} tower returns "
+                                    f"numbers that are not finite in {self.dtype}. Check its weights, or leave out "
                                     "bf16."
                                 )
                         waiting[name] += [(int(rows[row]), state) for row, state in states]
@@ -373,7 +376,7 @@ class ActivationStore:
             self._write(waiting)
 
     def _write(self, waiting: dict[str, list[tuple[int, Tensor]]]) -> None:
-        """Write states of catalogue rows, and forget them."""
+        """Write states of catalogue rows to a file, and remove them from memory."""
         for name, states in waiting.items():
             if states:
                 rows, values = zip(*states, strict=True)
@@ -381,7 +384,7 @@ class ActivationStore:
                 states.clear()
 
     def _states_of(self, batch: ItemBatch) -> dict[str, list[tuple[int, Tensor]]]:
-        """By modality, rows of the source and their states, each `(states of the item, ...)`, on the host."""
+        """For each modality, rows of the source and their states, each `(states of the item, ...)`, on the host."""
         encoder, found = self.model.item_encoder, {}
         for name, part in batch.to(self.model.device, non_blocking=True).parts.items():
             if name not in self.states:

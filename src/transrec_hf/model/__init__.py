@@ -1,3 +1,3 @@
-"""The model and everything that travels with a checkpoint."""
+"""The model, and all other code that is saved with a checkpoint."""
 
 from __future__ import annotations

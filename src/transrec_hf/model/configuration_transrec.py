@@ -31,10 +31,10 @@ FORMAT_1 = {
     "user_hidden_size": None,
     "text_depths": 1,
 }
-"""What checkpoints of format 1, and the paper's code, say nothing of."""
+"""Values of fields that checkpoints of format 1, and the paper's code, do not have."""
 BOTTLENECK_PLACES = ("houlsby", "pfeiffer")
 FORMAT_VERSION = 2
-"""The newest format that this code reads. A checkpoint is written in the oldest one that holds what it has."""
+"""The newest format that this code reads. A checkpoint is written in the oldest format that can hold it."""
 WITH_NEGATIVES = ("cpc", "bce", "bpr", "sampled_softmax")
 AMONG_ALL = ("in_batch", "full_softmax", "masked")
 """Objectives that score the items of all processes."""
@@ -65,7 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_negatives": (0, MAX_SIZE),
     "mask_probability": (0, 1),
 }
-"""What a number may be, both ends included: checked before anything is made of that size."""
+"""Least and largest values of numbers, which are checked before memory is taken for them."""
 STOCK = (
     *("attn_implementation", "auto_map", "experts_implementation", "format_version", "model_type", "num_labels"),
     *("output_attentions", "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache"),
@@ -75,14 +75,14 @@ STOCK = (
 
 def check_sizes(config: Any, name: str) -> None:
     """
-    Refuse a configuration of a tower whose sizes are absurd, before anything is made of them.
+    Refuse a configuration of a tower with absurd sizes, before memory is taken for them.
 
     Args:
-        config (`dict` or `PreTrainedConfig`, *optional*): Of the tower.
-        name (`str`): What to call it.
+        config (`dict` or `PreTrainedConfig`, *optional*): The configuration of the tower.
+        name (`str`): Its name, for messages.
 
     Raises:
-        `ValueError`: If a size is negative or out of all proportion.
+        `ValueError`: If a size is negative or far too large.
     """
     if isinstance(config, PreTrainedConfig):
         config = config.to_dict()
@@ -102,7 +102,7 @@ def check_sizes(config: Any, name: str) -> None:
 
 
 def check_bottleneck(bottleneck: dict[str, Any]) -> None:
-    """Raises `ValueError` for bottleneck adapters that there are not."""
+    """Raises `ValueError` for wrong settings of bottleneck adapters."""
     values = {"places": "houlsby", "parallel": False, **bottleneck}
     size, places, parallel = values.pop("size", None), values.pop("places"), values.pop("parallel")
     if isinstance(size, bool) or not isinstance(size, int) or not (1 <= size <= MAX_WIDTH) or values:
@@ -114,7 +114,7 @@ def check_bottleneck(bottleneck: dict[str, Any]) -> None:
 
 
 def check_side(side: dict[str, Any]) -> None:
-    """Raises `ValueError` for side networks that there are not."""
+    """Raises `ValueError` for wrong settings of side networks."""
     text, tower = json.dumps(side, sort_keys=True, default=str), r'"(image|text)": \[(\[\d+, [1-9]\d*\](, )?)*\](, )?'
     is_one = re.fullmatch(rf'{{"depths": {{({tower})+}}, "size": [1-9]\d*}}', text)
     if not is_one or any(int(number) > MAX_WIDTH for number in re.findall(r"\d+", text)):
@@ -122,7 +122,7 @@ def check_side(side: dict[str, Any]) -> None:
 
 
 def check_weight_source(source: Any) -> None:
-    """Raises `ValueError` for an entry of `weights_from` that is not as `save_pretrained` writes it."""
+    """Raises `ValueError` for an entry of `weights_from` that `save_pretrained` would not write."""
     form = {"name": r"[^\0]+", "revision": r"[0-9a-f]{40}", "sha256": r"[0-9a-f]{64}", "prefix": r"[\w.]*"}
     values = source if isinstance(source, dict) else {}
     weights = values.get("weights")
@@ -135,11 +135,11 @@ def check_weight_source(source: Any) -> None:
 
 
 def check_foreign(config: Any) -> None:
-    """Refuse a configuration, one in it too, that wants code of a repository to be run, as an attention kernel."""
+    """Refuse a configuration (also a nested one) that would run code of a repository, such as an attention kernel."""
     values = vars(config) if isinstance(config, PreTrainedConfig) else config if isinstance(config, dict) else {}
     for key, value in values.items():
         if "implementation" in str(key) and "/" in str(value):
-            raise ValueError(f"{key} {value!r} is code of a repository, which is not run: remove it")
+            raise ValueError(f"{key} {value!r} names code of a repository, which is not run: remove it")
         check_foreign(value)
 
 
@@ -158,32 +158,32 @@ class TransRecConfig(PreTrainedConfig):
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision tower, any encoder that [`AutoModel`] knows. `None` means no vision tower.
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the audio tower: an encoder of sound that [`AutoModel`] knows, the audio tower of CLAP,
-            Whisper, of which the encoder is taken, or an encoder of images of one channel. `None` means no tower.
+            Configuration of the audio tower: a sound encoder that [`AutoModel`] knows, the audio tower of CLAP, the
+            encoder of Whisper, or an image encoder for one channel. `None` means no audio tower.
         video_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the video tower: an encoder of images, which reads frame by frame, or one of clips, such
-            as VideoMAE. `None` means no video tower.
+            Configuration of the video tower: an image encoder, which reads frame by frame, or an encoder of clips,
+            such as VideoMAE. `None` means no video tower.
         features_size (`int`, *optional*):
-            Width of vectors that items come with, extracted by any other encoder. `None` means that none are read.
+            Length of ready vectors of the items, made by any other encoder. `None` means that none are read.
         num_codebooks (`int`, *optional*):
-            Codes that items come with, whole numbers by an [`ItemQuantizer`], for each of which the model learns a
-            vector. `None` means that none are read.
+            Number of codes of an item, whole numbers by an [`ItemQuantizer`]. The model learns a vector for each value
+            of each code. `None` means that none are read.
         codebook_size (`int`, *optional*, defaults to 256):
-            Values that a code can have.
+            Number of values of a code.
         quantizer_hash (`str`, *optional*):
-            Of the quantizer that the codes came from, see [`ItemQuantizer.hash`]; training writes it.
+            Hash of the quantizer that made the codes, see [`ItemQuantizer.hash`]; training writes it.
         num_items (`int`, *optional*):
-            Size of a catalogue, of each item of which the model learns a vector by its ID: the ID baseline, if it
-            reads nothing else, or a hybrid, which adds the vector to what it reads.
+            Number of items for whose ids the model learns vectors. A model that reads nothing else is the ID baseline;
+            a model that also reads content is a hybrid, which adds these vectors to the content.
         hidden_size (`int`, *optional*, defaults to 384):
             Width of item and user vectors.
         user_encoder (`str`, *optional*, defaults to `"transformer"`):
-            What reads a history: `"transformer"`; `"gru"`, the recurrent layers of GRU4Rec (arXiv 1511.06939);
-            `"hstu"`, pointwise gated attention with relative positions (arXiv 2402.17152); or `"mean"`, the mean of
-            the items so far, which has no parameter. All but the first read forwards only.
+            The network that reads a history: `"transformer"`; `"gru"`, the recurrent layers of GRU4Rec (arXiv
+            1511.06939); `"hstu"`, pointwise gated attention with relative positions (arXiv 2402.17152); or `"mean"`,
+            the mean of the items so far, without parameters. All but the first read forwards only.
         time_buckets (`int`, *optional*, defaults to 0):
-            Buckets for the time between two items, by the logarithm to base 2, that `"hstu"` learns a bias for; the
-            model reads timestamps then. 32 buckets of seconds are 136 years.
+            Number of buckets for the time between two items (by its logarithm to base 2), for which `"hstu"` learns a
+            bias. The model then reads timestamps. 32 buckets of seconds cover 136 years.
         num_hidden_layers (`int`, *optional*, defaults to 2):
             Number of blocks of the user encoder.
         num_attention_heads (`int`, *optional*, defaults to 4):
@@ -193,7 +193,7 @@ class TransRecConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the feed-forward layer.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.2):
-            Dropout of the user encoder's input, sub-layers and of the text states before pooling by attention.
+            Dropout of the user encoder's input and sub-layers, and of the text states before pooling by attention.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
             Dropout of the attention weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
@@ -205,12 +205,12 @@ class TransRecConfig(PreTrainedConfig):
         is_causal (`bool`, *optional*, defaults to `True`):
             Whether a position sees only itself and earlier ones. Objectives with a target at every position need it.
         norm_first (`bool`, *optional*, defaults to `True`):
-            Layer norm before each sub-layer (and one at the end) rather than after it.
+            Whether layer norms are before each sub-layer (and at the end) rather than after it.
         input_layer_norm (`bool`, *optional*, defaults to `True`):
-            Layer norm on the sum of item vector, position and modality at the input of the user encoder.
+            Whether there is a layer norm on the input of the user encoder.
         use_modality_embedding (`bool`, *optional*, defaults to `True`):
-            Add a learned vector of the combination of an item's modalities to the input of the user encoder. Only
-            models of several modalities have it.
+            Whether the user encoder adds a learned vector for the modalities of an item. Only models of several
+            modalities have it.
         text_pooling (`str`, *optional*, defaults to `"mean"`):
             How token states become one vector: `"mean"` or `"cls"`, or `"attention"`, the paper's masked multi-head
             self-attention followed by additive attention.
@@ -218,49 +218,48 @@ class TransRecConfig(PreTrainedConfig):
             How the states of the windows of a sound, or of the frames of a video, become one vector: `"mean"`, or
             `"attention"` as for texts.
         text_depths (`int`, *optional*, defaults to 2):
-            Of how many depths of the text tower the states are pooled, and put beside each other: 1 is the last states
-            alone, 2 those and the word embeddings, more are spaced evenly between. Those below the last are averaged,
-            whatever `text_pooling` is.
+            Number of depths of the text tower whose pooled states are concatenated: 1 means the last states, 2 these
+            and the word embeddings; more depths are evenly spaced between. The states below the last ones are
+            averaged, whatever `text_pooling` is.
         pooling_head_size (`int`, *optional*, defaults to 20):
             Width of a head of the self-attention in pooling by attention.
         pooling_query_size (`int`, *optional*, defaults to 200):
             Width of the additive attention in pooling by attention.
         projection_hidden_size (`int`, *optional*):
-            Width of a hidden layer between what a tower says and the item vector. Without it a `"linear"` item map has
-            none, as in the paper's code, and a `"whitened"` one has 256.
+            Width of a hidden layer between the output of a tower and the item vector. If it is not given, a `"linear"`
+            item map has no hidden layer, as in the paper's code, and a `"whitened"` one has 256.
         item_map (`str`, *optional*, defaults to `"whitened"`):
-            How what a tower says becomes an item vector: `"linear"`, a learned projection; or `"whitened"`, whitened
-            by the statistics of the catalogue at hand, plus a learned correction that starts at zero.
+            How the output of a tower becomes an item vector: `"linear"`, a learned projection; or `"whitened"`,
+            whitened by the statistics of the catalogue at hand, plus a learned correction that starts at zero.
         similarity (`str`, *optional*, defaults to `"cosine"`):
             `"dot"` of user state and item vector, as in the paper's code, or their `"cosine"` times a learned scale.
         content_prior (`bool`, *optional*, defaults to `True`):
-            The user state is the mean of the history's own item vectors, recent ones weighted more, plus what the user
-            encoder adds to it, which starts at zero. Without it, it is what the user encoder says.
+            Whether the user state is a mean of the history's item vectors, with more weight for recent ones, plus the
+            output of the user encoder, which starts at zero. Otherwise it is the output of the user encoder alone.
         popularity_prior (`bool`, *optional*, defaults to `True`):
-            Add a learned multiple of the log popularity of an item, a statistic of the training data, to its scores.
+            Whether scores add a learned multiple of the log popularity of an item, a statistic of the training data.
         user_hidden_size (`int`, *optional*, defaults to 128):
-            Width of the user encoder with `content_prior`; `None` means `hidden_size`, which it is without the prior.
+            Width of the user encoder with `content_prior`; `None`, or no prior, means `hidden_size`.
         objective (`str`, *optional*, defaults to `"in_batch"`):
             Training objective, a function of `loss_transrec`: `"in_batch"`, `"cpc"`, `"bce"`, `"bpr"`,
             `"full_softmax"`, `"sampled_softmax"`; or `"masked"`, the in-batch softmax of items that are hidden in a
             history, for a bidirectional user encoder (BERT4Rec, arXiv 1904.06690).
         num_positives (`int`, *optional*, defaults to 5):
-            Next items that are positives of a user in `"cpc"`.
+            Number of next items of a user that are positives in `"cpc"`.
         num_negatives (`int`, *optional*, defaults to 5):
             Negatives drawn per user (`"cpc"`), per position (`"bce"`, `"bpr"`) or per batch (`"sampled_softmax"`).
         mask_probability (`float`, *optional*, defaults to 0.15):
-            Share of the items that `"masked"` hides; the last one of a history of which none would be.
+            Share of the items that `"masked"` hides. In a history without a hidden item, the last one is hidden.
         matryoshka_dims (`list[int]`, *optional*):
-            Lengths of prefixes of item vectors that the objective trains beside the whole ones, shorter than
-            `hidden_size`, so that an index may keep the beginning of each vector. Whitened axes are then in the order
-            of their variance.
+            Lengths (below `hidden_size`) of prefixes of item vectors that are trained beside the whole vectors, so
+            that an index may keep only the beginning of each vector. Whitened axes are then sorted by their variance.
         bottleneck (`dict`, *optional*):
             Bottleneck adapters in the Transformer blocks, see [`~TransRecModel.add_bottlenecks`]: `size`, `places` and
             `parallel`.
         side (`dict`, *optional*):
-            Side networks, see [`~TransRecModel.add_side`]: `size` and `depths` that they read, with their widths.
+            Side networks, see [`~TransRecModel.add_side`]: `size`, and the `depths` that they read, with their widths.
         weights_from (`list[dict]`, *optional*):
-            Of a thin checkpoint, the checkpoints whose weights it does not hold again; `save_pretrained` writes it.
+            In a thin checkpoint, the other checkpoints from which weights are read; `save_pretrained` writes it.
 
     Raises:
         `StrictDataclassClassValidationError`: If the values contradict each other.
@@ -332,8 +331,8 @@ class TransRecConfig(PreTrainedConfig):
     @classmethod
     def paper(cls, **kwargs: Any) -> "TransRecConfig":
         """
-        The settings of the released code: bidirectional user encoder of four post-norm blocks with a feed-forward
-        layer of 128, pooling by attention, five positives and five negatives in a binary cross-entropy.
+        The settings of the paper's released code: a bidirectional user encoder of four post-norm blocks with a
+        feed-forward layer of 128, pooling by attention, five positives and five negatives in a binary cross-entropy.
         """
         settings: dict[str, Any] = {
             **FORMAT_1,
@@ -357,12 +356,12 @@ class TransRecConfig(PreTrainedConfig):
     @classmethod
     def esasrec(cls, num_items: int, **kwargs: Any) -> "TransRecConfig":
         """
-        A strong baseline of item IDs alone, tuned on validation: SASRec of one block and one head, 256 wide, with
-        cosines, the recency-weighted mean of the history's own vectors, and the in-batch softmax.
+        A strong baseline that reads item ids only, tuned on validation: SASRec with one block, one head, a width of
+        256, cosines, the recency-weighted mean of the history's own vectors, and the in-batch softmax.
 
         Args:
             num_items (`int`): Size of the catalogue.
-            kwargs: Fields to set otherwise.
+            kwargs: Fields to change.
         """
         settings: dict[str, Any] = {
             "hidden_size": 256,
@@ -378,12 +377,12 @@ class TransRecConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that the item encoder reads, in the order of the table; empty for the ID baseline."""
+        """The modalities that the item encoder reads, in the order of `MODALITIES`; empty for the ID baseline."""
         return tuple(name for name, modality in MODALITIES.items() if getattr(self, modality.config) is not None)
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether items have a vector of their own besides what the model reads of them."""
+        """Whether the model has vectors for item ids and also reads content."""
         return self.num_items is not None and bool(self.modalities)
 
     @property
@@ -393,7 +392,7 @@ class TransRecConfig(PreTrainedConfig):
 
     @property
     def num_targets(self) -> int:
-        """How many next items the objective predicts from one history."""
+        """The number of next items that the objective predicts from one history."""
         return {"cpc": self.num_positives, "masked": 0}.get(self.objective, 1)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -401,7 +400,7 @@ class TransRecConfig(PreTrainedConfig):
             if not self._is_known(name):
                 nearest = self._nearest(name)
                 raise ValueError(
-                    f"no setting {name!r}: " + (f"did you mean {nearest!r}?" if nearest else "leave it out")
+                    f"there is no setting {name!r}: " + (f"did you mean {nearest!r}?" if nearest else "leave it out")
                 )
         super().__post_init__(**kwargs)
 
@@ -419,20 +418,20 @@ class TransRecConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # before anything else: what a later format holds may be nothing that this code could make sense of
+        # before anything else, since this code may not understand a later format
         version = config_dict.get("format_version", 1)
         if not isinstance(version, int):
             raise ValueError(f"format_version must be a whole number, got {version!r}")
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint has format {version} and this version of transrec-hf reads up to {FORMAT_VERSION}: "
+                f"this checkpoint has format {version}, but this version of transrec-hf reads up to {FORMAT_VERSION}: "
                 "run `pip install --upgrade transrec-hf`"
             )
         if version == 1:
             config_dict = {**FORMAT_1, **config_dict}
         check_foreign(config_dict)
-        # a later version of transformers may write more, or the author: a slip of one letter is told from it, but not
-        # a setting that other models have, such as layer_norm_epsilon
+        # a later transformers, or the author, may write further fields: only near misses of our names are refused,
+        # not settings that other models have, such as layer_norm_epsilon
         more = {name for name in config_dict if not cls._is_known(name) and cls._nearest(name, 0.9) is None}
         return super().from_dict({name: config_dict[name] for name in config_dict if name not in more}, **kwargs)
 
@@ -463,7 +462,7 @@ class TransRecConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             nearest = difflib.get_close_matches(self.hidden_act, list(ACT2FN), n=1)
             raise ValueError(
-                f"no activation {self.hidden_act!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
+                f"there is no activation {self.hidden_act!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
             )
         if self.bottleneck is not None:
             check_bottleneck(self.bottleneck)
@@ -481,9 +480,11 @@ class TransRecConfig(PreTrainedConfig):
         if self.user_encoder not in USER_ENCODERS:
             raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
         if self.user_encoder != "transformer" and not self.is_causal:
-            raise ValueError(f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True")
+            raise ValueError(
+                f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True"
+            )
         if self.time_buckets and self.user_encoder != "hstu":
-            raise ValueError(f"user_encoder {self.user_encoder!r} reads no timestamps: leave out time_buckets")
+            raise ValueError(f"user_encoder {self.user_encoder!r} does not read timestamps: leave out time_buckets")
         if self.user_width % self.num_attention_heads:
             name = "user_hidden_size" if self.content_prior and self.user_hidden_size else "hidden_size"
             raise ValueError(
@@ -496,7 +497,7 @@ class TransRecConfig(PreTrainedConfig):
         if self.is_hybrid and self.objective != "in_batch":
             raise ValueError(
                 f"a hybrid (num_items with {' and '.join(self.modalities)}) needs objective 'in_batch': "
-                f"{self.objective!r} would teach ID vectors to items that nobody chose"
+                f"{self.objective!r} would train ID vectors of items that nobody chose"
             )
         if self.text_pooling not in TEXT_POOLINGS:
             raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")
@@ -506,13 +507,13 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if self.objective == "masked" and (self.is_causal or not self.mask_probability):
             raise ValueError(
-                "objective 'masked' hides items that a user encoder finds out from both sides: set is_causal=False "
+                "objective 'masked' predicts hidden items from the items on both sides: set is_causal=False "
                 "and mask_probability above 0"
             )
         if self.objective not in ("cpc", "masked") and not self.is_causal:
             raise ValueError(
-                f"objective {self.objective!r} has a target at every position, which a bidirectional user encoder "
-                "would see: set is_causal=True, or objective='cpc' or 'masked'"
+                f"objective {self.objective!r} has a target at every position, and a bidirectional user encoder would "
+                "see the targets: set is_causal=True, or objective='cpc' or 'masked'"
             )
 
 

@@ -1,4 +1,4 @@
-"""Items to vectors: pooling, projections and fusion of what the towers say of their contents."""
+"""From items to vectors: pooling, projection and fusion of the outputs of the towers."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from .windows_transrec import as_clips, masked_mean, run_windows
 
 CONTENT_RMS = 0.1
 """
-Of a number of a whitened item vector. It decides how much the ID vector of a hybrid, which moves by the learning rate
-in a step, matters beside the content.
+Size of the numbers of a whitened item vector. It decides how much the ID vector of a hybrid, which moves by the
+learning rate in each step, matters beside the content.
 """
 
 MAX_DEFAULT_WIDTH = 1024
-"""Of item vectors, if their width is not chosen."""
+"""Largest width of item vectors, if `hidden_size` is not given."""
 
 MODALITY_SCALE = {"image": 0.4}
-"""Of whitened vectors at the start, where it is not 1."""
+"""Weights of whitened vectors at the start that are not 1."""
 
 
 class Scale(nn.Module):
-    """Learned numbers; a module, so that an adapter can have its own."""
+    """Learned numbers, as a module, so that an adapter can have its own."""
 
     def __init__(self, start: float | list[float]):
         super().__init__()
@@ -56,8 +56,8 @@ class Scale(nn.Module):
 
 class AttentionPooling(nn.Module):
     """
-    The paper's pooling of token states (from NRMS): multi-head self-attention without output projection, then additive
-    attention. Unlike the released code, both attend to real tokens only.
+    The paper's pooling of token states (from NRMS): multi-head self-attention without an output projection, then
+    additive attention. Unlike in the released code, both attend only to real tokens.
     """
 
     def __init__(self, config: TransRecConfig, width: int):
@@ -73,7 +73,7 @@ class AttentionPooling(nn.Module):
         self.additive_query = nn.Linear(config.pooling_query_size, 1, bias=False)
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token states `(n, tokens, width)` and their mask `(n, tokens)` to `(n, output_size)`."""
+        """Turn token states `(n, tokens, width)` and their mask `(n, tokens)` into vectors `(n, output_size)`."""
         states = self.dropout(states)
         heads = (*states.shape[:2], -1, self.head_size)
         query, key, value = (
@@ -89,13 +89,14 @@ class AttentionPooling(nn.Module):
 
 class CodeTable(nn.Module):
     """
-    A vector for each value of each code, as VQ-Rec has it (arXiv 2210.12316): what codes say is the mean of theirs.
+    A vector for each value of each code, as in VQ-Rec (arXiv 2210.12316). The vector of an item is the mean of its
+    codes'.
 
     Args:
-        config ([`TransRecConfig`]): Of the model.
+        config ([`TransRecConfig`]): The configuration of the model.
     """
 
-    is_new: Tensor  # until its vectors have had a start
+    is_new: Tensor  # true until its vectors are initialised from data
 
     def __init__(self, config: TransRecConfig):
         super().__init__()
@@ -104,13 +105,15 @@ class CodeTable(nn.Module):
         self.register_buffer("is_new", torch.ones((), dtype=torch.bool))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes `(n, num_codebooks)` to vectors `(n, hidden_size)`."""
+        """Turn codes `(n, num_codebooks)` into vectors `(n, hidden_size)`."""
         rows = codes + torch.arange(codes.shape[1], device=codes.device) * self.codebook_size
         return nn.functional.embedding_bag(rows, self.vectors.weight, mode="mean")
 
 
 def default_width(config: TransRecConfig, towers: dict[str, PreTrainedModel]) -> int:
-    """Of item vectors: if they are whitened as wide as what the widest tower says, so that no axis is left out."""
+    """
+    The default width of item vectors. Whitened ones are as wide as the widest tower output, so that no axis is lost.
+    """
     if config.item_map != "whitened":
         return config.hidden_size
     texts = {modality.tower for modality in MODALITIES.values() if modality.has_tokens}
@@ -120,7 +123,7 @@ def default_width(config: TransRecConfig, towers: dict[str, PreTrainedModel]) ->
 
 
 def build_projection(config: TransRecConfig, width: int) -> nn.Module:
-    """What turns the output of a tower into an item vector: whitened, linear, or with one hidden layer."""
+    """The module that turns the output of a tower into an item vector: whitened, linear, or with one hidden layer."""
     hidden = config.projection_hidden_size
     if config.item_map == "whitened":
         return WhitenedProjection(config, width)
@@ -131,19 +134,19 @@ def build_projection(config: TransRecConfig, width: int) -> nn.Module:
 
 class WhitenedProjection(nn.Module):
     """
-    An anchored item map: what a tower says, whitened by the statistics of the catalogue at hand, plus a learned
-    correction that starts at zero. An untrained model then ranks by content, and what was learned on one catalogue
-    meets vectors of the same mean and covariance on the next. With `x` the state, `m` and `C` mean and covariance of
-    the catalogue's states on the axes `A`, which stay those of the first catalogue:
+    A whitened item map: the output of a tower, whitened by the statistics of the catalogue at hand, plus a learned
+    correction `f` that starts at zero. So an untrained model ranks by content, and weights that were learned on one
+    catalogue get vectors with the same mean and covariance on the next one. With the state `x`, and the mean `m` and
+    covariance `C` of the catalogue's states on the axes `A`, which stay those of the first catalogue:
 
         z = unit((x - m) A C^(-1/2)),    item vector = z + f(z)
 
     Args:
-        config ([`TransRecConfig`]): Of the model.
-        width (`int`): Of the tower's states.
+        config ([`TransRecConfig`]): The configuration of the model.
+        width (`int`): Width of the tower's states.
     """
 
-    statistics = ("mean", "whitening", "num_fitted")  # of the catalogue at hand; the axes stay
+    statistics = ("mean", "whitening", "num_fitted")  # renewed on each catalogue; the axes stay
     mean: Tensor
     axes: Tensor
     whitening: Tensor
@@ -164,12 +167,12 @@ class WhitenedProjection(nn.Module):
         self.output = nn.Linear(hidden, size)
 
     def whiten(self, states: Tensor) -> Tensor:
-        """States `(n, width)` on the whitened axes: `(n, hidden_size)`, fp32."""
+        """Whiten states `(n, width)`: `(n, hidden_size)`, fp32."""
         with torch.autocast(states.device.type, enabled=False):
             return (states.float() - self.mean.float()) @ (self.axes.float() @ self.whitening.float())
 
     def forward(self, states: Tensor) -> Tensor:
-        """States `(n, width)` to item vectors `(n, hidden_size)`, of length 1 before the correction."""
+        """Turn states `(n, width)` into item vectors `(n, hidden_size)`, which have length 1 before the correction."""
         anchor = nn.functional.normalize(self.whiten(states), dim=-1)
         hidden = self.activation(self.input((anchor * self.scale).to(self.axes.dtype)))
         return anchor + self.output(self.dropout(hidden)) / self.scale
@@ -177,14 +180,15 @@ class WhitenedProjection(nn.Module):
     @torch.no_grad()
     def fit(self, states: Tensor, generator: torch.Generator | None = None, epsilon: float = 0.05) -> None:
         """
-        Take mean and covariance from the states of a catalogue `(n, width)`, and the axes too if there are none yet:
-        the principal ones, or random orthogonal ones if the item vector is wider than the states.
+        Compute mean and covariance from the states of a catalogue `(n, width)`, and the axes too if there are none
+        yet: the principal axes, or random orthogonal ones if the item vector is wider than the states.
 
         Args:
-            states (`Tensor` of shape `(n, width)`): Of the catalogue, or of a sample of it.
-            generator (`torch.Generator`, *optional*): Of the random axes; without it the first axes are taken.
-            epsilon (`float`, *optional*, defaults to 0.05): Added to the variance of each axis, times their mean, so
-                that axes without content are not blown up.
+            states (`Tensor` of shape `(n, width)`): States of the catalogue, or of a sample of it.
+            generator (`torch.Generator`, *optional*): Generator of the random axes; without it the first axes are
+                taken.
+            epsilon (`float`, *optional*, defaults to 0.05): This share of the mean variance is added to the variance
+                of each axis, so that axes without content are not enlarged.
         """
         states = states.double()
         width, size = self.axes.shape
@@ -207,25 +211,22 @@ class WhitenedProjection(nn.Module):
 
 class SideNetwork(nn.Module):
     r"""
-    A small network beside a tower that does not run through it backwards, nor forwards where the states of the tower
-    are stored: it reads these, and adds to the item vector. With `h_i` the state after some blocks, pooled and
-    normalised, rising to the last one:
+    A small network beside a frozen tower. It reads states of the tower and adds to the item vector, so no gradient
+    passes the tower, and with stored states the tower does not run at all. With the pooled and normalised states `h_i`
+    after some blocks, from the lowest to the last, and `s` zero below the first:
 
         m_i = g_i h_i + (1 - g_i) s_(i-1),    s_i = m_i + U_i gelu(D_i m_i),    addition = W s_last
 
-    and `s` zero below the first.
-
-    Of IISAN (arXiv 2404.02059) are the reading of pooled states after every second block of a frozen tower, the gates
-    `g`, sigmoids of learned numbers over .1 that begin at one half, the chain of bottleneck blocks `U`, `D` with a
-    residual, and the linear layer `W`. Ours are: what it says is added to the item vector of the frozen tower, with
-    `W` zero at the start, and does not replace it; states are normalised, without parameters; depths of other widths,
-    as in convolutional towers, come through a linear layer; and there is no network between modalities, which meet in
-    the fusion of the item encoder.
+    From IISAN (arXiv 2404.02059) come the pooled states after every second block, the gates `g` (sigmoids of learned
+    numbers divided by .1, which start at one half), the chain of bottleneck blocks `U`, `D` with a residual, and the
+    linear layer `W`. Ours is that the output is added to the item vector instead of replacing it, with `W` zero at the
+    start; that states are normalised, without parameters; that depths of other widths, as in convolutional towers,
+    pass a linear layer; and that no network combines modalities, since the item encoder does that.
 
     Args:
-        config ([`TransRecConfig`]): Of the model.
-        widths (`Sequence[int]`): Of the states, from the lowest depth to the last.
-        own (`Sequence[int]`): Which of them the projection reads, the last one besides.
+        config ([`TransRecConfig`]): The configuration of the model.
+        widths (`Sequence[int]`): Widths of the states, from the lowest depth to the last.
+        own (`Sequence[int]`): The states that the projection reads too, besides the last one.
     """
 
     def __init__(self, config: TransRecConfig, widths: Sequence[int], own: Sequence[int]):
@@ -241,7 +242,7 @@ class SideNetwork(nn.Module):
         self.output = nn.Linear(width, config.hidden_size)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States of all depths beside each other `(n, sum of widths)` to what is added, `(n, hidden_size)`."""
+        """Turn the concatenated states of all depths, `(n, sum of widths)`, into the addition, `(n, hidden_size)`."""
         found = states.new_zeros(states.shape[0], self.widths[-1])
         layers = zip(self.align, (self.gates.value / 0.1).sigmoid(), self.down, self.up, strict=True)
         for state, (align, gate, down, up) in zip(states.split(self.widths, dim=-1), layers, strict=True):
@@ -253,12 +254,12 @@ class SideNetwork(nn.Module):
 
 class ItemEncoder(nn.Module):
     """
-    Items to vectors: of each modality a tower, if it has one, and a projection, fused to one vector; and a table of
-    vectors by item, which is all of the ID baseline.
+    Turns items into vectors: each modality has a tower (if it needs one) and a projection, whose vectors are fused
+    into one. Hybrids and ID baselines also have a table of ID vectors.
 
     Args:
-        config ([`TransRecConfig`]): Of the model.
-        towers (`PreTrainedModel`): Loaded towers, by their names in the table, to use instead of fresh weights.
+        config ([`TransRecConfig`]): The configuration of the model.
+        towers (`PreTrainedModel`): Loaded towers, by their names in `MODALITIES`, to use instead of new weights.
     """
 
     text_pooling: AttentionPooling
@@ -268,8 +269,8 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.modalities = config.modalities
         self.pooling_strategy = config.text_pooling
-        self.positions: int | None = None  # of the tower that reads texts
-        self.depths: dict[str, list[int]] = {}  # of towers, those that are pooled besides the last
+        self.positions: int | None = None  # positions of the text tower
+        self.depths: dict[str, list[int]] = {}  # depths of towers that are pooled besides the last
         if config.num_items is not None:
             self.item_embedding = nn.Embedding(config.num_items, config.hidden_size)
         for modality in (MODALITIES[name] for name in self.modalities):
@@ -304,7 +305,7 @@ class ItemEncoder(nn.Module):
 
     @property
     def towers(self) -> dict[str, PreTrainedModel]:
-        """The towers, by the name of their modality; of modalities that have one."""
+        """The towers by modality, for modalities that have one."""
         modalities = (MODALITIES[name] for name in self.modalities)
         return {modality.name: getattr(self, modality.tower) for modality in modalities if modality.tower}
 
@@ -313,7 +314,7 @@ class ItemEncoder(nn.Module):
         return getattr(self, MODALITIES[name].projection)
 
     def add_side(self, config: TransRecConfig, name: str) -> None:
-        """Add the side network of a modality as `config.side` says. It reads the depths of the projection, too."""
+        """Add the side network of a modality as `config.side` says. It also reads the depths of the projection."""
         assert config.side is not None
         modality, own, pooling = MODALITIES[name], self.depths[name], getattr(self, f"{name}_pooling", None)
         assert modality.tower is not None
@@ -337,27 +338,27 @@ class ItemEncoder(nn.Module):
 
     def zero_of_unused(self, modalities: Collection[str], present: Collection[str]) -> Tensor | float:
         """
-        A zero that depends on every trainable parameter of the `modalities` that are not `present` in a batch, so that
-        each one gets a (zero) gradient in every step and data parallel training need not search for unused ones.
+        A zero that depends on every trainable parameter of the `modalities` that are not `present` in a batch. So each
+        parameter gets a (zero) gradient in every step, and data-parallel training need not search for unused ones.
         """
         modules = [module for name in modalities if name not in present for module in self.parts_of(name)]
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         return sum((parameter.sum() * 0.0 for parameter in parameters), start=0.0)
 
     def is_stored_pooled(self, name: str) -> bool:
-        """Whether an [`ActivationStore`] has pooled states: nothing below the modality's projection is trained."""
+        """Whether an [`ActivationStore`] keeps pooled states, because nothing below the projection is trained."""
         return is_frozen(self.towers[name]) and not hasattr(self, f"{name}_pooling")
 
     def encode(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
         """
-        Contents of one modality to vectors `(n, hidden_size)`.
+        Turn contents of one modality into vectors `(n, hidden_size)`.
 
         Args:
             name (`str`): The modality.
-            values (`Tensor` of shape `(n, ...)`): The contents as the tower reads them, vectors if there is none; or,
-                if `stored`, states after so many blocks, which an [`ActivationStore`] has, see
+            values (`Tensor` of shape `(n, ...)`): The inputs of the tower, or ready vectors if there is no tower. If
+                `stored`, the states after this many blocks from an [`ActivationStore`], see
                 [`~ItemEncoder.states_to_store`].
-            mask (`Tensor` of shape `(n, length)`, *optional*): Which positions, or what shares of windows, are real.
+            mask (`Tensor` of shape `(n, length)`, *optional*): The real positions, or the real shares of windows.
             stored (`int`, *optional*, defaults to 0): See `values`.
 
         Raises:
@@ -367,12 +368,15 @@ class ItemEncoder(nn.Module):
         return self.vectors(name, self.state(name, values, mask, stored))
 
     def vectors(self, name: str, state: Tensor) -> Tensor:
-        """Pooled states of a modality, as [`~ItemEncoder.state`] has them, to its vectors `(n, hidden_size)`."""
+        """Turn pooled states of a modality, see [`~ItemEncoder.state`], into vectors `(n, hidden_size)`."""
         vectors, side = self.projection(name)(self.projected(name, state)), self.side(name)
         return vectors if side is None else vectors + side(state)
 
     def projected(self, name: str, state: Tensor) -> Tensor:
-        """What of the pooled states of a modality its projection reads: not the depths of a side network alone."""
+        """
+        The part of the pooled states of a modality that its projection reads, without further depths of a side
+        network.
+        """
         side = self.side(name)
         if side is None:
             return state
@@ -380,7 +384,7 @@ class ItemEncoder(nn.Module):
         return torch.cat([parts[i] for i in side.own], dim=-1)
 
     def state(self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0) -> Tensor:
-        """Pooled states of all depths that are read of a modality, `(n, width)`; see [`~ItemEncoder.encode`]."""
+        """Pooled states of all depths that are read for a modality, `(n, width)`; see [`~ItemEncoder.encode`]."""
         if name == "codes":
             return self.codes_table(values)
         if name not in self.towers:
@@ -389,8 +393,8 @@ class ItemEncoder(nn.Module):
         is_pooled = stored > 0 and values.dim() == 2
         if stored and (not is_frozen(tower) if is_pooled else stored > frozen_depth(tower)):
             raise RuntimeError(
-                f"the states of the {name} tower are those after {stored} frozen blocks, but some of what is before "
-                "them is trained now: make a new ActivationStore when towers are unfrozen"
+                f"the stored states of the {name} tower are those after {stored} frozen blocks, but some of these "
+                "blocks are trained now: make a new ActivationStore after unfreezing towers"
             )
         if is_pooled:
             return values.to(tower.dtype)
@@ -399,7 +403,7 @@ class ItemEncoder(nn.Module):
             return self._windows_state(name, values, mask, stored)
         if mask is not None and self.positions is not None and mask.shape[1] > self.positions:
             raise ValueError(
-                f"a text has {mask.shape[1]} tokens, and the {name} tower has positions for {self.positions}: set "
+                f"a text has {mask.shape[1]} tokens, but the {name} tower has positions for {self.positions}: set "
                 f"max_text_length={self.positions} of the processor"
             )
         return self.read(name, values, mask, stored)[1]
@@ -407,7 +411,7 @@ class ItemEncoder(nn.Module):
     def read(
         self, name: str, values: Tensor, mask: Tensor | None = None, stored: int = 0, **kwargs: Any
     ) -> tuple[Any, Tensor]:
-        """The output of the tower of a modality, and the states of all depths, pooled and beside each other."""
+        """The output of the tower of a modality, and the pooled states of all depths, concatenated."""
         tower, depths = self.towers[name], self.depths[name]
         known: dict[int, Tensor] = {}
         if stored:
@@ -424,8 +428,8 @@ class ItemEncoder(nn.Module):
 
     def states_to_store(self, name: str, values: Tensor, mask: Tensor | None, stored: int) -> Tensor:
         """
-        What an [`ActivationStore`] keeps of contents: the states after so many frozen blocks, beside those of lower
-        depths that are pooled. Of a tower that is frozen whole it keeps what the projection reads.
+        The states that an [`ActivationStore`] keeps: those after `stored` frozen blocks, with the pooled states of
+        lower depths. For a tower that is frozen as a whole, the states that the projection reads.
         """
         lower = [depth for depth in self.depths[name] if depth < stored]
         with recorded(self.towers[name], lower) as below:
@@ -434,18 +438,18 @@ class ItemEncoder(nn.Module):
 
     def _windows_state(self, name: str, values: Tensor, mask: Tensor, stored: int) -> Tensor:
         """
-        One state of several windows: the mean of theirs, or pooled by attention.
+        One state for several windows: the mean of their states, or a pooling by attention.
 
         Args:
             values (`Tensor` of shape `(n, windows, ...)`): The windows, or their states after `stored` blocks.
-            mask (`Tensor` of shape `(n, windows)`): What share of each window is real; 0 where there is none.
+            mask (`Tensor` of shape `(n, windows)`): The real share of each window; 0 if there is no window.
         """
         tower, real = self.towers[name], mask > 0
         if reads_clips(tower):
             output = run_tower(tower, as_clips(values, real, tower.config.num_frames))
             states = output.last_hidden_state  # VideoMAE, which has no token of the whole, is averaged
             return states.mean(dim=1) if tower.config.model_type == "videomae" else self.pool(output, None)
-        reads_all = torch.compiler.is_exporting()  # or shapes would depend on what is real
+        reads_all = torch.compiler.is_exporting()  # otherwise shapes would depend on the mask
         windows, shares = (values.flatten(0, 1), mask.flatten()) if reads_all else (values[real], mask[real])
         if stored:
             output, moments = resume_tower(tower, stored, windows.to(tower.dtype)), None
@@ -462,8 +466,8 @@ class ItemEncoder(nn.Module):
 
     def pool(self, output: Any, mask: Tensor | None) -> Tensor:
         """
-        Output of a tower to one state per content, `(n, width)`: of token states under their mask, else as the tower
-        does it itself.
+        Pool the output of a tower to one state per content, `(n, width)`: token states under their mask, other states
+        as the tower does it itself.
         """
         states = output.last_hidden_state
         if mask is not None:
@@ -474,12 +478,12 @@ class ItemEncoder(nn.Module):
 
     def fuse(self, vectors: dict[str, tuple[Tensor, Tensor]], present: Tensor) -> Tensor:
         """
-        One vector per item: the mean over its modalities, plus a learned vector for each one it misses. Those start at
-        zero, so an item with a single modality starts as the paper's item vector. Whitened vectors are summed by a
+        One vector per item: the mean over its modalities, plus a learned vector for each missing one. These start at
+        zero, so an item with a single modality starts as the paper's item vector. Whitened vectors are summed with a
         learned weight for each modality, and scaled to one length.
 
         Args:
-            vectors (`dict`): By modality, the vectors `(n, hidden_size)` and the item row `(n,)` of each.
+            vectors (`dict`): For each modality, vectors `(n, hidden_size)` and their item rows `(n,)`.
             present (`Tensor` of shape `(n_items, len(MODALITIES))`): Which modalities each item has.
         """
         n_items = present.shape[0]

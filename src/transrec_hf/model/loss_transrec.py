@@ -2,10 +2,9 @@
 Training objectives: pure functions of user states, item vectors and index tensors.
 
 Shapes: `B` users, `L` positions, `U` distinct items of the batch, `d` the hidden size. An index of `-1` is padding;
-a position without a target is not computed.
-Scores are raw dot products in fp32; each function returns a scalar. `mean` is how values are averaged under a mask:
-[`masked_mean`], or [`masked_mean_across_ranks`] when several processes share one batch; what else they share in a
-training step is at the end.
+positions without a target are not computed. Scores are raw dot products in fp32, and each function returns a scalar.
+`mean` averages values under a mask: [`masked_mean`], or [`masked_mean_across_ranks`] if several processes share one
+batch. The functions with which processes share items are at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Mean = Callable[[Tensor, Tensor], Tensor]
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where the boolean `mask` of the same shape holds; 0 if it holds nowhere."""
+    """Mean of `values` where the boolean `mask` of the same shape is true; 0 if it is true nowhere."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -46,7 +45,7 @@ def batch_slots(history_index: Tensor, target_index: Tensor) -> Tensor:
 
 
 def count_slots(slots: Tensor, num_items: int) -> Tensor:
-    """How many slots `(B, L + 1)` hold each of `num_items` items: `(U,)`."""
+    """For each of `num_items` items, the number of slots `(B, L + 1)` that hold it: `(U,)`."""
     return torch.bincount(slots[slots >= 0], minlength=num_items)
 
 
@@ -69,7 +68,7 @@ def in_batch_softmax(
     $$ L = - mean_{ij} \log softmax(z_{ij})_{target} $$
 
     where the user's own other items are left out. It equals the cross-entropy over all slots of the batch with the
-    logQ correction of Yi et al. (RecSys 2019), as used by MoRec and PMMRec, at a fraction of the columns.
+    logQ correction of Yi et al. (RecSys 2019), as used by MoRec and PMMRec, but computes far fewer columns.
 
     Args:
         states (`Tensor` of shape `(B, L, d)`): User states.
@@ -144,8 +143,8 @@ def cpc(
     mean: Mean = masked_mean,
 ) -> Tensor:
     r"""
-    The paper's contrastive predictive coding: the next items of one user vector are all positives, random items are
-    negatives, in a binary cross-entropy.
+    The paper's contrastive predictive coding: a binary cross-entropy in which all next items of one user vector are
+    positives, and random items are negatives.
 
     $$ L = mean_{u,p} \log(1 + e^{-h_u e_p}) + mean_{u,n} \log(1 + e^{h_u e_n}) $$
 
@@ -214,8 +213,8 @@ def bpr(
 
 def prefix_of(vectors: Tensor, size: int, config: Any) -> Tensor:
     """
-    The first `size` numbers of vectors `(..., width)`, and what comes after the `hidden_size` ones of a vector, as the
-    popularity of items does. Where scores are cosines, a prefix is as long as the whole vector.
+    The first `size` numbers of vectors `(..., width)`, and the numbers after `hidden_size`, such as the popularity of
+    items. If scores are cosines, a prefix is scaled to the length of the whole vector.
     """
     whole, rest = vectors[..., : config.hidden_size], vectors[..., config.hidden_size :]
     part = whole[..., :size]
@@ -229,12 +228,12 @@ def nested(
 ) -> Tensor:
     """
     The mean of an objective on whole vectors and on their prefixes of `config.matryoshka_dims` numbers (Matryoshka
-    representations, arXiv 2205.13147), so that an index may keep the beginning of each vector only.
+    representations, arXiv 2205.13147), so that an index may keep only the beginning of each vector.
 
     Args:
         compute (`Callable`): The objective, see [`~TransRecModel.compute_loss`].
-        config ([`TransRecConfig`]): Of the model.
-        given (`tuple[Tensor]`): User states, vectors of the batch's items, and those of all candidates.
+        config ([`TransRecConfig`]): The configuration of the model.
+        given (`tuple[Tensor]`): User states, vectors of the items of the batch, and vectors of all candidates.
         index, kwargs: Further arguments of the objective.
     """
 
@@ -249,8 +248,8 @@ def nested(
 
 def masked_mean_across_ranks(values: Tensor, mask: Tensor) -> Tensor:
     """
-    This rank's share of the masked mean over all ranks, times the number of ranks: averaged over ranks, as data
-    parallel training averages gradients, it is the mean over the concatenated batch.
+    This rank's share of the masked mean over all ranks, times the number of ranks. Data-parallel training averages
+    over ranks, which gives the mean over the concatenated batch.
     """
     count = mask.sum()
     dist.all_reduce(count)
@@ -258,7 +257,7 @@ def masked_mean_across_ranks(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class SumAcrossRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks, on each of them. So is its gradient."""
+    """The sum of a tensor over all ranks, on each of them; its gradient is summed too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -276,13 +275,13 @@ class SumAcrossRanks(torch.autograd.Function):
 @dataclass
 class SharedItems:
     """
-    The distinct items of all ranks' batches, and who encodes them.
+    The distinct items of the batches of all ranks, and which rank encodes which item.
 
     Args:
-        num_items (`int`): Distinct items of all ranks, `C`.
-        rows (`Tensor` of shape `(U,)`): Which of them each of this rank's items is.
+        num_items (`int`): Number of distinct items of all ranks, `C`.
+        rows (`Tensor` of shape `(U,)`): The index of each of this rank's items among them.
         owned (`Tensor` of shape `(U,)`): Boolean, the items whose vectors this rank gives to the others.
-        encoded (`Tensor` of shape `(U,)`): Boolean, the items it has to encode: those, or one if there are none.
+        encoded (`Tensor` of shape `(U,)`): Boolean, the items that this rank encodes: those, or one if there are none.
     """
 
     num_items: int

@@ -1,6 +1,6 @@
 """
-What a modality is, and a batch of items that have some of them. Torch is imported where it is used: commands that only
-look at a folder read the table, and do without.
+The table of modalities, and batches of items that have some of them. Torch is imported only where it is used, because
+commands that only look at a folder need the table but not torch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Modality:
         name (`str`): Column of a catalogue, and name in messages, options and reports.
         config (`str`): Field of [`TransRecConfig`] that is set if a model reads the modality.
         projection (`str`): Name of the projection in the item encoder.
-        index (`str`): Name, in a processor's output, of the item row of each content.
-        values (`str`): Name of the contents themselves there.
-        tower (`str`, *optional*): Name of the tower in the item encoder; without one, contents are vectors already.
-        mask (`str`, *optional*): Name of their mask, for contents of different lengths.
+        index (`str`): Name of the item rows of the contents in a processor's output.
+        values (`str`): Name of the contents in a processor's output.
+        tower (`str`, *optional*): Name of the tower in the item encoder; without a tower, contents are vectors
+            already.
+        mask (`str`, *optional*): Name of the mask in a processor's output, for contents of different lengths.
         part (`str`, *optional*): Part of the processor that prepares the contents.
-        is_windowed (`bool`, *optional*, defaults to `False`): A content is several windows, `(windows, ...)`, of which
-            a tower makes one state each; the mask, `(windows,)`, says what share of each is real.
+        is_windowed (`bool`, *optional*, defaults to `False`): Whether a content is several windows, `(windows, ...)`,
+            for each of which a tower makes one state; the mask, `(windows,)`, is the real share of each window.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Modality:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the mask says which positions are real that one pass of the tower reads."""
+        """Whether the mask marks the real positions of a sequence that the tower reads in one pass."""
         return self.mask is not None and not self.is_windowed
 
 
@@ -105,7 +106,7 @@ CODES = Modality(
     values="codes",
 )
 MODALITIES = {modality.name: modality for modality in (TEXT, IMAGE, FEATURES, AUDIO, VIDEO, CODES)}
-"""Append only: the order is that of the columns of `present` and of the bits of a combination of modalities."""
+"""Only append to this table: its order is that of the columns of `present`, and of the bits of combinations."""
 COLUMNS = {name: column for column, name in enumerate(MODALITIES)}
 
 
@@ -116,11 +117,11 @@ class ItemPart:
 
     Args:
         rows (`Tensor` of shape `(n,)`): The item of each content, as a row of the batch, in the order of the buckets.
-        values (`list[Tensor]`): Buckets of contents, `(n_i, ...)`, as the modality's tower reads them.
-        masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, which positions, or what shares of
-            windows, are real.
-        stored (`int`, *optional*, defaults to 0): Blocks of the tower after which the values are states, which an
-            [`ActivationStore`] has; 0 for contents.
+        values (`list[Tensor]`): Buckets of inputs of the modality's tower, `(n_i, ...)`.
+        masks (`list[Tensor]`, *optional*): For each bucket `(n_i, length)`, the real positions, or the real shares of
+            windows.
+        stored (`int`, *optional*, defaults to 0): If the values are states of an [`ActivationStore`], the number of
+            blocks after which they were taken; 0 for contents.
     """
 
     rows: Tensor
@@ -129,7 +130,7 @@ class ItemPart:
     stored: int = 0
 
     def select(self, keep: Tensor) -> ItemPart | None:
-        """The contents of the items where `keep` `(n_items,)` is true; `None` if there are none."""
+        """The contents of the items for which `keep` `(n_items,)` is true; `None` if there are none."""
         chosen = keep[self.rows]
         parts = chosen.split([len(values) for values in self.values])
         some = [i for i, part in enumerate(parts) if part.any()]
@@ -141,8 +142,8 @@ class ItemPart:
 
     def passes(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """
-        Values and mask of at most `size` tokens, windows or contents, or of one content, in order; of what are vectors
-        already, all.
+        Values and masks in parts of at most `size` tokens, windows or contents (but at least one content), in order.
+        Ready vectors come in one part.
         """
         masks: list[Any] = self.masks or [None] * len(self.values)
         for values, mask in zip(self.values, masks, strict=True):
@@ -162,13 +163,13 @@ class ItemPart:
 @dataclass
 class ItemBatch:
     """
-    Distinct items as a model reads them.
+    A batch of distinct items, ready for a model.
 
     Args:
         present (`Tensor` of shape `(n_items, len(MODALITIES))`): Boolean, the modalities that each item has.
         parts (`dict[str, ItemPart]`): The contents of each modality, by its name.
-        item_rows (`Tensor` of shape `(n_items,)`, *optional*): Rows of the items in their catalogue, which the ID
-            baseline reads, and by which several processes know equal items.
+        item_rows (`Tensor` of shape `(n_items,)`, *optional*): Rows of the items in their catalogue. Models with ID
+            vectors read them, and several processes use them to find equal items.
     """
 
     present: Tensor
@@ -183,16 +184,16 @@ class ItemBatch:
         cls, item_modalities: Tensor | None = None, item_rows: Tensor | None = None, **inputs: Any
     ) -> ItemBatch:
         """
-        Items from the output of [`TransRecProcessor`], flat tensors by the names of the table.
+        Make a batch from the output of [`TransRecProcessor`], whose tensors have the names in `MODALITIES`.
 
         Args:
             item_modalities (`Tensor` of shape `(n_items, any)`): The first columns of `present`.
             item_rows (`Tensor` of shape `(n_items,)`, *optional*): See [`ItemBatch`].
             inputs: Contents, masks and the item rows of the contents, e.g. `input_ids`, `attention_mask` and
-                `text_index`. Without an index, each item has the modality.
+                `text_index`. Without an index, every item has the modality.
 
         Raises:
-            `ValueError`: If a name is none of the table, or nothing says how many items there are.
+            `ValueError`: If a name is unknown, or the number of items is not clear.
         """
         import torch
 
@@ -210,7 +211,9 @@ class ItemBatch:
             parts[modality.name] = ItemPart(rows, [values], None if mask is None else [mask])
         unknown = [name for name, value in inputs.items() if value is not None and name != "token_type_ids"]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no input of a TransRec model: prepare items with TransRecProcessor")
+            raise ValueError(
+                f"{unknown[0]!r} is not an input of a TransRec model: prepare items with TransRecProcessor"
+            )
         if item_modalities is None:
             known = [part.rows for part in parts.values()] + ([] if item_rows is None else [item_rows])
             if not known:
@@ -222,7 +225,7 @@ class ItemBatch:
         return cls(with_all_columns(item_modalities), parts, item_rows)
 
     def select(self, keep: Tensor) -> ItemBatch:
-        """The same items without the contents of those where `keep` `(n_items,)` is false. No row changes."""
+        """The same items, without the contents of those for which `keep` `(n_items,)` is false. Rows do not change."""
         parts = {name: part.select(keep) for name, part in self.parts.items()}
         return replace(self, parts={name: part for name, part in parts.items() if part is not None})
 
@@ -236,12 +239,12 @@ class ItemBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ItemBatch:
-        """The same in pinned memory, as a `DataLoader` asks for it."""
+        """The same in pinned memory, for a `DataLoader`."""
         return self.map(lambda tensor: tensor.pin_memory())
 
 
 def with_all_columns(present: Tensor) -> Tensor:
-    """Which modalities each item has, `(n_items, any)`, with the columns of those that came to the table later."""
+    """The modalities of each item, `(n_items, any)`, with added columns for modalities that were added later."""
     from torch.nn.functional import pad
 
     return pad(present.bool(), (0, len(MODALITIES) - present.shape[1]))
@@ -249,12 +252,12 @@ def with_all_columns(present: Tensor) -> Tensor:
 
 def showing(present: Tensor, modalities: Collection[str]) -> Tensor:
     """
-    What items show if they show no others than these `modalities`, as long as they have one of them; an item that has
-    none stays as it is.
+    The modalities of items if all but the given `modalities` are hidden. An item that has none of the given ones keeps
+    its contents.
 
     Args:
         present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
-        modalities (`Collection[str]`): Names.
+        modalities (`Collection[str]`): Names of the modalities that are not hidden.
     """
     shown = present & present.new_tensor([name in modalities for name in MODALITIES])
     return shown.where(shown.any(dim=-1, keepdim=True), present)
@@ -262,12 +265,12 @@ def showing(present: Tensor, modalities: Collection[str]) -> Tensor:
 
 def combinations(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
     """
-    The combination of modalities that each item shows to a model which reads `modalities`: their bits minus 1, so for
-    text and image 0, 1 and 2 are text, image and both; 0 where it shows none.
+    The combination of modalities of each item for a model that reads `modalities`, as a number: their bits minus 1.
+    For text and image, 0, 1 and 2 are text, image and both. Items without a modality get 0.
 
     Args:
         present (`Tensor` of shape `(..., len(MODALITIES))`): Boolean, see [`ItemBatch`].
-        modalities (`tuple[str]`): Of the model.
+        modalities (`tuple[str]`): The modalities that the model reads.
     """
     import torch
 

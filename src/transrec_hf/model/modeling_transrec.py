@@ -60,9 +60,9 @@ from .user_encoder_transrec import (
 )
 
 
-LOGIT_SCALE = 12.0  # of cosines at the start
+LOGIT_SCALE = 12.0  # factor of cosines at the start
 MAX_LOGIT_SCALE = math.log(100.0)  # as in CLIP
-POPULARITY_WEIGHT, IN_HYBRIDS = 1.0, 0.5  # at the start; what is popular has many neighbours, too
+POPULARITY_WEIGHT, IN_HYBRIDS = 1.0, 0.5  # at the start; less in hybrids, since popular items have many neighbours
 DECAY, ENCODER_WEIGHT = 0.85, -1.2  # of the content prior at the start: the logit of 0.7, the logarithm of 0.3
 
 
@@ -72,13 +72,13 @@ class TransRecOutput(ModelOutput):
     Output of [`TransRecModel`].
 
     Args:
-        loss (`Tensor` of shape `(1,)`, *optional*): The objective, when targets were given.
-        item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Vectors of the batch's distinct items.
+        loss (`Tensor` of shape `(1,)`, *optional*): The loss, if targets were given.
+        item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Vectors of the distinct items of the batch.
         last_hidden_state (`Tensor` of shape `(n_users, length, hidden_size)`, *optional*): User states.
         hidden_states (`tuple[Tensor]`, *optional*): With `output_hidden_states`, the input of the user encoder's first
-            layer and the output of each; the last one is `last_hidden_state`.
-        attentions (`tuple[Tensor]`, *optional*): With `output_attentions` and eager attention, the weights of each
-            layer's, `(n_users, num_attention_heads, length, length)`.
+            layer and the output of each layer; the last one is `last_hidden_state`.
+        attentions (`tuple[Tensor]`, *optional*): With `output_attentions` and eager attention, the attention weights
+            of each layer, `(n_users, num_attention_heads, length, length)`.
     """
 
     loss: Tensor | None = None
@@ -89,7 +89,7 @@ class TransRecOutput(ModelOutput):
 
 
 class TransRecPreTrainedModel(TunableModel):
-    """What models of this package share: configuration, fresh weights, and which parts of the towers are trained."""
+    """Base class of the models: configuration, new weights, and the choice of trained parts of the towers."""
 
     config_class = TransRecConfig
     base_model_prefix = "transrec"
@@ -110,7 +110,7 @@ class TransRecPreTrainedModel(TunableModel):
         if self.config.is_hybrid and module is self.item_encoder.item_embedding:
             init.zeros_(module.weight)
         if isinstance(module, (WhitenedProjection, ContentPrior, SideNetwork)):
-            init.zeros_(module.output.weight)  # what is learned begins as nothing
+            init.zeros_(module.output.weight)  # the learned part starts at zero
             init.zeros_(module.output.bias)
         if isinstance(module, ContentPrior):
             init.constant_(module.decay, DECAY)
@@ -128,21 +128,21 @@ class TransRecModel(TransRecPreTrainedModel):
     A transferable sequential recommender (arXiv 2206.06190).
 
     Args:
-        config ([`TransRecConfig`]): With at least one modality; or `num_items` for the ID baseline.
-        towers (`PreTrainedModel`): Loaded towers to use instead of fresh weights: `text_model`, `vision_model`.
+        config ([`TransRecConfig`]): The configuration, with at least one modality, or `num_items` for the ID baseline.
+        towers (`PreTrainedModel`): Loaded towers to use instead of new weights, e.g. `text_model`, `vision_model`.
 
     Raises:
-        `ValueError`: If the configuration names no modality and no `num_items`.
+        `ValueError`: If the configuration has neither a modality nor `num_items`.
     """
 
     user_encoder_class: type[UserEncoder] | None = None
-    """A user encoder of a subclass's own, see [`UserEncoder`]; `None` for the one that the configuration names."""
+    """The user encoder of a subclass, see [`UserEncoder`]; `None` for the one that the configuration names."""
 
     def __init__(self, config: TransRecConfig, **towers: PreTrainedModel | None):
         super().__init__(config)
         if not config.modalities and config.num_items is None:
             *fields, last = [modality.config for modality in MODALITIES.values()] + ["num_items"]
-            raise ValueError(f"the configuration reads nothing of an item: set {', '.join(fields)} or {last}")
+            raise ValueError(f"the configuration has no content to read: set {', '.join(fields)} or {last}")
         self.item_encoder = ItemEncoder(config, **towers)
         self.user_encoder = (self.user_encoder_class or USER_ENCODERS[config.user_encoder])(config)
         if config.content_prior:
@@ -160,27 +160,27 @@ class TransRecModel(TransRecPreTrainedModel):
         cls, text_model: str | None = None, vision_model: str | None = None, **kwargs: Any
     ) -> TransRecModel:
         """
-        A model with pre-trained towers and a fresh user encoder.
+        Make a model with pre-trained towers and a new user encoder.
 
         Args:
             text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
             vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
-            kwargs: `audio_model`, `video_model`, as they; and fields of [`TransRecConfig`], e.g. `features_size=512`.
-                Without `hidden_size` whitened item vectors are as wide as what the towers say, up to 1024.
+            kwargs: `audio_model` and `video_model`, and fields of [`TransRecConfig`], e.g. `features_size=512`.
+                Without `hidden_size`, whitened item vectors are as wide as the outputs of the towers, up to 1024.
         """
         fields = {modality.tower: modality.config for modality in MODALITIES.values() if modality.tower}
         names = {"text_model": text_model, "vision_model": vision_model}
         names |= {name: kwargs.pop(name) for name in fields if name in kwargs}
         towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
         configs = {fields[name]: tower.config for name, tower in towers.items()}
-        # without it the composite configuration would reset the choice that each tower made when it was loaded
+        # otherwise the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
         if towers and "hidden_size" not in kwargs:
             kwargs["hidden_size"] = default_width(cls.config_class(**configs, **kwargs), towers)
         return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:
-        """As in torch, but what is frozen stays in evaluation mode: no dropout and no batch-norm updates in it."""
+        """Like in torch, but frozen parts stay in evaluation mode, without dropout and batch-norm updates."""
         super().train(mode)
         if mode:
             evaluate_frozen(self.item_encoder)
@@ -191,12 +191,12 @@ class TransRecModel(TransRecPreTrainedModel):
         return next(iter(self.item_encoder.towers.values()), None)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """What reads the tokens or, without a text tower, the patches; the table of the ID baseline; or nothing."""
+        """The embeddings of tokens or, without a text tower, of patches; those of an ID baseline; or `None`."""
         if self._first_tower is None:
             return getattr(self.item_encoder, "item_embedding", None)
         try:
             return self._first_tower.get_input_embeddings()
-        except NotImplementedError:  # of a convolutional tower
+        except NotImplementedError:  # a convolutional tower
             return None
 
     def set_input_embeddings(self, value: Any) -> None:
@@ -207,20 +207,20 @@ class TransRecModel(TransRecPreTrainedModel):
 
     def compile_blocks(self, **kwargs: Any) -> None:
         """
-        Compile the blocks of the towers and the layers of the user encoder, in place. Block by block there are no
-        graph breaks, like blocks share their code, and shapes are dynamic: there is one more compilation, not one for
-        every shape. It costs tens of seconds at the first batches.
+        Compile the blocks of the towers and the layers of the user encoder, in place. Single blocks have no graph
+        breaks, and equal blocks share their code. Shapes are dynamic, so there is one more compilation, not one for
+        every shape. The first batches take tens of seconds more.
 
         Args:
-            kwargs: of `torch.compile`, e.g. `mode="max-autotune-no-cudagraphs"`.
+            kwargs: Arguments of `torch.compile`, e.g. `mode="max-autotune-no-cudagraphs"`.
         """
         for blocks in (*map(tower_blocks, self.item_encoder.towers.values()), self.user_encoder.layers):
             compile_each(blocks, **kwargs)
 
     def _in_chunks(self, encode: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """
-        Encode `item_chunk_size` items at a time and keep their vectors only; a chunk's activations are computed again
-        when its gradients are (GradCache; Gao et al., 2021). Without a chunk size, or without gradients, all at once.
+        Encode `item_chunk_size` items at a time and keep only their vectors. Activations of a chunk are computed again
+        for its gradients (GradCache; Gao et al., 2021). Without a chunk size or gradients, all items at once.
         """
         size = self.item_chunk_size
         if size is None or not torch.is_grad_enabled():
@@ -243,10 +243,10 @@ class TransRecModel(TransRecPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """
-        What the text tower says of tokens `(n, tokens)`; `pooler_output` are their vectors `(n, hidden_size)`.
+        The output of the text tower for tokens `(n, tokens)`; `pooler_output` holds the vectors `(n, hidden_size)`.
 
         Args:
-            kwargs: Of the tower, e.g. `output_hidden_states=True`.
+            kwargs: Arguments of the tower, e.g. `output_hidden_states=True`.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self._tower_output("text", input_ids, mask, **kwargs)
@@ -254,11 +254,11 @@ class TransRecModel(TransRecPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """
-        What the vision tower says of pixels `(n, channels, height, width)`; `pooler_output` are their vectors
+        The output of the vision tower for pixels `(n, channels, height, width)`; `pooler_output` holds the vectors
         `(n, hidden_size)`.
 
         Args:
-            kwargs: Of the tower, e.g. `output_hidden_states=True`.
+            kwargs: Arguments of the tower, e.g. `output_hidden_states=True`.
         """
         return self._tower_output("image", pixel_values, None, **kwargs)
 
@@ -283,12 +283,12 @@ class TransRecModel(TransRecPreTrainedModel):
 
     def pass_size(self, name: str) -> int:
         """
-        Images, or windows, that are encoded at a time: `images_per_pass` or, without it, on a CPU as many as leave
-        their maps in its cache, elsewhere all. Batch norms in training see all contents of the batch.
+        The number of images or windows that are encoded at a time: `images_per_pass` or, without it, on a CPU as many
+        as fit into its cache, elsewhere all. Batch norms in training see all contents of the batch.
         """
         tower = self.item_encoder.towers.get(name)
         if tower is None or MODALITIES[name].has_tokens:
-            return 2**31  # texts are in buckets of as many tokens as there should be
+            return 2**31  # texts already come in buckets of the right size
         if self.images_per_pass is not None:
             return self.images_per_pass
         return 2**31 if self.device.type != "cpu" or training_batch_norms(tower) else 32
@@ -299,14 +299,14 @@ class TransRecModel(TransRecPreTrainedModel):
 
         Args:
             items ([`ItemBatch`]): The items.
-            inputs: Instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
+            inputs: Instead of `items`, the output of [`TransRecProcessor`], see [`ItemBatch.from_inputs`].
 
         Raises:
             `ValueError`: If the items have none of the modalities that the model reads.
         """
         items = ItemBatch.from_inputs(**inputs) if items is None else items
         if self.config.num_items is not None and items.item_rows is None:
-            raise ValueError("a model of item IDs reads item_rows, the rows of the items in their catalogue")
+            raise ValueError("an ID baseline reads item_rows, the rows of the items in their catalogue: give them")
         if not self.config.modalities:
             return self._finished(self.item_encoder.item_embedding(items.item_rows))
         vectors = {
@@ -322,20 +322,20 @@ class TransRecModel(TransRecPreTrainedModel):
         return self._finished(embeds)
 
     def _finished(self, item_embeds: Tensor) -> Tensor:
-        """Item vectors, of length 1 if scores are cosines."""
+        """Item vectors, scaled to length 1 if scores are cosines."""
         if self.config.similarity == "dot":
             return item_embeds
         return nn.functional.normalize(item_embeds.float(), dim=-1)
 
     def with_popularity(self, item_embeds: Tensor, log_popularity: Tensor | None) -> Tensor:
         """
-        Item vectors with what scores add for the popularity of the items, as one more column, if the model has a
-        `popularity_prior`: a dot product of states and vectors is then the score.
+        Item vectors with the popularity of the items as one more column, if the model has a `popularity_prior`. The
+        dot product of states and these vectors is the score.
 
         Args:
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Item vectors.
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of the training data;
-                `None` if nothing is known of it.
+                `None` if it is not known.
         """
         if not self.config.popularity_prior:
             return item_embeds
@@ -352,7 +352,7 @@ class TransRecModel(TransRecPreTrainedModel):
     ) -> Tensor:
         """
         User states after each item of a history: `(n_users, length, hidden_size)`; see [`last_state`]. With the
-        objective `"masked"`, only that after the last item, which is the one that a hidden next item has.
+        objective `"masked"`, only the state after the last item: that of a hidden next item.
 
         Args:
             item_embeds (`Tensor` of shape `(n_items, hidden_size)`): Item vectors.
@@ -360,9 +360,9 @@ class TransRecModel(TransRecPreTrainedModel):
                 padding on the right. `length` is at most `max_position_embeddings`.
             present (`Tensor` of shape `(n_items, len(MODALITIES))`, *optional*): Which modalities each item has.
             timestamps (`Tensor` of shape `(n_users, length)`, *optional*): When each item was chosen, in the unit of
-                the data; read by models with `time_buckets` only.
-            hidden (`Tensor` of shape `(n_users, length)`, *optional*): Boolean, items that are not to be seen; the
-                states are those at each position then.
+                the data; only models with `time_buckets` read them.
+            hidden (`Tensor` of shape `(n_users, length)`, *optional*): Boolean, items that are hidden; then the states
+                are those at each position.
         """
         if history_index.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -382,7 +382,7 @@ class TransRecModel(TransRecPreTrainedModel):
         combination = None
         if present is not None and len(self.config.modalities) > 1:
             combination = combinations(with_all_columns(present), self.config.modalities)[rows]
-        # those of an index, say, are fp32 whatever the model is, and may end with the popularity of the items
+        # vectors of an index are fp32, whatever the model is, and may end with the popularity of the items
         inputs = item_embeds[:, : self.config.hidden_size].to(self.dtype)[rows]
         if hidden is not None:
             inputs = inputs * ~hidden.unsqueeze(-1)
@@ -414,28 +414,28 @@ class TransRecModel(TransRecPreTrainedModel):
         **inputs: Any,
     ) -> TransRecOutput:
         """
-        Encode the batch's distinct items, read the histories and, with targets, compute the objective.
+        Encode the distinct items of the batch, read the histories and, with targets, compute the loss.
 
         Args:
             history_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Rows of the distinct items, oldest first, `-1` for the padding on the right.
-            items ([`ItemBatch`], *optional*): The batch's distinct items.
+            items ([`ItemBatch`], *optional*): The distinct items of the batch.
             target_index (`Tensor` of shape `(n_users, length)`, *optional*):
                 Row of the next item at each position, `-1` for none; `(n_users, num_positives)` for `"cpc"`.
-            negative_index (`Tensor`, *optional*): Rows of drawn negatives, in the shape the objective asks for.
+            negative_index (`Tensor`, *optional*): Rows of sampled negatives, in the shape that the objective needs.
             log_popularity (`Tensor` of shape `(n_items,)`, *optional*): Log of each item's share of training data.
-            item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): Vectors known already, for the items
-                whose contents are not in `items`.
+            item_embeds (`Tensor` of shape `(n_items, hidden_size)`, *optional*): Known vectors, for items whose
+                contents are not in `items`.
             timestamps (`Tensor` of shape `(n_users, length)`, *optional*): See [`~TransRecModel.get_user_features`].
-            return_loss (`bool`, *optional*, defaults to `True`): Compute the loss if there are targets.
-            output_hidden_states, output_attentions (`bool`, *optional*): Record those of the user encoder.
-            inputs: instead of `items`, what [`TransRecProcessor`] returns, see [`ItemBatch.from_inputs`].
+            return_loss (`bool`, *optional*, defaults to `True`): Whether to compute the loss if there are targets.
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to record those of the user encoder.
+            inputs: Instead of `items`, the output of [`TransRecProcessor`], see [`ItemBatch.from_inputs`].
         """
         items = ItemBatch.from_inputs(**inputs) if items is None else items
         has_loss = return_loss and target_index is not None
         shared = None
         if has_loss and self._across_ranks() and self.config.objective in AMONG_ALL:
-            # each item of a rank is scored by all users of all ranks, so its vector has to be everywhere
+            # users of all ranks score the items of each rank, so all ranks need all vectors
             shared = share_items(items.item_rows)  # type: ignore[arg-type]
             items = items.select(shared.encoded)
         if item_embeds is None:
@@ -481,14 +481,14 @@ class TransRecModel(TransRecPreTrainedModel):
         candidates: Any = None,
     ) -> Tensor:
         """
-        The configured objective; in training over several processes, that of their concatenated batch. A subclass has
-        one of its own by overriding this.
+        The loss of the configured objective; with several processes, that of their concatenated batch. Override this
+        method in a subclass for another objective.
 
         Args:
-            states (`Tensor` of shape `(n_users, length, width)`): Of the users, after each item of their histories.
-            item_embeds (`Tensor` of shape `(n_items, width)`): Of the distinct items; a dot product is a score.
+            states (`Tensor` of shape `(n_users, length, width)`): User states after each item of the histories.
+            item_embeds (`Tensor` of shape `(n_items, width)`): Vectors of the distinct items; scores are dot products.
             history_index, target_index, negative_index, log_popularity: See [`~TransRecModel.forward`].
-            candidates, shared (*optional*): The vectors of the items of all processes, and which are this one's.
+            candidates, shared (*optional*): The vectors of the items of all processes, and which belong to this one.
         """
         candidates = item_embeds if candidates is None else candidates
         mean = masked_mean_across_ranks if self._across_ranks() else masked_mean
@@ -502,7 +502,7 @@ class TransRecModel(TransRecPreTrainedModel):
             counts = count_slots(slots, len(item_embeds))
             if shared is not None:
                 counts, log_popularity = gather_counts(counts, log_popularity, shared)
-                # -1, the padding, stays what it is
+                # the padding of -1 stays
                 rows = torch.cat([shared.rows, shared.rows.new_tensor([-1])])
                 slots, target_index = rows[slots], rows[target_index]
             return in_batch_softmax(states, candidates, target_index, slots, counts, log_popularity, mean)

@@ -1,4 +1,4 @@
-"""Raw contents of items to model inputs, for any non-empty subset of the modalities."""
+"""From raw contents of items to model inputs, for any non-empty subset of the modalities."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .windows_transrec import LogMelFeatureExtractor, window_starts
 
 
 MAX_IMAGE_PIXELS = 64_000_000
-"""Largest width x height that is decoded; a header that claims more is refused before any pixel is read."""
+"""Largest width x height that is decoded; a header with more pixels is refused before any pixel is read."""
 MAX_ASPECT = 100
 """Largest ratio of the sides: a processor that resizes the shorter one would make a thin image enormous."""
-LARGE = 4_000_000  # pixels; images of several times as many are shrunk, lest a batch of them fills the memory
+LARGE = 4_000_000  # pixels; much larger images are shrunk, so that a batch of them does not fill the memory
 MAX_CHARACTERS = 2**16
-"""Of a text, that are read in any case."""
+"""Characters of a text that are always read."""
 CHARACTERS_AT_A_TIME = 2**22
 LEAST_SAMPLES = 800
-"""Of a sound; a shorter one is followed by silence, or it would not fill one frame of a spectrogram."""
+"""Least length of a sound; a shorter one is padded with silence, since it would not fill a frame of a spectrogram."""
 
 
 class UnusableImage(ValueError):
@@ -39,9 +39,9 @@ class UnusableImage(ValueError):
 
 
 def check_image_size(width: int, height: int) -> None:
-    """Raise [`UnusableImage`] for an image that would need too much memory, or has no pixel."""
+    """Raise [`UnusableImage`] for an image that would need too much memory, or has no pixels."""
     if min(width, height) < 1:
-        raise UnusableImage(f"{width} x {height} pixels: there is none")
+        raise UnusableImage(f"{width} x {height} pixels: the image is empty")
     if width * height > MAX_IMAGE_PIXELS:
         raise UnusableImage(f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -50,12 +50,12 @@ def check_image_size(width: int, height: int) -> None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    An image as people see it: upright (EXIF), with 8 bits a channel, on white where it is transparent, and shrunk by a
+    An image as people see it: upright (EXIF), with 8 bits per channel, on white if it is transparent, and shrunk by a
     whole factor if it is very large. Raises [`UnusableImage`].
     """
     check_image_size(*image.size)
     is_png = image.format == "PNG"
-    if image.format is not None or image.getexif():  # if not, it has been here before
+    if image.format is not None or image.getexif():  # otherwise it was already converted
         image = ImageOps.exif_transpose(image)  # a copy
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         image = _with_8_bits(image, is_png or image.mode.startswith("I;"))
@@ -69,12 +69,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
     """
-    A gray image of integers or floats as one of bytes. White is the largest number of 1, 8 or 16 bits, as its range
-    says, or beyond that its brightest pixel.
+    Convert a gray image of integers or floats to bytes. White is the largest number of 1, 8 or 16 bits, depending on
+    the range of the image, or its brightest pixel if that is larger.
     """
     image = image.convert("I") if image.mode.startswith("I;") else image
     if image.mode == "F" and not torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).isfinite().all():
-        raise UnusableImage("pixels that are not finite (NaN or infinite): fill them")
+        raise UnusableImage("some pixels are NaN or infinite: replace them")
     extremes: Any = image.getextrema()
     low, high = extremes
     if has_16_bits or (low >= 0 and 255 < high <= 65535):
@@ -86,9 +86,9 @@ def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
 
 
 def image_processor_of(settings: dict[str, Any]) -> Any:
-    """The image processor of some settings. Raises `ValueError` for a class that transformers does not know as one."""
+    """The image processor with some settings. Raises `ValueError` if transformers does not know its class."""
     name = str(settings.get("image_processor_type"))
-    for known in (f"{name.removesuffix('Fast')}Pil", name):  # of those of one name, that which needs Pillow only
+    for known in (f"{name.removesuffix('Fast')}Pil", name):  # prefer the class that needs only Pillow
         found: Any = get_image_processor_class_from_name(known)
         if inspect.isclass(found) and issubclass(found, ImageProcessingMixin):
             return found.from_dict(settings)  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def image_processor_of(settings: dict[str, Any]) -> Any:
 
 
 def feature_extractor_of(audio_model: str) -> Any:
-    """The feature extractor of an audio tower; of one that reads images of one channel, spectrograms."""
+    """The feature extractor of an audio tower; for a tower that reads images of one channel, it makes spectrograms."""
     config = AutoConfig.from_pretrained(audio_model, trust_remote_code=False)
     if getattr(config, "num_channels", None) == 1:
         return LogMelFeatureExtractor()
@@ -105,22 +105,24 @@ def feature_extractor_of(audio_model: str) -> Any:
 
 class TransRecProcessor(WholeFolders, ProcessorMixin):
     r"""
-    Prepares items for [`TransRecModel`]: a tokenizer for the text, an image processor for the images, a feature
-    extractor for the sounds, an image processor for the frames of videos, and vectors that items come with, or any of
-    them.
+    Prepares items for [`TransRecModel`]. It has a part for each modality that the model reads: a tokenizer for texts,
+    an image processor for images, a feature extractor for sounds, an image processor for the frames of videos, and the
+    sizes of ready vectors and codes.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the text tower; `None` if the model has none.
-        image_processor (`BaseImageProcessor`, *optional*): Of the vision tower; `None` if the model has none.
-        max_text_length (`int`, *optional*, defaults to 64): Tokens after which a text is cut.
-        features_size (`int`, *optional*): Width of the vectors that items come with; `None` if the model reads none.
-        feature_extractor (`FeatureExtractionMixin`, *optional*): Of the audio tower; `None` if the model has none.
-        audio_seconds (`float`, *optional*, defaults to 10): Length of a window of sound for towers that read any.
-        max_audio_windows (`int`, *optional*, defaults to 3): Windows after which a sound is cut.
-        frame_image_processor (`BaseImageProcessor`, *optional*): Of the video tower; `None` if the model has none.
-        num_frames (`int`, *optional*, defaults to 8): Frames of a video that are read at most, evenly spaced.
-        num_codebooks (`int`, *optional*): Codes that items come with; `None` if the model reads none.
-        codebook_size (`int`, *optional*, defaults to 256): Values that a code can have.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the text tower, if there is one.
+        image_processor (`BaseImageProcessor`, *optional*): Image processor of the vision tower, if there is one.
+        max_text_length (`int`, *optional*, defaults to 64): Most tokens that are read of a text.
+        features_size (`int`, *optional*): Length of ready vectors; `None` if the model reads none.
+        feature_extractor (`FeatureExtractionMixin`, *optional*): Feature extractor of the audio tower, if there is
+            one.
+        audio_seconds (`float`, *optional*, defaults to 10): Seconds of a window of sound, for towers that read any
+            length.
+        max_audio_windows (`int`, *optional*, defaults to 3): Most windows that are read of a sound.
+        frame_image_processor (`BaseImageProcessor`, *optional*): Image processor of the video tower, if there is one.
+        num_frames (`int`, *optional*, defaults to 8): Most frames that are read of a video, evenly spaced.
+        num_codebooks (`int`, *optional*): Number of codes of an item; `None` if the model reads none.
+        codebook_size (`int`, *optional*, defaults to 256): Number of values of a code.
         modalities (`list[str]`, *optional*): Written to and read from `processor_config.json`; leave it out.
 
     Raises:
@@ -154,7 +156,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
                 "a processor needs a tokenizer, an image_processor, a feature_extractor, a frame_image_processor, "
                 "features_size, num_codebooks, or several of them"
             )
-        # the mixin asks its class for the parts; here each instance answers, since a checkpoint may lack a modality
+        # the mixin takes the parts from its class; here each instance has its own, since it may lack a modality
         self.get_attributes: Any = partial(list, parts)
         super().__init__(**parts)
         self.tokenizer = tokenizer
@@ -181,8 +183,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         **kwargs: Any,
     ) -> TransRecProcessor:
         """
-        The processor that belongs to [`TransRecModel.from_text_vision_pretrained`] with the same towers; `kwargs` are
-        further arguments of the class.
+        Make the processor for a model of [`TransRecModel.from_text_vision_pretrained`] with the same towers; `kwargs`
+        are further arguments of this class.
         """
         frames = AutoConfig.from_pretrained(video_model, trust_remote_code=False) if video_model else None
         return cls(
@@ -203,7 +205,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         processor_dict = processor_dict or {}
         modalities = processor_dict.get("modalities", ["text", "image"])
         loaders: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
-        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # or the user would be asked
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # otherwise the user would be asked
         settings = processor_dict.get("feature_extractor") or {}
         if settings.get("feature_extractor_type") == LogMelFeatureExtractor.__name__:
             loaders["audio"] = LogMelFeatureExtractor
@@ -213,7 +215,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         )
         frames = processor_dict.get("frame_image_processor")
         frame_image_processor = None if frames is None else image_processor_of(frames)
-        # in the order of `__init__`; what is given in between is read from the file
+        # in the order of `__init__`; the arguments between are read from the file
         return [tokenizer, image_processor, 64, None, None, feature_extractor, 10.0, 3, frame_image_processor]
 
     def __call__(
@@ -227,25 +229,25 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Prepare `n_items` items; an item without a modality has `None` in its place.
+        Prepare `n_items` items; use `None` for an item without a modality.
 
         Args:
             text (`list[str | None]` or `str`, *optional*): Text of each item.
             images (`list[Image | None]` or `Image`, *optional*): Image of each item.
-            features (`list` of `(features_size,)` vectors or `None`, *optional*): Vector of each item.
-            audio (`list` of `(samples,)` arrays or `None`, *optional*): Sound of each item, mono, at the rate of the
-                feature extractor.
+            features (`list` of `(features_size,)` vectors or `None`, *optional*): Ready vector of each item.
+            audio (`list` of `(samples,)` arrays or `None`, *optional*): Sound of each item, mono, at the sampling rate
+                of the feature extractor.
             video (`list` of `list[Image]` or `None`, *optional*): Frames of the video of each item.
             codes (`list` of `(num_codebooks,)` integers or `None`, *optional*): Codes of each item.
 
         Returns:
-            `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))`, and as far as present `input_ids` and
-            `attention_mask` `(n_text, tokens)`, `text_index` `(n_text,)`, `pixel_values`
-            `(n_image, channels, height, width)`, `image_index` `(n_image,)`, the item row of each text and image,
-            `features` `(n_vectors, features_size)` and `features_index` `(n_vectors,)`, `audio_values`
-            `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds, windows)` and `audio_index` `(n_sounds,)`,
-            `video_values` `(n_videos, frames, channels, height, width)`, `video_mask` and `video_index`,
-            `codes` `(n_codes, num_codebooks)` and `codes_index` `(n_codes,)`.
+            `BatchFeature` with `item_modalities` `(n_items, len(MODALITIES))` and, for the modalities that are
+            present, `input_ids` and `attention_mask` `(n_text, tokens)`, `text_index` `(n_text,)`; `pixel_values`
+            `(n_image, channels, height, width)`, `image_index` `(n_image,)`; `features` `(n_vectors, features_size)`,
+            `features_index` `(n_vectors,)`; `audio_values` `(n_sounds, windows, ...)`, `audio_mask` `(n_sounds,
+            windows)`, `audio_index` `(n_sounds,)`; `video_values` `(n_videos, frames, channels, height, width)`,
+            `video_mask`, `video_index`; `codes` `(n_codes, num_codebooks)`, `codes_index` `(n_codes,)`. An index holds
+            the item row of each content.
 
         Raises:
             `ValueError`: If the lists differ in length, or an item has none of the modalities of this processor.
@@ -280,15 +282,15 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
     def prepare(self, name: str, contents: Sequence[Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         """
-        Contents of one modality to the inputs of its tower.
+        Turn contents of one modality into the inputs of its tower.
 
         Args:
             name (`str`): The modality.
             contents (`list`): Texts, images, vectors, sounds, videos or codes; at least one.
-            kwargs: Of the tokenizer.
+            kwargs: Arguments of the tokenizer.
 
         Returns:
-            `dict` of `Tensor`, under the names of the table.
+            `dict` of `Tensor`, under the names in `MODALITIES`.
         """
         if name == "text":
             return self.pad(self.tokenize(contents, **kwargs))
@@ -315,7 +317,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
     @property
     def window_samples(self) -> int:
-        """Samples of one window of sound."""
+        """The number of samples of one window of sound."""
         extractor: Any = self.feature_extractor
         for name in ("window_samples", "n_samples", "nb_max_samples"):  # of ours, Whisper, CLAP
             if hasattr(extractor, name):
@@ -325,14 +327,16 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         return int(self.audio_seconds * extractor.sampling_rate)
 
     def windows(self, name: str, lengths: Any) -> Any:
-        """How many windows contents of these lengths have, in seconds of sound or in frames; arrays of both."""
+        """
+        The number of windows of contents with these lengths, in seconds of sound or in frames (numbers or arrays).
+        """
         if name == "video":
             return lengths.clip(1, self.num_frames)
         windows = (lengths * self.feature_extractor.sampling_rate / self.window_samples + 0.5) // 1
         return windows.clip(1, self.max_audio_windows)
 
     def form(self, name: str) -> dict[str, Any]:
-        """What the reader of a modality has to know to read a content as it is prepared here."""
+        """The arguments with which the reader of a modality reads a content in the form that this processor needs."""
         if name == "video":
             return {"num_frames": self.num_frames}
         if name != "audio":
@@ -342,14 +346,17 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
     def _prepare_sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
         """
-        Sounds `(samples,)` in windows, the last of which may be real in part; one of less than a half is left out if
-        there are others. Of a sound of more windows than are read, some are, evenly spread.
+        Divide sounds `(samples,)` into windows. The last window may be real only in part; if it is less than half, it
+        is left out, unless it is the only one. Of a sound with more windows than are read, evenly spread ones are
+        read.
         """
         size, pieces, counts = self.window_samples, [], []
         for sound in sounds:
             samples = torch.as_tensor(sound, dtype=torch.float32)
             if samples.dim() != 1 or not len(samples):
-                raise ValueError(f"a sound has the shape {tuple(samples.shape)}, not (samples,): give one channel")
+                raise ValueError(
+                    f"a sound has the shape {tuple(samples.shape)} instead of (samples,): give one channel"
+                )
             if len(samples) > size * self.max_audio_windows:
                 starts = map(int, window_starts(len(samples), size, self.max_audio_windows))
                 samples = torch.cat([samples[start : start + size] for start in starts])
@@ -374,17 +381,17 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         return {"audio_values": padded, "audio_mask": mask}
 
     def _prepare_videos(self, videos: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Videos as lists of frames, of which `num_frames` at most are taken evenly."""
+        """Prepare videos, which are lists of frames; at most `num_frames`, evenly spaced, are read of each."""
         counts = torch.tensor([min(len(video), self.num_frames) for video in videos])
         if not counts.min():
-            raise ValueError("a video has no frame: give a list of images")
+            raise ValueError("a video has no frames: give a list of images")
         frames = [
             to_rgb(video[place * len(video) // count])
             for video, count in zip(videos, counts.tolist(), strict=True)
             for place in range(count)
         ]
         values = torch.as_tensor(self.frame_image_processor(frames, return_tensors="pt")["pixel_values"])
-        values = values.flatten(0, -4)  # of processors of clips, which make one of all
+        values = values.flatten(0, -4)  # for processors of clips, which join all frames
         real = torch.arange(int(counts.max())) < counts[:, None]
         padded = values.new_zeros(*real.shape, *values.shape[1:])
         padded[real] = values
@@ -392,16 +399,16 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
     def tokenize(self, texts: Sequence[str], **kwargs: Any) -> list[list[int]]:
         """
-        Token ids of each text, cut after `max_text_length` tokens. A tokenizer reads all of what it cuts, so a text is
-        cut before as well, far beyond what the tokens need.
+        Token ids of each text, cut after `max_text_length` tokens. Since a tokenizer reads the whole text before it
+        cuts, a very long text is shortened first, to far more characters than the tokens need.
 
         Raises:
-            `ValueError`: If there is no room for a token of the text.
+            `ValueError`: If `max_text_length` leaves no room for a token of the text.
         """
         special = self.tokenizer.num_special_tokens_to_add()
         if self.max_text_length <= special:
             raise ValueError(
-                f"max_text_length is {self.max_text_length}, and {special} tokens of each text are special: make it "
+                f"max_text_length is {self.max_text_length}, but each text has {special} special tokens: set it to "
                 f"{special + 1} or more"
             )
         limit = max(MAX_CHARACTERS, 256 * self.max_text_length)
@@ -414,8 +421,8 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
 
     def pad(self, token_ids: Sequence[Any]) -> dict[str, torch.Tensor]:
         """
-        Token ids of several texts to `input_ids` and `attention_mask`, both `(n_text, longest)`, padded on the right,
-        whichever side the tokenizer pads: so does the training, and a position means the same in both.
+        Turn token ids of several texts into `input_ids` and `attention_mask`, both `(n_text, longest)`. They are
+        padded on the right, as in training, whichever side the tokenizer pads.
         """
         rows = [torch.as_tensor(ids) for ids in token_ids]
         lengths = torch.tensor([len(row) for row in rows])
@@ -425,7 +432,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": mask.long()}
 
     def fingerprint(self, modality: str) -> str:
-        """A text that changes whenever this processor would prepare a modality in another way."""
+        """A text that changes whenever this processor would prepare a modality differently."""
         if modality == "features":
             return json.dumps(self.features_size)
         if modality == "codes":
@@ -440,7 +447,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             return json.dumps(rules if modality == "image" else [self.num_frames, rules], sort_keys=True)
         if hasattr(self.tokenizer, "backend_tokenizer"):
             rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            rules |= {"truncation": None, "padding": None}  # those of the last call, not of the tokenizer
+            rules |= {"truncation": None, "padding": None}  # they are settings of the last call
         else:
             rules = self.tokenizer.get_vocab()
         return json.dumps([self.max_text_length, rules], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Towers: any encoder of `transformers`, its blocks, and running it from or up to one of them."""
+"""Towers: any encoder of `transformers`, its blocks, and running it up to a block or from a block on."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from .configuration_transrec import check_foreign, check_sizes
 
 logger = logging.get_logger(__name__)
 
-RECORDING = threading.RLock()  # of the blocks of all towers
+RECORDING = threading.RLock()  # for the blocks of all towers
 
 WHOLES = {"clap_audio_model": "audio_model", "whisper": "encoder"}
-"""By the type of a configuration, the name of the tower in the model that [`AutoModel`] loads for it."""
+"""For types of configurations, the name of the tower within the model that [`AutoModel`] loads."""
 
 
 def tower_class(config: Any) -> type[PreTrainedModel]:
     """
-    The class of a tower of a configuration.
+    The class of the tower for a configuration.
 
     Raises:
-        `ValueError`: If [`AutoModel`] has none, or one that is no encoder.
+        `ValueError`: If [`AutoModel`] has no class for it, or the class is not an encoder.
     """
     kind = type(config).__name__
     if config.model_type in WHOLES:
-        # what AutoModel loads with a decoder, or a tower of text, of which it is a part
+        # a part of what AutoModel loads, which also has a decoder or a text tower
         from transformers import ClapAudioModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
         return {"clap_audio_model": ClapAudioModel, "whisper": WhisperEncoder}[config.model_type]
     if type(config) not in AutoModel._model_mapping:
-        raise ValueError(f"AutoModel knows no model for {kind}: a tower is an encoder that it can load")
+        raise ValueError(f"AutoModel knows no model for {kind}: use an encoder that it can load")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder with a decoder, which reads more than an item: take a plain encoder")
+        raise ValueError(f"{kind} has a decoder too, which needs more input than an item: use a plain encoder")
     found = AutoModel._model_mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found  # Funnel has one with a decoder as well
+    return found[0] if isinstance(found, tuple) else found  # Funnel also has a class with a decoder
 
 
 def without_dormant_parts(config: Any) -> dict[str, bool]:
     """
-    Leave out what nothing here reads and so would never get a gradient: the mask token, in the configuration, and a
-    learned pooler, by the keyword that is returned where the class of the model has one. What encoders of sound mask
-    and skip at random, for tasks of their own, stays as well: it would fail for short sounds and in several processes;
-    and what of CLAP reads sounds that are longer than a window.
+    Switch off parts that are never used and so would never get a gradient: the mask token and the random masking and
+    skipping of sound encoders (which would also fail for short sounds and in several processes), and the part of CLAP
+    for sounds longer than a window. These are fields of the configuration, which is changed. A learned pooler is
+    switched off by the keyword that is returned, if the class has one.
     """
     if getattr(config, "enable_fusion", False):
         config.enable_fusion = False
@@ -66,9 +66,9 @@ def without_dormant_parts(config: Any) -> dict[str, bool]:
 
 
 def build_tower(config: Any) -> PreTrainedModel:
-    """A tower with fresh weights for any configuration that [`AutoModel`] knows."""
+    """A tower with new weights for any configuration that [`AutoModel`] knows."""
     if not tower_class(config)._supports_sdpa:
-        # a convolutional tower refuses an attention implementation that was chosen for the whole model
+        # a convolutional tower refuses the attention implementation of the whole model
         config._attn_implementation = "eager"
     if config.model_type in WHOLES:
         return tower_class(config)._from_config(config, **without_dormant_parts(config))
@@ -77,7 +77,7 @@ def build_tower(config: Any) -> PreTrainedModel:
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Inside, a module is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    """A context in which a module is in evaluation mode; afterwards each of its parts has its old mode again."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -90,8 +90,8 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[int]) -> None:
     """
-    Raises `ValueError` for a tower that does not make states of texts, images or sounds alone, or has none after some
-    number of its blocks that is asked for: it is given two that are the same, unless it has no weights yet.
+    Raises `ValueError` for a tower that does not turn single texts, images or sounds into states, or has no states
+    after one of the given depths. The tower is tried with two equal contents, unless it has no weights yet.
     """
     if tower.device.type == "meta":
         return
@@ -112,20 +112,20 @@ def check_tower(tower: PreTrainedModel, name: str, is_text: bool, depths: list[i
                 if found.shape != ((2, 4, tower_width(tower)) if is_text else (2, tower_width(tower))):
                     raise ValueError(f"they have the shape {tuple(found.shape)}, and the width {tower_width(tower)}")
             if (states[0] - states[1]).abs().max() > 1e-3 * states.abs().max():
-                raise ValueError("they differ for one and the same content")
+                raise ValueError("they differ for equal contents")
     except Exception as error:
         what = "4 tokens" if is_text else {"audio": "a sound", "video": "frames"}.get(name, "an image")
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         other = "another encoder, or text_depths=1" if depths else "another encoder"
         raise ValueError(
-            f"{type(tower).__name__} cannot be the {name} tower, which makes states of {what} alone ({reason}): take "
+            f"{type(tower).__name__} cannot be the {name} tower, which must turn {what} into states ({reason}): use "
             f"{other}"
         ) from error
 
 
 def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
-    """A pre-trained tower; of a two-tower checkpoint such as CLIP its `part`: `"text_config"` or `"vision_config"`."""
-    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}  # neither code nor pickles of others
+    """A pre-trained tower; from a checkpoint with two towers, such as CLIP, its `part` (`"text_config"`, ...)."""
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}  # run no code, and read no pickles
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     whole, config = config, getattr(config, part, None) or config
     is_part = config.model_type in WHOLES and (whole is not config or whole.is_encoder_decoder)
@@ -135,7 +135,7 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     check_foreign(whole)
     kwargs |= without_dormant_parts(config)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the heads that a tower leaves behind
+    logging.set_verbosity_error()  # no table of unused heads
     try:
         read = whole if is_part else config
         tower, found = cls.from_pretrained(name_or_path, config=read, output_loading_info=True, **kwargs)
@@ -144,12 +144,12 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
     tower = getattr(tower, WHOLES[config.model_type]) if is_part else tower
     fresh = sorted(found["missing_keys"])
     if fresh:
-        logger.warning(f"{name_or_path}: {len(fresh)} weights are not in it and start at random, such as {fresh[0]}.")
+        logger.warning(f"{name_or_path}: {len(fresh)} weights are missing and start at random, such as {fresh[0]}.")
     return tower
 
 
 def tower_width(tower: PreTrainedModel) -> int:
-    """Number of channels at the output of a tower; convolutional configurations do not always name it."""
+    """Width of the output of a tower; convolutional configurations do not always name it."""
     config = tower.config
     if hasattr(config, "hidden_size"):
         return config.hidden_size
@@ -157,15 +157,15 @@ def tower_width(tower: PreTrainedModel) -> int:
         return config.hidden_sizes[-1]
     convolutions = [module for module in tower.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
-        raise ValueError(f"{type(config).__name__} does not say how wide its output is, so it cannot be a tower")
+        raise ValueError(f"{type(config).__name__} does not name the width of its output: use another encoder")
     return convolutions[-1].out_channels
 
 
 def text_positions(tower: nn.Module) -> int | None:
-    """Tokens that a text tower has positions for; `None` where positions are relative, and so without an end."""
+    """The number of tokens for which a text tower has positions; `None` if its positions are relative."""
     for name, module in tower.named_modules():
         if name.endswith(("position_embeddings", "position_embedding")) and isinstance(module, nn.Embedding):
-            before = module.padding_idx  # where there is one, RoBERTa's family counts from the next
+            before = module.padding_idx  # RoBERTa's family counts positions from the one after it
             return module.num_embeddings - (0 if before is None else before + 1)
     return None
 
@@ -177,15 +177,17 @@ def tower_blocks(tower: nn.Module) -> nn.ModuleList:
         for module in level:
             if isinstance(module, nn.ModuleList):
                 return module
-        # what makes frames of a sound's samples has a list of convolutions of its own
+        # the part that makes frames of samples has its own list of convolutions
         level = [child for module in level for name, child in module.named_children() if name != "feature_extractor"]
-    raise ValueError(f"{type(tower).__name__} has no list of blocks, so its top blocks cannot be told from the rest")
+    raise ValueError(
+        f"{type(tower).__name__} has no list of blocks, so its top blocks cannot be found: use another encoder"
+    )
 
 
 def compile_each(blocks: Iterable[nn.Module], **kwargs: Any) -> None:
-    """Compile modules one by one, for any shape, in place; `kwargs` are those of `torch.compile`."""
-    # a code may be compiled 8 times, but all layers of transformers enter by one, and those of MobileNet are of 27
-    # kinds, each of which is compiled with and without gradients and autocast
+    """Compile modules one by one, for any shape, in place; `kwargs` are arguments of `torch.compile`."""
+    # by default a function may be compiled 8 times, but all layers of transformers share one entry, and the 27 kinds
+    # of layers of MobileNet are each compiled with and without gradients and autocast
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 1024)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4096)
@@ -194,7 +196,7 @@ def compile_each(blocks: Iterable[nn.Module], **kwargs: Any) -> None:
 
 
 def frozen_depth(tower: nn.Module) -> int:
-    """How many of the lower blocks of a tower are frozen, together with everything before them."""
+    """The number of lower blocks of a tower that are frozen together with everything before them."""
     blocks = tower_blocks(tower)
     block_of = {parameter: depth for depth, block in enumerate(blocks) for parameter in block.parameters()}
     in_blocks = False
@@ -206,7 +208,7 @@ def frozen_depth(tower: nn.Module) -> int:
 
 
 def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """What a tower says of contents, `(n, ...)`: its output, with token states where they have a mask."""
+    """Run a tower on contents `(n, ...)`. With a mask, the output has token states."""
     if mask is not None:
         return tower(**{tower.main_input_name: values, "attention_mask": mask}, **kwargs)
     if getattr(tower.config, "tf_padding", False):
@@ -216,7 +218,7 @@ def run_tower(tower: PreTrainedModel, values: Tensor, mask: Tensor | None = None
 
 
 def pooled_state(output: Any) -> Tensor:
-    """Output of a tower to one state per content, `(n, width)`, as the tower pools it itself."""
+    """Turn the output of a tower into one state per content, `(n, width)`, with the tower's own pooling."""
     states = output.last_hidden_state
     pooled = output.get("pooler_output")
     if pooled is None:
@@ -225,13 +227,13 @@ def pooled_state(output: Any) -> Tensor:
 
 
 def pooled_depth(states: Tensor) -> Tensor:
-    """States of images after some block, of patches or a map of channels, to their mean `(n, width)`."""
+    """The mean `(n, width)` of states of images after some block, which are those of patches or a map of channels."""
     return states.flatten(2).mean(dim=-1) if states.dim() == 4 else states.mean(dim=1)
 
 
 @torch.no_grad()
 def depth_widths(tower: PreTrainedModel, depths: list[int]) -> list[int]:
-    """How wide the states of a tower are after so many blocks."""
+    """The widths of the states of a tower after these numbers of blocks."""
     mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
     with in_evaluation(tower), recorded(tower, depths) as found:
         run_tower(tower, placeholder(tower, mask), mask)
@@ -240,8 +242,8 @@ def depth_widths(tower: PreTrainedModel, depths: list[int]) -> list[int]:
 
 def lower_depths(tower: PreTrainedModel, number: int) -> list[int]:
     """
-    After how many blocks of a tower its states are read besides the last ones, so that there are `number` depths, or
-    as many as it has: 0, the word embeddings, and more evenly between.
+    The numbers of blocks after which the states of a tower are read besides the last ones, for `number` depths in
+    total (or as many as the tower has): 0 for the word embeddings, and further ones evenly spaced.
     """
     last = len(tower_blocks(tower)) if number > 1 else 0
     return sorted({round(last * i / (number - 1)) for i in range(number - 1)} - {last})
@@ -250,8 +252,8 @@ def lower_depths(tower: PreTrainedModel, number: int) -> list[int]:
 @contextmanager
 def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """
-    Inside, what a tower that runs once says after so many blocks is kept; 0 is what the first one reads. One thread at
-    a time: the blocks are those of all.
+    A context that records the states of a tower after these numbers of blocks; 0 means the input of the first block.
+    The tower must run once inside. Only one thread at a time, since all threads share the blocks.
     """
     if not depths:
         yield {}
@@ -272,7 +274,7 @@ def recorded(tower: PreTrainedModel, depths: Iterable[int]) -> Iterator[dict[int
 
     with RECORDING:
         calls = {block: block._compiled_call_impl for block in blocks}
-        # in place of the compiled call, which no hook would reach
+        # replaces the compiled call, which hooks would not reach
         for depth in {max(0, depth - 1) for depth in depths}:
             blocks[depth]._compiled_call_impl = recording(blocks[depth], depth)
         try:
@@ -289,8 +291,8 @@ def reads_clips(tower: PreTrainedModel) -> bool:
 
 def placeholder(tower: PreTrainedModel, mask: Tensor | None) -> Tensor:
     """
-    Contents of no meaning, for what is below the blocks when a tower resumes: tokens under a mask, or one image or
-    sound, for those layers do not look at the number of them.
+    Contents without meaning for the layers below the blocks of a tower that resumes: tokens under a mask, or a single
+    image or sound, since these layers do not depend on the number of contents.
     """
     if mask is not None:
         return torch.zeros_like(mask)
@@ -319,13 +321,13 @@ class NotRun(RuntimeError):
 
 
 class _Reached(Exception):
-    """Carries what a block hands on out of a tower that need not run further."""
+    """Carries the output of a block out of a tower that need not run further."""
 
 
 def lower_output(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tensor | None = None) -> Any:
     """
-    What the first `depth` blocks of a tower hand on to the next one: the states of contents or, in some families, a
-    tuple that begins with them. What lies above the blocks does not run.
+    The output of the first `depth` blocks of a tower: the states of contents or, in some families, a tuple that begins
+    with them. The layers above do not run.
     """
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -350,17 +352,17 @@ def lower_states(tower: PreTrainedModel, depth: int, values: Tensor, mask: Tenso
 
 
 def with_states(output: Any, states: Tensor) -> Any:
-    """What a block hands on, with other states and without the tensors beside them, which are of its contents."""
+    """The output of a block with other states, and without further tensors, which belong to the old contents."""
     if isinstance(output, Tensor):
         return states
     return (with_states(output[0], states), *(None if isinstance(part, Tensor) else part for part in output[1:]))
 
 
 def resume_tower(tower: PreTrainedModel, depth: int, states: Tensor, mask: Tensor | None = None) -> Any:
-    """What a tower says of contents of which the states after its first `depth` blocks are known, `(n, ...)`."""
+    """The output of a tower for contents whose states after its first `depth` blocks are known, `(n, ...)`."""
     contents = placeholder(tower, mask)
     known = vars(tower).setdefault("_handed_on", {})
-    if depth not in known:  # whether states alone, or in a tuple with sizes, say, that are the same for all contents
+    if depth not in known:  # whether blocks return states alone, or in a tuple with further values, such as sizes
         with torch.no_grad():
             output = lower_output(tower, depth, contents[:1], None if mask is None else mask[:1])
         known[depth] = with_states(output, torch.empty(0))
@@ -370,7 +372,7 @@ def resume_tower(tower: PreTrainedModel, depth: int, states: Tensor, mask: Tenso
 
 @contextmanager
 def resumed_from(tower: PreTrainedModel, depth: int, output: Any) -> Iterator[None]:
-    """Inside, the first `depth` blocks of a tower do nothing but hand `output` on to the next one."""
+    """A context in which the first `depth` blocks of a tower only pass `output` to the next one."""
     lower = tower_blocks(tower)[:depth]
     compiled = [block._compiled_call_impl for block in lower]
     for block in lower:
@@ -385,9 +387,8 @@ def resumed_from(tower: PreTrainedModel, depth: int, output: Any) -> Iterator[No
 
 def freeze_below(tower: PreTrainedModel, trainable_blocks: int | None) -> None:
     """
-    Train the top blocks of a tower and whatever follows them, and nothing else; all of it if `trainable_blocks` is
-    `None`. What is registered after the blocks and read by the frozen ones too, as a table of relative positions, is
-    frozen with them.
+    Train only the top blocks of a tower and everything after them; the whole tower if `trainable_blocks` is `None`.
+    Weights after the blocks that frozen blocks read too, such as a table of relative positions, are frozen.
     """
     tower.requires_grad_(trainable_blocks is None)
     if not trainable_blocks:
@@ -408,7 +409,7 @@ def freeze_below(tower: PreTrainedModel, trainable_blocks: int | None) -> None:
 
 
 def read_below(tower: PreTrainedModel, depth: int, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Which of the parameters have a part in the states after the first `depth` blocks."""
+    """The parameters that influence the states after the first `depth` blocks."""
     trained = {parameter: parameter.requires_grad for parameter in tower.parameters()}
     mask = torch.ones(1, 4, dtype=torch.long, device=tower.device) if tower.main_input_name == "input_ids" else None
 
@@ -432,14 +433,14 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def training_batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The batch norms inside that are in training mode: their output depends on the batch, and they count it."""
+    """The batch norms of a module that are in training mode: their output depends on the batch, which updates them."""
     norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
     return [norm for norm in norms if norm.training]
 
 
 @contextmanager
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training mode do not update their running statistics: a second pass must not count."""
+    """A context in which batch norms in training mode do not update their running statistics, for a second pass."""
     norms = training_batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -453,9 +454,9 @@ def keep_running_statistics(module: nn.Module) -> Iterator[None]:
 
 def evaluate_frozen(item_encoder: nn.Module) -> None:
     """
-    Put what is frozen in each part of an item encoder in evaluation mode: no dropout, no batch-norm updates. That
-    includes what has no parameters among the frozen modules below the first trained one: the rotation of positions in
-    DINOv3 is a random one in training.
+    Put the frozen modules of an item encoder into evaluation mode: no dropout, no batch-norm updates. This includes
+    modules without parameters below the first trained one, such as the rotation of positions in DINOv3, which is
+    random in training mode.
     """
     for part in item_encoder.children():
         _evaluate_frozen(part)
@@ -463,8 +464,8 @@ def evaluate_frozen(item_encoder: nn.Module) -> None:
 
 def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | None:
     """
-    As above inside one module. Whether all that is registered so far is frozen, `None` if there is nothing yet, goes
-    in as `below` and comes out for what follows.
+    Like [`evaluate_frozen`], for one module. `below` says whether all modules before it are frozen, `None` if there
+    are none; the result says the same for the modules that follow.
     """
     trained = [parameter.requires_grad for parameter in module.parameters()]
     if not any(trained):
@@ -481,7 +482,9 @@ def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | Non
 
 
 def mend_convolutions(tower: nn.Module) -> None:
-    """Give adapted convolutions what MobileNets read of them to pad as TensorFlow does, and PEFT leaves out."""
+    """
+    Give adapted convolutions the attributes that MobileNets need to pad as in TensorFlow, and that PEFT leaves out.
+    """
     for module in tower.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Conv2d) and not hasattr(module, "stride"):

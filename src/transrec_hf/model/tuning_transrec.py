@@ -1,4 +1,4 @@
-"""What of a model is trained, and what its checkpoints then hold: thin ones, bottleneck adapters, side networks."""
+"""Choosing what is trained and saved: thin checkpoints, bottleneck adapters, side networks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from .towers_transrec import depth_widths, freeze_below, load_tower, lower_depth
 
 
 ACCESS = ("cache_dir", "local_files_only", "token")
-MOST_DEPTHS = 7  # that a side network reads of a tower: every second one of twelve blocks, and the first
+MOST_DEPTHS = 7  # depths that a side network reads: every second one of twelve blocks, and the embeddings
 
 
 def weights_hash(name: str, **place: Any) -> tuple[str, str | None]:
     """
-    SHA-256 of the weights of a checkpoint, and the commit that they are of, which a folder does not have. Of a single
-    file it is the one that the Hub shows; of shards, that of the hexadecimal hashes of all, in the order of their
-    names.
+    SHA-256 of the weights of a checkpoint, and their commit (a folder has none). For a single file it is the hash that
+    the Hub shows; for shards it is the hash of the hexadecimal hashes of all, in the order of their names.
 
     Raises:
-        `OSError`: If there are no weights in safetensors.
+        `OSError`: If there are no safetensors weights.
     """
     files = [cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **place)]
     if files[0] is None:
@@ -47,25 +46,27 @@ def weights_hash(name: str, **place: Any) -> tuple[str, str | None]:
 
 
 def names_as_patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Short for many names of weights: a `*` stands for any number, unless that would name one of the others too."""
+    """
+    Short patterns for many names of weights: a `*` stands for any number, unless one of the `others` would match too.
+    """
     short = {name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
     taken = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in others}
     return sorted({name if pattern in taken else pattern for name, pattern in short.items()})
 
 
 def as_expression(patterns: Iterable[str]) -> str:
-    """A regular expression of [`names_as_patterns`]."""
+    """A regular expression for the patterns of [`names_as_patterns`]."""
     return "^(" + "|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns) + ")$"
 
 
 class WholeFolders:
     """
-    Writes a folder whole or not at all, and reads one state of it, where the package is installed; the code that
-    travels with a checkpoint does as `transformers` does.
+    If this package is installed, writes a folder as a whole or not at all, and reads one state of it. The copy of this
+    code in a checkpoint does the same as `transformers`.
     """
 
     files: Any = None
-    """`transrec_hf.files`, if it is there."""
+    """The module `transrec_hf.files`, if the package is installed."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
@@ -90,18 +91,19 @@ class WholeFolders:
 
 class ThinCheckpoints(WholeFolders, PreTrainedModel):
     """
-    A model whose checkpoints may be thin: they hold the weights that differ from those of other checkpoints (the
-    towers that it was made with, or the model that it was trained from), and name these by id, commit and SHA-256.
+    A model whose checkpoints may be thin. A thin checkpoint holds only the weights that differ from those of other
+    checkpoints (the towers that the model was made with, or the model that it was trained from), and names these by
+    id, commit and SHA-256.
     """
 
     saves_thin = False
-    """Whether `save_pretrained` writes thin checkpoints, where it is not told."""
+    """Whether `save_pretrained` writes thin checkpoints by default."""
     _pushes = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__ == "__main__":
-            cls._auto_class = None  # the code of a program does not travel with its checkpoints
+            cls._auto_class = None  # the code of a user's program is not saved with checkpoints
 
     def post_init(self) -> None:
         super().post_init()
@@ -116,11 +118,11 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        As in `PreTrainedModel`; what a thin checkpoint does not hold is taken from where it says, offline too if it is
-        in the cache.
+        Like `PreTrainedModel.from_pretrained`. The weights that a thin checkpoint does not hold are read from the
+        checkpoints that it names, also offline if they are in the cache.
 
         Raises:
-            `ValueError`: If a checkpoint that it names is not what it was.
+            `ValueError`: If a checkpoint that it names has changed.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -131,21 +133,23 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
 
     @torch.no_grad()
     def _take_named(self, checkpoint: str, place: dict[str, Any]) -> None:
-        """Fill in what the checkpoint names."""
-        own = {name.replace(".base_layer.", "."): weight for name, weight in self.state_dict().items()}  # of adapters
+        """Read the weights from the checkpoints that a thin checkpoint names."""
+        own = {
+            name.replace(".base_layer.", "."): weight for name, weight in self.state_dict().items()
+        }  # without the names of adapters
         for source in self.config.weights_from:
             name, revision = source["name"], source["revision"]
             if revision is None and not os.path.isdir(name):
                 raise ValueError(
-                    f"{checkpoint}: is thin, and the folder {name} that its other weights are in is not there. Put it "
-                    "back, or get a checkpoint that was saved with thin=False."
+                    f"{checkpoint}: is thin, and the folder {name} with its other weights does not exist. Restore it, "
+                    "or use a checkpoint that was saved with thin=False."
                 )
             found = weights_hash(name, **place, **({"revision": revision} if revision else {}))[0]
             if found != source["sha256"]:
                 raise ValueError(
-                    f"{checkpoint}: is thin, and {name} is not what it was saved with: its weights have SHA-256 "
-                    f"{found[:12]}..., not {source['sha256'][:12]}.... Get {name} as it was, or a checkpoint that was "
-                    "saved with thin=False."
+                    f"{checkpoint}: is thin, and {name} has changed since it was saved: its weights have SHA-256 "
+                    f"{found[:12]}..., not {source['sha256'][:12]}.... Restore the old {name}, or use a checkpoint "
+                    "that was saved with thin=False."
                 )
             weights = self._weights_of(
                 name, source["prefix"], {**place, **({"revision": revision} if revision else {})}
@@ -153,11 +157,13 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
             is_named = re.compile(as_expression(source["weights"])).match
             for key in filter(is_named, own):
                 if key not in weights or weights[key].shape != own[key].shape:
-                    raise ValueError(f"{checkpoint}: is thin, and {name} has no {key} of this shape")
+                    raise ValueError(
+                        f"{checkpoint}: is thin, and {name} has no {key} of this shape: use one saved with thin=False"
+                    )
                 own[key].copy_(weights[key])
 
     def _weights_of(self, name: str, prefix: str, place: dict[str, Any]) -> dict[str, Tensor]:
-        """Weights of a tower or, with its prefix, of a checkpoint of this class, by their names in this model."""
+        """Weights of a tower (or, with `prefix`, of a checkpoint of this class) by their names in this model."""
         config = PreTrainedConfig.get_config_dict(name, **place)[0]
         if config.get("model_type") == self.config.model_type:
             weights = type(self).from_pretrained(name, **place).state_dict()
@@ -167,7 +173,7 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         return {f"{prefix}{key}": weight for key, weight in tower.state_dict().items()}
 
     def _candidates(self) -> Iterator[tuple[str, str | None, str]]:
-        """Name, revision and prefix of the checkpoints that some of these weights may be of, the likeliest first."""
+        """Name, revision and prefix of the checkpoints that may hold some of these weights, the likeliest first."""
         for source in self.config.weights_from or []:
             yield source["name"], source["revision"], source["prefix"]
         for name, tower in self.item_encoder.towers.items():
@@ -178,7 +184,7 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
             yield self.config._name_or_path, getattr(self.config, "_commit_hash", None), ""
 
     def _without_named(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The weights that no other checkpoint has, and where the others are."""
+        """The weights that no other checkpoint has, and the checkpoints that have the others."""
         left = dict(state_dict)
         sources: list[dict[str, Any]] = []
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
@@ -192,7 +198,7 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
                 sha256, commit = weights_hash(name, **place)
                 weights = self._weights_of(name, prefix, {} if commit is None else {"revision": commit})
             except (OSError, ValueError):
-                continue  # it is not there, or not readable without code of its own
+                continue  # it does not exist, or cannot be read without its own code
             same = {
                 key
                 for key in wanted
@@ -216,19 +222,19 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """
-        As in `PreTrainedModel`.
+        Like `PreTrainedModel.save_pretrained`.
 
         Args:
             save_directory (`str`): The folder.
-            thin (`bool`, *optional*): Leave out the weights that the checkpoints have with which the model was made
-                (its towers, or the model that it was trained from), and name these by id, commit and SHA-256:
-                megabytes instead of hundreds. `saves_thin` of the model if not given.
+            thin (`bool`, *optional*): Whether to leave out weights that other checkpoints have (the towers that the
+                model was made with, or the model that it was trained from), and to name these by id, commit and
+                SHA-256. This takes a few megabytes instead of hundreds. By default `saves_thin` of the model.
             state_dict (`dict`, *optional*): Weights to save instead of the model's.
-            args, kwargs: Of `PreTrainedModel.save_pretrained`.
+            args, kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
 
         Raises:
-            `ValueError`: If a thin checkpoint is asked for, and no other checkpoint has these weights, or it would be
-                pushed and one of them is a folder of this machine.
+            `ValueError`: If `thin` is true, but no other checkpoint has these weights, or the checkpoint would be
+                pushed and one of the others is a folder of this machine.
         """
         before = self.config.weights_from
         sources: list[dict[str, Any]] = []
@@ -237,8 +243,8 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
             state_dict, sources = self._without_named(self.state_dict() if state_dict is None else state_dict)
             if not sources and thin:
                 raise ValueError(
-                    "a thin checkpoint would hold all weights: none of them is as in the checkpoints that the model "
-                    "was made with, or these are not at hand. Save it with thin=False."
+                    "a thin checkpoint would hold all weights, since the checkpoints that the model was made with "
+                    "have other weights, or cannot be read. Save it with thin=False."
                 )
             if self._pushes or kwargs.get("push_to_hub"):
                 refuse_local(sources)
@@ -249,7 +255,7 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
             self.config.weights_from = before
 
     def push_to_hub(self, repo_id: str, *args: Any, thin: bool | None = None, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`; for `thin` see [`~ThinCheckpoints.save_pretrained`]."""
+        """Like `PreTrainedModel.push_to_hub`; for `thin` see [`~ThinCheckpoints.save_pretrained`]."""
         before = self.saves_thin
         self._pushes, self.saves_thin = True, before if thin is None else thin
         try:
@@ -260,13 +266,13 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
 
 class Bottleneck(nn.Module):
     """
-    A bottleneck adapter (Houlsby et al., 2019): two small layers whose output, zero at the start, is added to that of
-    a sub-layer. A serial one reads that output, a parallel one what the sub-layer reads.
+    A bottleneck adapter (Houlsby et al., 2019): two small layers whose output, zero at the start, is added to the
+    output of a sub-layer. A serial adapter reads the output of the sub-layer, a parallel one its input.
     """
 
     def __init__(self, width: int, output_width: int, size: int):
         super().__init__()
-        # parameters and no linear layers: the towers' own initialisation would undo the start at zero
+        # parameters instead of linear layers, since the towers' own initialisation would undo the start at zero
         self.down = nn.Parameter(torch.randn(size, width) / width**0.5)
         self.down_bias = nn.Parameter(torch.zeros(size))
         self.up = nn.Parameter(torch.zeros(output_width, size))
@@ -277,19 +283,19 @@ class Bottleneck(nn.Module):
         return nn.functional.linear(hidden, self.up, self.up_bias)
 
     def remember(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A hook of the first layer of the sub-layer: what that reads."""
+        """A hook of the first layer of the sub-layer, which remembers its input."""
         self.__dict__["read"] = inputs[0]
 
     def add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A hook of its last layer."""
+        """A hook of the last layer of the sub-layer, which adds to its output."""
         return output + self(self.__dict__.pop("read", output))
 
 
 def sub_layers(root: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
     """
-    The sub-layers of all Transformer blocks inside: `"attention"` or `"feed_forward"`, its first and its last linear
-    layer. A block is an element of a list of modules with an attention, told by the name of its class, and what else
-    is linear in it is the feed-forward layer.
+    The sub-layers of all Transformer blocks in a module: `"attention"` or `"feed_forward"`, with its first and its
+    last linear layer. A block is an element of a list of modules that has an attention (recognised by its class name);
+    all its other linear layers are the feed-forward layer.
     """
     blocks = [block for blocks in root.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
     for block in blocks:
@@ -306,14 +312,15 @@ def sub_layers(root: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
 
 def insert_bottlenecks(root: nn.Module, size: int, places: str = "houlsby", parallel: bool = False) -> None:
     """
-    Add a [`Bottleneck`] to the blocks inside, which then has the names of the layers it is added to.
+    Add a [`Bottleneck`] to the blocks of a module. Its weights have the names of the layers that it is added to.
 
     Args:
         root (`nn.Module`): A tower, or the user encoder.
         size (`int`): Width of the bottlenecks.
         places (`str`, *optional*, defaults to `"houlsby"`): After attention and feed-forward layer, or `"pfeiffer"`,
             after the feed-forward layer only.
-        parallel (`bool`, *optional*, defaults to `False`): Read what the sub-layer reads, not what it says.
+        parallel (`bool`, *optional*, defaults to `False`): Whether it reads the input of the sub-layer, not its
+            output.
     """
     for kind, first, last in list(sub_layers(root)):
         if kind == "attention" and places == "pfeiffer":
@@ -326,7 +333,7 @@ def insert_bottlenecks(root: nn.Module, size: int, places: str = "houlsby", para
 
 
 class TunableModel(ThinCheckpoints):
-    """A model of which parts are trained: the top blocks of its towers, bottleneck adapters, or side networks."""
+    """A model that can be trained in part: the top blocks of its towers, bottleneck adapters, or side networks."""
 
     def post_init(self) -> None:
         if self.config.bottleneck:
@@ -334,7 +341,7 @@ class TunableModel(ThinCheckpoints):
         super().post_init()
 
     def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As in `PreTrainedModel`, with names of DoRA's magnitudes that `load_adapter` finds, and not PEFT alone."""
+        """Like in `PreTrainedModel`, but DoRA's magnitudes get names that `load_adapter` finds too."""
         weights = super().get_adapter_state_dict(*args, **kwargs)
         return {f"{key}.weight" if key.endswith("_vector") else key: weight for key, weight in weights.items()}
 
@@ -344,12 +351,12 @@ class TunableModel(ThinCheckpoints):
 
     def freeze_towers(self, trainable_blocks: int | None) -> None:
         """
-        Train only the top blocks of each tower, as the paper does with two.
+        Train only the top blocks of each tower. The paper trains two.
 
         Args:
             trainable_blocks (`int`, *optional*):
-                Blocks at the top of each tower that are trained, with whatever follows them; 0 freezes the towers,
-                `None` trains them whole. Projections, pooling and the user encoder are always trained.
+                Number of blocks at the top of each tower that are trained, with everything after them. 0 freezes the
+                towers, `None` trains the whole towers. Projections, pooling and the user encoder are always trained.
         """
         for tower in self.item_encoder.towers.values():
             freeze_below(tower, trainable_blocks)
@@ -357,21 +364,23 @@ class TunableModel(ThinCheckpoints):
 
     def add_bottlenecks(self, size: int = 32, places: str = "houlsby", parallel: bool = False) -> None:
         """
-        Add bottleneck adapters to the Transformer blocks of towers and user encoder, and freeze all else in these;
-        what a model has already stays as it is.
+        Add bottleneck adapters to the Transformer blocks of towers and user encoder, and freeze everything else in
+        these. Adapters that the model already has stay as they are.
 
         Args:
-            size (`int`, *optional*, defaults to 32): Their width.
+            size (`int`, *optional*, defaults to 32): Width of the adapters.
             places (`str`, *optional*, defaults to `"houlsby"`): After attention and feed-forward layer, or
                 `"pfeiffer"`, after the feed-forward layer only.
-            parallel (`bool`, *optional*, defaults to `False`): Read what the sub-layer reads, not what it says.
+            parallel (`bool`, *optional*, defaults to `False`): Whether they read inputs of sub-layers, not outputs.
 
         Raises:
-            `ValueError`: If there are others already, or the model has no Transformer block.
+            `ValueError`: If the model already has other adapters, or has no Transformer block.
         """
         wanted = {"size": size, "places": places, "parallel": parallel}
         if self.config.bottleneck not in (None, wanted):
-            raise ValueError(f"the model has other bottleneck adapters: {self.config.bottleneck}, not {wanted}")
+            raise ValueError(
+                f"the model already has bottleneck adapters with {self.config.bottleneck}, not {wanted}: use these"
+            )
         if self.config.bottleneck is None:
             self.config.bottleneck = wanted
             self._insert()
@@ -381,28 +390,32 @@ class TunableModel(ThinCheckpoints):
         if not any(isinstance(module, Bottleneck) for module in self.modules()):
             self.config.bottleneck = None
             raise ValueError(
-                "neither a tower nor the user encoder has Transformer blocks to put bottleneck adapters in"
+                "neither a tower nor the user encoder has Transformer blocks for bottleneck adapters: use another "
+                "tuning"
             )
         self.train(self.training)
 
     def add_side(self, size: int = 64) -> None:
         """
-        Freeze the towers of texts and images, and put a [`SideNetwork`] beside each; one that a model has already
-        stays as it is. The towers of sounds and videos are frozen and have none. No weight changes its value by it:
-        there is nothing to merge.
+        Freeze all towers, and add a [`SideNetwork`] beside each tower of texts or images. Side networks that the model
+        already has stay as they are. Towers of sounds and videos get none. Side networks cannot be merged into towers.
 
         Args:
-            size (`int`, *optional*, defaults to 64): Width of the bottlenecks in it.
+            size (`int`, *optional*, defaults to 64): Width of the bottlenecks in the side networks.
 
         Raises:
-            `ValueError`: If there are others already, or the model reads neither texts nor images by a tower.
+            `ValueError`: If the model already has other side networks, or has no tower of texts or images.
         """
         encoder, before = self.item_encoder, self.config.side
         towers = {name: tower for name, tower in encoder.towers.items() if name in ("text", "image")}
         if not towers:
-            raise ValueError("a side network is beside a tower of texts or images, and this model has none")
+            raise ValueError(
+                "side networks need a tower of texts or images, and this model has none: use another tuning"
+            )
         if before is not None and before["size"] != size:
-            raise ValueError(f"the model has other side networks, of size {before['size']}, not {size}")
+            raise ValueError(
+                f"the model already has side networks of size {before['size']}, not {size}: use that size"
+            )
         self.freeze_towers(0)
         if before is not None:
             return
@@ -425,12 +438,12 @@ class TunableModel(ThinCheckpoints):
 
 
 def refuse_local(sources: Iterable[Mapping[str, Any]]) -> None:
-    """Raises `ValueError` if a thin checkpoint names a folder: others could not load it."""
+    """Raises `ValueError` if a thin checkpoint names a folder, since other people could not load it."""
     for source in sources:
         if source.get("revision") is None:
             raise ValueError(
-                f"a thin checkpoint whose other weights are in the folder {source.get('name')} works on this machine "
-                "only: push it with thin=False, or push that folder first and load the model from there"
+                f"a thin checkpoint whose other weights are in the folder {source.get('name')} works only on this "
+                "machine: push it with thin=False, or push that folder first and load the model from the Hub"
             )
 
 

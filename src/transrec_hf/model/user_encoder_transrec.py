@@ -1,4 +1,4 @@
-"""Histories of item vectors to user states."""
+"""From histories of item vectors to user states."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .configuration_transrec import TransRecConfig
 
 
 def last_state(states: Tensor, history_index: Tensor) -> Tensor:
-    """States `(n_users, length, hidden_size)` at each user's last real position: `(n_users, hidden_size)`."""
+    """
+    The state of each user at the last real position, `(n_users, hidden_size)`, of `(n_users, length, hidden_size)`.
+    """
     last = (history_index >= 0).sum(dim=1).clamp(min=1) - 1
-    return states[torch.arange(states.shape[0], device=states.device), last]  # `len` would be a constant of a graph
+    return states[
+        torch.arange(states.shape[0], device=states.device), last
+    ]  # `len` would become a constant of a graph
 
 
 def eager_attention_forward(
@@ -32,7 +36,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out; the reference that the other implementations are tested against."""
+    """Attention written out, the reference for tests of the other implementations."""
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -43,8 +47,8 @@ def eager_attention_forward(
 
 class Packing:
     """
-    Real positions of padded sequences, so that all but attention runs on those alone. While a model is exported none
-    is left out: their number would become a constant of the graph.
+    The real positions of padded sequences, so that everything except attention runs only on these. During an export
+    all positions are kept, because the number of real ones would become a constant of the graph.
     """
 
     def __init__(self, sequence_mask: Tensor):
@@ -65,8 +69,8 @@ class Packing:
 
 class UserEncoder(nn.Module):
     """
-    What the user encoders with parameters share: the sum of item vectors, positions and modalities at their input. A
-    subclass reads it in `read`, at the width that the configuration asks for.
+    Base class of the user encoders with parameters. It adds up item vectors, positions and modalities; a subclass
+    turns this input into states in `read`, with the width of the configuration.
 
     Example:
 
@@ -112,15 +116,15 @@ class UserEncoder(nn.Module):
             inputs_embeds (`Tensor` of shape `(n_users, length, hidden_size)`): Item vectors, oldest first.
             sequence_mask (`Tensor` of shape `(n_users, length)`): True for items, false for the padding on the right.
             combination (`Tensor` of shape `(n_users, length)`, *optional*):
-                Which modalities each item has: bit `i` for the `i`-th that the model reads, minus 1.
+                The modalities of each item: bit `i` for the `i`-th one that the model reads, minus 1.
             timestamps (`Tensor` of shape `(n_users, length)`, *optional*):
-                When each item was chosen, in the unit of the data. Read with `time_buckets` only.
+                When each item was chosen, in the unit of the data. Used only with `time_buckets`.
 
         Returns:
             `Tensor` of shape `(n_users, length, hidden_size)`: The states, zero in the padding.
 
         Raises:
-            `ValueError`: If an input is missing that the configuration asks for.
+            `ValueError`: If an input that the configuration needs is missing.
         """
         hidden_states = inputs_embeds
         if self.has_positions:
@@ -140,7 +144,7 @@ class UserEncoder(nn.Module):
         return packing.unpack(hidden_states)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
-        """Inputs `(n_users, length, hidden_size)`, zero in the padding, to states, which are cleared there later."""
+        """Turn inputs `(n_users, length, hidden_size)`, zero in the padding, into states; padding is cleared later."""
         raise NotImplementedError
 
 
@@ -152,7 +156,7 @@ class UserAttention(nn.Module):
         self.scaling = self.head_size**-0.5
         self.is_causal = config.is_causal
         self.q_proj = nn.Linear(config.user_width, config.user_width)
-        # a key bias adds the same number to all of a query's scores: the softmax cancels it, it would never learn
+        # no key bias: it adds the same number to all scores of a query, which the softmax cancels
         self.k_proj = nn.Linear(config.user_width, config.user_width, bias=False)
         self.v_proj = nn.Linear(config.user_width, config.user_width)
         self.o_proj = nn.Linear(config.user_width, config.user_width)
@@ -173,7 +177,7 @@ class UserAttention(nn.Module):
 
 
 class UserLayer(GradientCheckpointingLayer):
-    """A layer of any user encoder: padded states in, padded states out, as `output_hidden_states` records them."""
+    """A layer of any user encoder, from padded states to padded states, which `output_hidden_states` records."""
 
 
 class UserEncoderLayer(UserLayer):
@@ -216,7 +220,7 @@ class TransformerUserEncoder(UserEncoder):
             self.final_norm = nn.LayerNorm(config.user_width, eps=config.layer_norm_eps)
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
-        # by position: the next major versions of transformers rename the keywords
+        # positional arguments, since the next major version of transformers renames the keywords
         if self.config.is_causal:  # padding is on the right, so the causal mask alone hides it
             mask = create_causal_mask(self.config, hidden_states, None, None)
         else:
@@ -233,23 +237,23 @@ class GRULayer(UserLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: torch does not trace a GRU, which has a kernel of its own."""
+        """Does nothing: torch cannot trace a GRU, which has its own kernel."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.gru(hidden_states)[0])
 
 
 class GRUUserEncoder(UserEncoder):
-    """GRU4Rec (arXiv 1511.06939): recurrent layers, which know the order without positions."""
+    """GRU4Rec (arXiv 1511.06939): recurrent layers, which need no positions."""
 
     def __init__(self, config: TransRecConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(GRULayer(config) for _ in range(config.num_hidden_layers))
-        self.output = nn.Linear(config.user_width, config.user_width)  # the states of a GRU lie between -1 and 1
+        self.output = nn.Linear(config.user_width, config.user_width)  # since the states of a GRU are between -1 and 1
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         length = hidden_states.shape[1]
-        if is_torchdynamo_exporting():  # a graph has a node for every step, so it has those of the longest history
+        if is_torchdynamo_exporting():  # a graph has a node for every step of the longest history
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, self.config.max_position_embeddings - length))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -258,8 +262,8 @@ class GRUUserEncoder(UserEncoder):
 
 class HSTUAttention(nn.Module):
     """
-    Attention without a softmax, so that how much a history says of a taste is not lost, gated by the item itself. Its
-    scores have a bias for the distance of two items, in positions and, with `time_buckets`, in time.
+    Attention without a softmax, so that the strength of a taste is not lost, with a gate by the item itself. Scores
+    have a bias for the distance between two items, in positions and, with `time_buckets`, in time.
     """
 
     def __init__(self, config: TransRecConfig):
@@ -307,8 +311,8 @@ class HSTULayer(UserLayer):
 
 class HSTUUserEncoder(UserEncoder):
     """
-    Hierarchical sequential transduction units (arXiv 2402.17152), with a layer norm at the end. A time between two
-    items falls into bucket `log2(1 + time)`, the last one for all that are longer.
+    Hierarchical sequential transduction units (arXiv 2402.17152), with a layer norm at the end. The bucket of a time
+    between two items is `log2(1 + time)`; the last bucket holds all longer times.
     """
 
     def __init__(self, config: TransRecConfig):
@@ -318,13 +322,13 @@ class HSTUUserEncoder(UserEncoder):
 
     def read(self, hidden_states: Tensor, packing: Packing, timestamps: Tensor | None) -> Tensor:
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        distances = positions[:, None] - positions  # below 0 for what comes later, padding on the right included
+        distances = positions[:, None] - positions  # below 0 for later items and the padding on the right
         buckets = None
         if self.config.time_buckets:
             if timestamps is None:
                 raise ValueError("a model with time_buckets needs the timestamps of a history to read it")
             times = (timestamps[:, :, None] - timestamps[:, None, :]).clamp(min=0)
-            # 1.5, not 1: whole times keep off the edges of buckets, where logarithms are rounded this way or that
+            # 1.5, not 1, so that whole times are not on the edges of buckets, where logarithms are rounded
             buckets = torch.log2(times + 1.5).long().clamp(max=self.config.time_buckets - 1)
         for layer in self.layers:
             hidden_states = layer(hidden_states, packing, distances, buckets)
@@ -332,7 +336,7 @@ class HSTUUserEncoder(UserEncoder):
 
 
 class MeanUserEncoder(nn.Module):
-    """The mean of the items so far: the baseline without a parameter."""
+    """The mean of the items so far, a baseline without parameters."""
 
     def __init__(self, config: TransRecConfig):
         super().__init__()
@@ -345,7 +349,7 @@ class MeanUserEncoder(nn.Module):
         combination: Tensor | None = None,
         timestamps: Tensor | None = None,
     ) -> Tensor:
-        """The arguments are those of [`UserEncoder`]."""
+        """See [`UserEncoder.forward`]."""
         real = sequence_mask.unsqueeze(-1)
         sums = (inputs_embeds * real).float().cumsum(dim=1)
         counts = sequence_mask.cumsum(dim=1).clamp(min=1).unsqueeze(-1)
@@ -362,14 +366,14 @@ USER_ENCODERS: dict[str, type[UserEncoder | MeanUserEncoder]] = {
 
 def hide_next(history_index: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """
-    Histories that end with a hidden item, the next one; of one of `longest` items the first is left out.
+    Add a hidden item, the next one, to the end of histories. A history of `longest` items loses its first one.
 
     Args:
         history_index (`Tensor` of shape `(n_users, length)`): Rows of items, `-1` for the padding on the right.
-        longest (`int`): Items that the user encoder reads.
+        longest (`int`): Most items that the user encoder reads.
 
     Returns:
-        `Tensor`s of shape `(n_users, at most length + 1)`: The rows, `-1` for the hidden item, and where it is.
+        `Tensor`s of shape `(n_users, at most length + 1)`: The rows, `-1` for the hidden item, and its position.
     """
     full = (history_index >= 0).sum(dim=1, keepdim=True) >= longest
     padded = nn.functional.pad(history_index, (0, 1), value=-1)
@@ -380,20 +384,21 @@ def hide_next(history_index: Tensor, longest: int) -> tuple[Tensor, Tensor]:
 
 class ContentPrior(nn.Module):
     """
-    User states that begin as content: the mean of the history's own item vectors, recent ones weighted more, plus what
-    a user encoder of its own width adds to it, which starts at zero. With `g_s` the unit item vectors:
+    User states that start from content: the mean of the history's own item vectors, with more weight for recent ones,
+    plus the output of a user encoder of its own width, which starts at zero. With unit item vectors `g_s`, the decay
+    `d`, a learned weight `w` and the user encoder `f`:
 
         state_t = unit(sum over s <= t of d^(t - s) g_s) + w f(g_1, ..., g_t)
 
     Args:
-        config ([`TransRecConfig`]): Of the model.
+        config ([`TransRecConfig`]): The configuration of the model.
     """
 
     def __init__(self, config: TransRecConfig):
         super().__init__()
         self.scale = config.hidden_size**0.5
-        self.decay = nn.Parameter(torch.tensor(0.0))  # before the logistic function
-        self.weight = nn.Parameter(torch.tensor(0.0))  # of what is added, its logarithm
+        self.decay = nn.Parameter(torch.tensor(0.0))  # its logit
+        self.weight = nn.Parameter(torch.tensor(0.0))  # of the user encoder, its logarithm
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.input = nn.Linear(config.hidden_size, config.user_width)
         self.output = nn.Linear(config.user_width, config.hidden_size)
@@ -403,7 +408,7 @@ class ContentPrior(nn.Module):
         Args:
             inputs_embeds (`Tensor` of shape `(n_users, length, hidden_size)`): Item vectors, oldest first.
             sequence_mask (`Tensor` of shape `(n_users, length)`): True for items, false for the padding on the right.
-            encode (`Callable`): The user encoder, `(n_users, length, user_width)` to states of the same shape.
+            encode (`Callable`): The user encoder, from `(n_users, length, user_width)` to states of the same shape.
 
         Returns:
             `Tensor` of shape `(n_users, length, hidden_size)`: The states.

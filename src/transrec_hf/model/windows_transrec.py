@@ -1,4 +1,4 @@
-"""Contents of several windows, as the seconds of a sound: what a tower says of each, and its spectrogram."""
+"""Contents of several windows, such as the seconds of a sound: running a tower on windows, and spectrograms."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from .towers_transrec import run_tower
 
 
 def reads_samples(tower: PreTrainedModel) -> bool:
-    """Whether a tower reads the samples of a sound, and so makes more or fewer states of longer or shorter ones."""
+    """Whether a tower reads the samples of a sound, so that longer sounds have more states."""
     return hasattr(tower, "_get_feature_vector_attention_mask")
 
 
 def has_states_in_time(tower: PreTrainedModel) -> bool:
-    """Whether the states of a tower are those of moments, of which those beyond the end of a sound say nothing."""
+    """Whether the states of a tower belong to moments, so that states after the end of a sound must be left out."""
     return reads_samples(tower) or tower.config.model_type == "whisper"
 
 
 def window_starts(length: float, size: float, count: int, at: float = 0.5) -> list[float]:
     """
-    Where `count` windows of `size` begin in a content that is longer than all of them together: each lies in a part of
-    its own, at the share `at` of the room there, in the middle by default.
+    The starts of `count` windows of `size` in a content that is longer than all of them together. The content is
+    divided into equal parts, and each window is in its own part, at the share `at` of the free room; by default in the
+    middle.
     """
     part = length / count
     return [part * number + at * (part - size) for number in range(count)]
@@ -50,7 +51,9 @@ def _mel_filters(fft_length: int, num_mel_bins: int, low: float, high: float, sa
 
 
 def as_clips(windows: Tensor, real: Tensor, length: int) -> Tensor:
-    """Windows `(n, windows, ...)`, of which those at `real` are, as as many of `length` each, taken evenly."""
+    """
+    Resample the real windows of `(n, windows, ...)`, marked by `real`, evenly to `length` windows for each content.
+    """
     counts = real.sum(dim=1, keepdim=True)
     places = torch.arange(length, device=real.device) * counts // length
     return windows[torch.arange(windows.shape[0], device=real.device)[:, None], places]
@@ -58,15 +61,15 @@ def as_clips(windows: Tensor, real: Tensor, length: int) -> Tensor:
 
 def run_windows(tower: PreTrainedModel, values: Tensor, shares: Tensor) -> tuple[Any, Tensor | None]:
     """
-    What a tower says of windows, and which of its states are real.
+    Run a tower on windows, and find its real states.
 
     Args:
         tower (`PreTrainedModel`): The tower.
         values (`Tensor` of shape `(n, ...)`): The windows.
-        shares (`Tensor` of shape `(n,)`): What share of each is real, from its beginning.
+        shares (`Tensor` of shape `(n,)`): The real share of each window, from its beginning.
 
     Returns:
-        The output of the tower and, if its states are those of moments, `(n, states)`, boolean.
+        The output of the tower and, if its states belong to moments, which of them are real, `(n, states)`, boolean.
     """
     if not reads_samples(tower):
         output = run_tower(tower, values)
@@ -80,7 +83,7 @@ def run_windows(tower: PreTrainedModel, values: Tensor, shares: Tensor) -> tuple
         least = (least - 1) * stride + kernel
     lengths = (shares * values.shape[1]).round().clamp(min=least)
     mask = (torch.arange(values.shape[1], device=values.device) < lengths[:, None]).long()
-    # where the statistics of a group norm are those of the whole window, the tower was trained without a mask
+    # if a group norm uses statistics of the whole window, the tower was trained without a mask
     is_masked = getattr(config, "feat_extract_norm", "layer") == "layer"
     read = {"attention_mask": mask} if is_masked else {}
     output = tower(**{tower.main_input_name: values.to(tower.dtype)}, **read)
@@ -89,26 +92,27 @@ def run_windows(tower: PreTrainedModel, values: Tensor, shares: Tensor) -> tuple
 
 
 def masked_mean(states: Tensor, weights: Tensor) -> Tensor:
-    """Mean of states `(n, length, width)` by weights `(n, length)`."""
+    """Mean of states `(n, length, width)` with weights `(n, length)`."""
     weights = weights.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 class LogMelFeatureExtractor(FeatureExtractionMixin):
     """
-    Log-mel spectrograms of windows of one length, for towers that come without a feature extractor; those of YAMNet,
-    unless told otherwise.
+    Log-mel spectrograms of windows of one length, for towers that have no feature extractor. The defaults are those of
+    YAMNet.
 
     Args:
-        sampling_rate (`int`, *optional*, defaults to 16000): Samples a second.
-        num_frames (`int`, *optional*, defaults to 96): Of a window.
-        num_mel_bins (`int`, *optional*, defaults to 64): Bands.
+        sampling_rate (`int`, *optional*, defaults to 16000): Samples per second.
+        num_frames (`int`, *optional*, defaults to 96): Frames of a window.
+        num_mel_bins (`int`, *optional*, defaults to 64): Number of frequency bands.
         window_length (`int`, *optional*, defaults to 400): Samples of a frame.
         hop_length (`int`, *optional*, defaults to 160): Samples from one frame to the next.
-        fft_length (`int`, *optional*, defaults to 512): Of a frame's Fourier transform.
-        frequencies (`tuple[float, float]`, *optional*, defaults to `(125.0, 7500.0)`): Of the lowest and highest band.
+        fft_length (`int`, *optional*, defaults to 512): Length of a frame's Fourier transform.
+        frequencies (`tuple[float, float]`, *optional*, defaults to `(125.0, 7500.0)`): Lowest and highest frequency,
+            in Hz.
         offset (`float`, *optional*, defaults to 0.001): Added before the logarithm.
-        is_image (`bool`, *optional*, defaults to `True`): A window is an image of one channel.
+        is_image (`bool`, *optional*, defaults to `True`): Whether a window becomes an image of one channel.
     """
 
     model_input_names = ["input_values"]
@@ -137,7 +141,7 @@ class LogMelFeatureExtractor(FeatureExtractionMixin):
         return (self.num_frames - 1) * self.hop_length + self.window_length
 
     def __call__(self, sounds: Sequence[Any], **kwargs: Any) -> BatchFeature:
-        """Windows `(samples,)` each to `input_values` `(n, [1,] num_frames, num_mel_bins)`, silent after their end."""
+        """Turn windows `(samples,)` into `input_values` `(n, [1,] num_frames, num_mel_bins)`, padded with silence."""
         windows = torch.zeros(len(sounds), self.window_samples)
         for window, sound in zip(windows, sounds, strict=True):
             window[: len(sound)] = torch.as_tensor(sound)
