@@ -1,10 +1,11 @@
 """
-What each lever of the training speed is worth: users per second of the official recipe, of it with one lever, of all
-levers together, and of all but one.
+What each lever of the training speed is worth: users per second of the official recipe, of that recipe with one lever,
+with all levers, and with all levers but one.
 
-`unique` encodes each distinct item of a batch once, `buckets` groups texts by length within a budget of tokens and
-encodes a bounded number of images at a time, `bf16` is autocast, `store` reads the states of the frozen blocks,
-`every_position` trains every position against the items of the batch in place of the last one against random items.
+The levers: `unique` encodes each distinct item of a batch once. `buckets` groups texts by length within a budget of
+tokens and encodes a bounded number of images at a time. `bf16` is autocast. `store` reads the states of the frozen
+blocks. `every_position` trains every position against the items of the batch, and not the last position against random
+items.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from recipes import OFFICIAL, Domain, Recipe, Training
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     recipes.add_options(parser)
-    parser.add_argument("--steps", type=int, default=1, help="of each variant in a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each variant in a round")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:

@@ -31,12 +31,13 @@ Row = dict[str, str]
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """
-    Seconds that each variant takes, in rounds of all variants: what slows the machine for a while slows them alike.
+    Measure the seconds that each variant takes. Every round runs all variants, so that a busy machine slows all of
+    them alike.
 
     Args:
-        variants (`dict[str, Callable]`): what to measure, by name.
-        repeats (`int`): rounds that count.
-        warm_up (`int`, *optional*, defaults to 1): rounds before those, which do not.
+        variants (`dict[str, Callable]`): What to measure, by name.
+        repeats (`int`): Number of rounds that count.
+        warm_up (`int`, *optional*, defaults to 1): Number of rounds before them, which do not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(-warm_up, repeats):
@@ -51,18 +52,19 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Round by round, one number over the other."""
+    """Returns the ratio of two numbers for each round."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 class Peer:
     """
-    A script of `peers/` in an environment of its own, started once and asked as often as needed; a context manager.
+    A script of `peers/` that runs in an environment of its own. It is started once and can be asked many times. This
+    class is a context manager.
 
     Args:
-        python (`str`): of the environment of `requirements-peers.txt`.
-        script (`str`): its name in `peers/`.
-        arguments (`str`): of the script.
+        python (`str`): Python of the environment with `requirements-peers.txt`.
+        script (`str`): Name of the script in `peers/`.
+        arguments (`str`): Arguments of the script.
     """
 
     def __init__(self, python: str, script: str, *arguments: str):
@@ -71,7 +73,7 @@ class Peer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """What the script answers."""
+        """Returns the answer of the script to a request."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
@@ -91,9 +93,9 @@ class Results:
     The table of results, to which each benchmark adds its rows.
 
     Args:
-        path (`str`): a CSV with the columns `COLUMNS`, made if there is none.
-        benchmark (`str`): name of the benchmark.
-        facts: columns that all its rows share, e.g. `data`, `seed`, `dtype`.
+        path (`str`): CSV file with the columns `COLUMNS`. It is created if it does not exist.
+        benchmark (`str`): Name of the benchmark.
+        facts: Columns that all its rows share, for example `data`, `seed` and `dtype`.
     """
 
     def __init__(self, path: str | Path, benchmark: str, **facts: Any):
@@ -111,14 +113,14 @@ class Results:
 
     def add(self, variant: str, metric: str, values: float | Sequence[float], unit: str, **facts: Any) -> float:
         """
-        One row: the median of `values`, with the lowest and the highest if there are several.
+        Add one row: the median of `values`, with the lowest and the highest if there are several values.
 
         Args:
-            variant (`str`): what was measured.
-            metric (`str`): e.g. `"speedup"`, which needs a `reference` among the facts.
-            values (`float` or `list[float]`): one for each repetition.
-            unit (`str`): e.g. `"items/s"`, `"x"` for a ratio.
-            facts: further columns, e.g. `reference="official"`.
+            variant (`str`): What was measured.
+            metric (`str`): Name of the metric, for example `"speedup"`, which needs a `reference` among the facts.
+            values (`float` or `list[float]`): One value for each repetition.
+            unit (`str`): Unit of the values, for example `"items/s"`, or `"x"` for a ratio.
+            facts: Further columns, for example `reference="official"`.
         """
         values = [values] if isinstance(values, (int, float)) else list(values)
         median = statistics.median(values)
@@ -136,7 +138,7 @@ class Results:
 
 
 def rows_of(path: str | Path, benchmark: str) -> list[Row]:
-    """The rows of one benchmark; of a row that was measured again the last one."""
+    """Returns the rows of one benchmark. If a row was measured again, it is the last one."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
     latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype")): row for row in rows}
@@ -144,7 +146,10 @@ def rows_of(path: str | Path, benchmark: str) -> list[Row]:
 
 
 def learning_curve(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
-    """Seconds and ndcg@10 after each epoch; seconds that were not measured are those of an epoch times its number."""
+    """
+    Returns the seconds and the ndcg@10 after each epoch. Seconds that were not measured are the seconds of one epoch
+    times the number of epochs.
+    """
     values = {row["metric"]: float(row["value"]) for row in rows}
     start = "ndcg@10 after epoch "
     epochs = sorted(int(name.removeprefix(start)) for name in values if name.startswith(start))

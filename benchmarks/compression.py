@@ -1,10 +1,11 @@
 """
-What is left of a ranking when item vectors are compressed, and what it costs: half precision, bytes, shorter vectors,
-and codes of an `ItemQuantizer`; of several models, say a teacher and its students.
+Measure how the quality of a ranking changes when item vectors are compressed, and what compression costs: half
+precision, bytes, shorter vectors, and codes of an `ItemQuantizer`. Several models can be compared, for example a
+teacher and its students.
 
-Test targets are ranked with what each item's bytes stand for, in the histories too; popularity stays one number an
-item. Without a checkpoint the model is untrained: whitened item vectors and the recency-weighted mean of the history.
-A plot of quality over bytes is written beside the table.
+Test targets are ranked with the compressed vectors, in the histories too. Popularity stays one number per item.
+Without a checkpoint the model is untrained: it uses whitened item vectors and the recency-weighted mean of the
+history. A plot of quality over bytes is written next to the table.
 """
 
 from __future__ import annotations
@@ -38,19 +39,25 @@ TIMED_ITEMS, TIMED_USERS = 1000, 200
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder of the domain")
+    parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
-    parser.add_argument("--checkpoints", nargs="*", default=[], help="folders of trained models to take instead")
-    parser.add_argument("--shares", type=int, nargs="*", default=[8, 16, 32], help="bytes of fp32 for one of codes")
-    parser.add_argument("--prefixes", type=int, nargs="*", default=[2, 4, 8], help="numbers of a vector for one kept")
-    parser.add_argument("--methods", nargs="*", default=["product"], help="of the quantizer")
-    parser.add_argument("--rotations", type=int, default=0, help="of product; whitened vectors need none")
-    parser.add_argument("--max_users", type=int, help="rank for so many users")
+    parser.add_argument("--checkpoints", nargs="*", default=[], help="folders of trained models")
+    parser.add_argument(
+        "--shares", type=int, nargs="*", default=[8, 16, 32], help="how many times smaller codes are than fp32"
+    )
+    parser.add_argument(
+        "--prefixes", type=int, nargs="*", default=[2, 4, 8], help="how many times shorter prefixes are"
+    )
+    parser.add_argument("--methods", nargs="*", default=["product"], help="methods of the quantizer")
+    parser.add_argument(
+        "--rotations", type=int, default=0, help="rotations of the method product; whitened vectors need none"
+    )
+    parser.add_argument("--max_users", type=int, help="number of users to rank for")
 
 
 def forms(vectors: torch.Tensor, options: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, float]]:
-    """Ways to keep vectors: a name, what is scored in their place, bytes an item."""
+    """Yields the ways to store vectors: a name, the vectors that are scored instead, and the bytes per item."""
     size = vectors.shape[1]
     yield "fp32", vectors, 4 * size
     yield "fp16", vectors.half().float(), 2 * size
@@ -74,7 +81,7 @@ def measure(
     options: argparse.Namespace,
     results: Results,
 ) -> None:
-    """The rows of one model."""
+    """Measures one model and adds its rows to the table."""
     standardize_for(model, source, seed=options.seed)
     few = source.select(np.random.default_rng(options.seed).permutation(len(source))[:TIMED_ITEMS])
     seconds = interleaved({name: partial(encode_catalogue, model, few)}, options.repeats)

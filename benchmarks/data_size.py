@@ -1,6 +1,7 @@
 """
-Cost against data size: seconds of an epoch with 1, 2, 4 and 8 eighths of the users, and the exponent that fits them
-(1 is linear). Ours, with the upper two blocks trained and the others' states stored.
+How the cost grows with the data: seconds of an epoch with 1, 2, 4 and 8 eighths of the users, and the exponent that
+fits them (1 is linear). This is our recipe, with the upper two blocks trained and the states of the other blocks
+stored.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """
-Encoding a catalogue's texts against sentence-transformers' `encode` with the same text model, in fp32 and in bf16.
+Compare encoding the texts of a catalogue with `encode` of sentence-transformers, with the same text model, in fp32 and
+in bf16.
 
     python benchmarks/run.py encoding --data data/amazon-beauty --text_model all-MiniLM-L6-v2 \
         --peers_python peers/bin/python
 
-Both start from the texts, so that tokenising is in the time of both, cut them at the same length and use the same
-number of threads. sentence-transformers runs in a process of its own, which has loaded everything before the clock
-starts, in rounds that alternate with those of this package, and with the best of three batch sizes. The item vectors
-of this package are made to be those of the text model alone, by a projection that is the identity, and the two must
-agree.
+Both start from the texts, so that the time of both includes tokenising. Both cut texts at the same length and use the
+same number of threads. sentence-transformers runs in a process of its own, which has loaded everything before the
+clock starts. Its rounds alternate with those of this package, and it uses the best of three batch sizes. A projection
+that is the identity makes the item vectors of this package equal to those of the text model alone, and the vectors of
+both must agree.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ TOLERANCE = 1e-4  # between normalised vectors in fp32
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="data/amazon-beauty", help="folder of the domain")
+    parser.add_argument("--data", default="data/amazon-beauty", help="folder of the data set")
     parser.add_argument("--text_model", default="all-MiniLM-L6-v2", help="folder of a model of sentence-transformers")
-    parser.add_argument("--peers_python", required=True, help="python of the environment of requirements-peers.txt")
-    parser.add_argument("--num_items", type=int, default=4096, help="drawn from the catalogue, if it has more")
-    parser.add_argument("--batch_size", type=int, default=128, help="of this package")
+    parser.add_argument("--peers_python", required=True, help="Python of the environment with requirements-peers.txt")
+    parser.add_argument("--num_items", type=int, default=4096, help="items drawn from the catalogue, if it has more")
+    parser.add_argument("--batch_size", type=int, default=128, help="batch size of this package")
     parser.add_argument("--max_text_length", type=int, default=256, help="tokens after which a text is cut")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the model")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of the model")
 
 
 def text_encoder(text_model: str) -> TransRecModel:
-    """A model whose item vectors are the mean token states of its text tower."""
+    """Returns a model whose item vectors are the mean token states of its text tower."""
     width = AutoConfig.from_pretrained(text_model).hidden_size
     model = TransRecModel.from_text_vision_pretrained(text_model, hidden_size=width, text_pooling="mean")
     projection = model.item_encoder.text_projection
@@ -70,7 +71,7 @@ def compare(dtype: str, options: argparse.Namespace, catalogue: Catalogue, texts
         peer_batch_size = min(PEER_BATCH_SIZES, key=lambda size: min(trial_seconds[str(size)]))
 
         encode(catalogue.select(np.arange(0, len(catalogue), stride)))  # warm
-        # a catalogue keeps its tokens: each round gets one that has none yet
+        # A catalogue keeps its tokens, so each round gets a new one without tokens
         fresh = iter([catalogue.select(np.arange(len(catalogue))) for _ in range(options.repeats)])
         variants = {OURS: lambda: encode(next(fresh)), PEER: lambda: peer.ask(batch_size=peer_batch_size)}
         seconds = interleaved(variants, options.repeats, warm_up=0)

@@ -1,24 +1,24 @@
 """
-The ID baseline against RecBole's SASRec: seconds per epoch, and quality on the test targets.
+Compare the ID baseline with RecBole's SASRec: seconds per epoch, and quality on the test targets.
 
     python benchmarks/run.py id_baseline --data data/amazon-beauty --peers_python peers/bin/python
 
 Both are causal Transformers over item vectors of the same width, layers, heads, feed-forward width, history length and
-dropout; both see the same users, items and targets, which is checked; both train for the same number of epochs, and
-the epoch with the best validation ndcg@10 is tested once, in fp32, every item ranked and nothing masked (protocol
-"recbole"). An epoch holds the same targets on both sides: RecBole reads the items before each target anew, this
-package reads a user's items once and has a target at every position. Seconds of an epoch are those of training alone.
+dropout. Both see the same users, items and targets, which is checked. Both train for the same number of epochs, and
+the epoch with the best validation ndcg@10 is tested once, in fp32, with every item ranked and nothing masked (protocol
+"recbole"). An epoch has the same targets on both sides: RecBole reads the items before each target anew, this package
+reads a user's items once and has a target at every position. The seconds of an epoch are those of training alone.
 
-Both take the softmax over the catalogue, at a rate that stays what it is. What differs is each one's own: RecBole
-normalises after a sub-layer, this package before it.
+Both use the softmax over the catalogue and a constant learning rate. The layers differ: RecBole normalises after a
+sub-layer, this package before it.
 
 The defaults were chosen with `--tune` on the validation targets of amazon-beauty, from the first one or two epochs of
-a few settings, RecBole's batch of 256 with histories of 20. Learning rate: 3e-3 rather than 1e-3 for both. RecBole's
-batch: 256 rather than its 2048, with which so few epochs hold too few steps. Dropout is RecBole's, for both. From four
-epochs each, for this package: "full_softmax" rather than "in_batch", 64 users rather than 32, 48 or 128, and a rate
-that stays at 3e-3 rather than 2e-3, or than one that falls to zero, with which so few epochs learn too little. What
-is no option was tried in the code: warm-up, clipping, norms after a sub-layer, the scale of the initial weights and
-Adam's second moment changed little or hurt.
+a few settings; RecBole's batch of 256 was chosen with histories of 20. The learning rate of both is 3e-3 and not 1e-3.
+RecBole's batch is 256 and not its default 2048, because few epochs of large batches have too few steps. Dropout is
+that of RecBole, for both. For this package four epochs of each setting were compared. They chose "full_softmax" over
+"in_batch", 64 users over 32, 48 or 128, and a constant rate of 3e-3 over 2e-3 and over a rate that falls to zero,
+which learns too little in so few epochs. Choices without an option were tried in the code: warm-up, clipping, norms
+after a sub-layer, the scale of the initial weights and Adam's second moment changed little or made it worse.
 """
 
 from __future__ import annotations
@@ -50,25 +50,27 @@ METRICS = ("hit_rate@10", "ndcg@10")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="data/amazon-beauty", help="folder of the domain")
-    parser.add_argument("--peers_python", required=True, help="python of the environment of requirements-peers.txt")
+    parser.add_argument("--data", default="data/amazon-beauty", help="folder of the data set")
+    parser.add_argument("--peers_python", required=True, help="Python of the environment with requirements-peers.txt")
     parser.add_argument("--epochs", type=int, default=8, help="of both")
-    parser.add_argument("--hidden_size", type=int, default=64, help="of both; four times it inside the layers")
+    parser.add_argument(
+        "--hidden_size", type=int, default=64, help="width of both models; four times as wide inside the layers"
+    )
     parser.add_argument("--num_layers", type=int, default=2, help="of both")
     parser.add_argument("--num_heads", type=int, default=2, help="of both")
-    parser.add_argument("--max_length", type=int, default=50, help="items of a history that both read")
-    parser.add_argument("--dropout", type=float, default=0.5, help="of both, RecBole's default")
-    parser.add_argument("--objective", default="full_softmax", help="of the ID baseline")
+    parser.add_argument("--max_length", type=int, default=50, help="items of a history that both models read")
+    parser.add_argument("--dropout", type=float, default=0.5, help="dropout of both models; RecBole's default")
+    parser.add_argument("--objective", default="full_softmax", help="objective of the ID baseline")
     parser.add_argument("--batch_size", type=int, default=64, help="users in a step of the ID baseline")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of the ID baseline")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="rate of the ID baseline")
     parser.add_argument("--peer_batch_size", type=int, default=256, help="targets in a step of RecBole")
     parser.add_argument("--peer_learning_rate", type=float, default=3e-3, help="of RecBole")
-    parser.add_argument("--alone", action="store_true", help="train the ID baseline only, with the settings given")
-    parser.add_argument("--tune", choices=("ours", "peer"), help="train this one alone, and leave the test targets")
+    parser.add_argument("--alone", action="store_true", help="train only the ID baseline, with the given settings")
+    parser.add_argument("--tune", choices=("ours", "peer"), help="train only this model, without the test targets")
 
 
 class EpochTimer(TrainerCallback):
-    """Seconds that each training epoch takes, evaluation and checkpoint not included."""
+    """Notes the seconds that each training epoch takes, without evaluation and checkpoint."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -81,7 +83,7 @@ class EpochTimer(TrainerCallback):
 
 
 def targets(catalogue: Catalogue, sequences: Sequences, every_position: bool) -> dict[str, Any]:
-    """How many targets a split has, and a hash of who is to be predicted what: as the peer tells it."""
+    """Returns the number of targets of a split and a hash of the pairs of user and target, as the peer does."""
     pairs = []
     for row in range(len(sequences)):
         items = sequences[row]["items"]
@@ -91,7 +93,7 @@ def targets(catalogue: Catalogue, sequences: Sequences, every_position: bool) ->
 
 
 def train(options: argparse.Namespace, catalogue: Catalogue, split: Split) -> dict[str, Any]:
-    """The ID baseline's epochs: what the peer returns of its own."""
+    """Trains the ID baseline. Returns the same facts about its epochs as the peer returns about its own."""
     set_seed(options.seed)
     config = TransRecConfig(
         num_items=len(catalogue),
@@ -159,7 +161,7 @@ def ask_peer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def record(results: Results, variant: str, answer: dict[str, Any]) -> None:
-    """The rows of one side."""
+    """Adds the rows of one side to the table."""
     results.add(variant, "seconds per epoch", answer["seconds"], "s", dtype="float32")
     results.add(variant, "best epoch", answer["best_epoch"], "epoch", dtype="float32")
     for name in METRICS:
@@ -183,7 +185,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     for fact in ("users", "items", "targets"):
         ours, peer = (answer[fact] for answer in answers.values())
         if ours != peer:
-            raise RuntimeError(f"the two do not see the same {fact}: {ours} and {peer}")
+            raise RuntimeError(f"the two models do not see the same {fact}: {ours} and {peer}")
     for variant, answer in answers.items():
         record(results, variant, answer)
     speedups = [peer / ours for ours, peer in zip(*(answer["seconds"] for answer in answers.values()), strict=True)]

@@ -1,6 +1,6 @@
 """
-How long `import transrec_hf` takes, its registration with the Auto classes included, against importing what any model
-of transformers needs: processor seconds of a fresh interpreter.
+How long `import transrec_hf` takes, including its registration with the Auto classes, compared with importing what
+every model of transformers needs. The processor seconds of a fresh interpreter are counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def processor_seconds(statement: str) -> float:
-    """Of a fresh interpreter that runs one statement."""
+    """Returns the processor seconds of a fresh interpreter that runs one statement."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", statement], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

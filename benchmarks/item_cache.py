@@ -1,6 +1,7 @@
 """
-What an item cache saves and what it costs: encoded items per user, and the ranking of the validation targets after
-training, for some ages. The paper's objective, with long histories; the towers' upper two blocks are trained.
+What an item cache saves and what it costs: the encoded items per user, and the ranking of the validation targets after
+training, for several ages of the cache. Training uses the paper's objective and long histories, and trains the upper
+two blocks of the towers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from transrec_hf.training.item_cache import ItemCache
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     recipes.add_options(parser)
-    parser.add_argument("--ages", type=int, nargs="+", default=[0, 5, 20], help="steps; 0 is without a cache")
+    parser.add_argument(
+        "--ages", type=int, nargs="+", default=[0, 5, 20], help="largest age of a vector in steps; 0: no cache"
+    )
     parser.add_argument("--num_epochs", type=int, default=10)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
 

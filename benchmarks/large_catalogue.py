@@ -1,12 +1,12 @@
 """
-A large synthetic catalogue from its files to its metrics: seconds and peak memory of each phase.
+Take a large synthetic catalogue from its files to its metrics: seconds and peak memory of each phase.
 
     python benchmarks/run.py large_catalogue --num_items 1000000 --num_interactions 10000000
 
-Titles are made of invented words, some items have an image of noise, and users choose items by Zipf's law: there is
-nothing to learn, what counts is what it costs. All phases run one after the other in one new process. Its memory is
-reported as `peak_rss`, which includes pages of mapped files that the system may drop, and as `peak_private`, which
-does not.
+Titles consist of invented words, some items have an image of noise, and users choose items by Zipf's law. There is
+nothing to learn; only the cost counts. All phases run one after another in one new process. Its memory is reported as
+`peak_rss`, which includes pages of mapped files that the system may drop, and as `peak_private`, which does not
+include them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from common import Results
 from PIL import Image
 
 
-ITEM_ROWS, INTERACTION_ROWS = 5_000, 250_000  # written at a time, each a row group, which a reader holds
+ITEM_ROWS, INTERACTION_ROWS = 5_000, 250_000  # rows per row group; a reader holds one group
 IMAGE_SIZE = 32  # pixels, both sides
 NUM_WORDS = 2_000
 HIDDEN_SIZE = 64
@@ -41,15 +41,17 @@ MAX_HISTORY = 20
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_items", type=int, default=1_000_000)
     parser.add_argument("--num_interactions", type=int, default=10_000_000)
-    parser.add_argument("--num_users", type=int, help="a tenth of the interactions if not given")
-    parser.add_argument("--num_images", type=int, help="items with an image; a twentieth if not given")
+    parser.add_argument("--num_users", type=int, help="number of users [a tenth of the interactions]")
+    parser.add_argument("--num_images", type=int, help="items with an image [a twentieth of the items]")
     parser.add_argument("--steps", type=int, default=50, help="of training")
     parser.add_argument("--batch_size", type=int, default=64, help="users per step")
-    parser.add_argument("--trainable_blocks", type=int, default=0, help="of each tower; 0 freezes them")
+    parser.add_argument(
+        "--trainable_blocks", type=int, default=0, help="trained blocks of each tower; 0 freezes the towers"
+    )
     parser.add_argument("--activation_store", action="store_true", help="compute the frozen blocks once per item")
-    parser.add_argument("--eval_users", type=int, default=2_000, help="users to rank all items for")
-    parser.add_argument("--baselines", action="store_true", help="evaluate those too that need no training")
-    parser.add_argument("--folder", help="where to write files and caches; a temporary one, deleted, if not given")
+    parser.add_argument("--eval_users", type=int, default=2_000, help="number of users for whom all items are ranked")
+    parser.add_argument("--baselines", action="store_true", help="also evaluate the baselines without training")
+    parser.add_argument("--folder", help="folder for files and caches [a temporary one, which is deleted]")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
@@ -100,7 +102,7 @@ def item_parts(rng: np.random.Generator, num_items: int, num_images: int) -> Ite
             " ".join(title)
             for title in np.split(words[rng.integers(NUM_WORDS, size=sizes.sum())], sizes.cumsum()[:-1])
         ]
-        # the items with an image are spread evenly
+        # The items with an image are spread evenly
         pictured = (rows + 1) * num_images // num_items > rows * num_images // num_items
         images = [{"bytes": noise(rng), "path": None} if has_image else None for has_image in pictured]
         ids = [f"item-{row}" for row in rows]
@@ -121,7 +123,7 @@ def noise(rng: np.random.Generator) -> bytes:
 
 
 def user_lengths(rng: np.random.Generator, num_users: int, num_interactions: int) -> np.ndarray:
-    """At least three interactions each, the rest is shared out geometrically."""
+    """Returns the number of interactions of each user: at least three, and the rest is shared out geometrically."""
     if num_interactions < 3 * num_users:
         raise ValueError(f"{num_interactions} interactions are fewer than three for each of {num_users} users")
     shares = rng.exponential(size=num_users)
@@ -130,7 +132,7 @@ def user_lengths(rng: np.random.Generator, num_users: int, num_interactions: int
 
 
 def interaction_parts(rng: np.random.Generator, lengths: np.ndarray, num_items: int) -> Iterator[pa.Table]:
-    """In order of time, hence the users mixed within a part."""
+    """Yields the interactions in order of time, so that each part mixes the users."""
     popularity = np.cumsum(1 / (np.arange(num_items) + 10.0))
     names = rng.permutation(num_items)
     users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -151,7 +153,7 @@ def interaction_parts(rng: np.random.Generator, lengths: np.ndarray, num_items: 
 
 
 class Memory:
-    """Peak memory of this process, in MiB, by phase."""
+    """Measures the peak memory of this process in MiB, for each phase."""
 
     def __init__(self) -> None:
         self.phases: dict[str, dict[str, tuple[float, str]]] = {}
@@ -182,7 +184,7 @@ class Memory:
 
 
 def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, str]]]:
-    """Seconds and peak memory of each phase, and of all together."""
+    """Returns the seconds and the peak memory of each phase and of all phases together."""
     memory = Memory()
     started = time.perf_counter()
     with memory.phase("import"):
@@ -226,7 +228,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, dict[str, tup
 
 
 def make_model(seed: int) -> tuple[Any, Any]:
-    """Towers of two layers, with a vocabulary of the invented words."""
+    """Returns a model and its processor: towers of two layers, with a vocabulary of the invented words."""
     import torch
     from transformers import BertConfig, BertTokenizer, ResNetConfig, ViTImageProcessorPil
 

@@ -1,11 +1,11 @@
 """
-Share of the machine's matmul peak that the encoding of texts reaches, with the given text tower and with one of the
-size of BERT-base, which has random weights and the same tokenizer.
+Measure the share of the machine's matmul peak that encoding texts reaches, with the given text tower and with a tower
+of the size of BERT-base, which has random weights and the same tokenizer.
 
-The peak is that of square matrix products in the same dtype, the best of some sizes and of the two libraries that
-PyTorch has for them, measured in the same rounds. The work is that of the real tokens alone, 2 FLOP for each
-multiplication and addition in the linear layers and in attention: padding, embeddings, norms, activations, tokens and
-copies all lower the share.
+The peak is the rate of square matrix products in the same dtype: the best of several sizes and of the two libraries
+that PyTorch has for them, measured in the same rounds. Only the work for real tokens counts, 2 FLOP for each pair of a
+multiplication and an addition in the linear layers and in attention. Padding, embeddings, norms, activations,
+tokenising and copies therefore lower the share.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ SIZES = (1024, 2048, 4096)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder of the domain")
+    parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument(
-        "--text_model", required=True, help="folder of the text tower; its tokenizer serves BERT-base too"
+        "--text_model", required=True, help="folder of the text tower; BERT-base uses its tokenizer too"
     )
-    parser.add_argument("--num_items", type=int, default=1500, help="a sample of the catalogue")
+    parser.add_argument("--num_items", type=int, default=1500, help="number of items drawn from the catalogue")
     parser.add_argument("--max_text_length", type=int, default=64)
 
 
 def useful_flop(config: BertConfig, lengths: np.ndarray) -> float:
-    """Of a forward pass over texts of the given numbers of tokens."""
+    """Returns the FLOP of a forward pass over texts with the given numbers of tokens."""
     width, inner = config.hidden_size, config.intermediate_size
     linear = 2 * lengths.sum() * (4 * width**2 + 2 * width * inner)
     return float(config.num_hidden_layers * (linear + 4 * width * (lengths.astype(float) ** 2).sum()))
 
 
 def packed_product(b_packed: torch.Tensor, a: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Of oneDNN, whose weight is packed once."""
+    """Computes a product with oneDNN, for which the weight is packed once."""
     return torch.ops.mkldnn._linear_pointwise(a, b_packed, None, "none", [], "")
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP per second of the best square product, by whichever library has it, MKL or oneDNN."""
+    """Returns the FLOP per second of the fastest square product, of MKL or oneDNN."""
     best = 0.0
     for size in SIZES:
         a, b = torch.randn(2, size, size).to(dtype)

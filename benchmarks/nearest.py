@@ -1,11 +1,12 @@
 """
-Nearest items, ours against plain torch and `faiss.IndexFlatIP` in the same run, in one thread: one user at a time (p50
-and p99 of single requests), batches of 256, filters that leave 1 % and 50 %, recall@10 of every kind of index, adding
-1,000 items to an index on the disk, and the start from one in a new process.
+Compare our search for the nearest items with plain torch and `faiss.IndexFlatIP`, in the same run and in one thread.
+It measures one user at a time (p50 and p99 of single requests), batches of 256, filters that leave 1 % and 50 % of the
+items, recall@10 of every kind of index, adding 1,000 items to an index on the disk, and the start of a new process
+from such an index.
 
     OMP_NUM_THREADS=1 python benchmarks/run.py nearest --num_items 100000
 
-Vectors are drawn in clusters, and users are noisy means of five items that are near each other. Needs faiss-cpu.
+Vectors are drawn in clusters, and users are noisy means of five items that are near each other. It needs faiss-cpu.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without_cells", action="store_true", help="leave out faiss IVF, which takes minutes to build"
     )
-    parser.add_argument("--requests", type=int, default=100, help="of one user, in each round")
-    parser.add_argument("--recall", type=float, default=0.99, help="that the approximate index has to reach")
+    parser.add_argument("--requests", type=int, default=100, help="requests of one user in each round")
+    parser.add_argument("--recall", type=float, default=0.99, help="recall that the approximate index has to reach")
 
 
 def draw(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Items in clusters, and users near them."""
+    """Draws items in clusters, and users near them."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.linspace(1, 0.05, SIZE)
     centres = torch.randn(max(100, n // 200), SIZE, generator=generator) * spread
@@ -73,7 +74,7 @@ def draw(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def one_by_one(find: Callable[[torch.Tensor], Any], users: torch.Tensor) -> list[float]:
-    """Seconds of each request of one user."""
+    """Returns the seconds of each request for one user."""
     seconds = []
     for user in users.split(1):
         started = time.perf_counter()
@@ -83,7 +84,7 @@ def one_by_one(find: Callable[[torch.Tensor], Any], users: torch.Tensor) -> list
 
 
 def share(rows: torch.Tensor, exact: torch.Tensor) -> float:
-    """Share of the exact rows that were found."""
+    """Returns the share of the exact rows that were found."""
     return float((rows[:, :, None] == exact[:, None, :]).any(dim=1).float().mean())
 
 

@@ -1,9 +1,9 @@
-"""Write domains in NineRec's layout, to prove `transrec benchmark ninerec` on data that is not NineRec's.
+"""Write data sets in NineRec's layout, to try `transrec benchmark ninerec` on data that is not from NineRec.
 
     python benchmarks/ninerec_layout.py shared/data/hm shared/data/amazon-toys --output_dir ninerec --users 2000
 
-Each folder has `items.parquet` (item_id, text, image) and `interactions.parquet`. As published, the files have no
-header, pairs have the item first, and covers are JPGs named by item.
+Each given folder has `items.parquet` (item_id, text, image) and `interactions.parquet`. The files that are written
+look like the published ones: they have no header, pairs have the item first, and covers are JPGs named by item.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transrec_hf import load_domain
 
 
 def write_layout(folder: Path, output: Path, users: int, seed: int = 0) -> None:
-    """One domain, of at most so many users, drawn among those with five items or more."""
+    """Writes one data set, with at most `users` users drawn among those with five items or more."""
     catalogue, sequences = load_domain(folder)
     name = folder.name
     able = np.flatnonzero(sequences.lengths >= 5)

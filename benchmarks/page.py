@@ -1,5 +1,5 @@
 """
-Makes the tables and plots of the pages from the tables of results:
+Make the tables and plots of the pages from the tables of results:
 
     python benchmarks/page.py
 """
@@ -20,7 +20,7 @@ from common import FOLDER, Row, learning_curve, rows_of
 
 ROOT = FOLDER.parent
 PAGES = [FOLDER / "README.md", ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quickstart.md"]
-"""Pages whose tables are filled."""
+"""Pages whose tables this program fills."""
 
 DOMAINS = {
     "amazon-beauty": "Amazon Beauty",
@@ -41,12 +41,12 @@ METRICS = ("test hit_rate@10", "test ndcg@10")
 
 
 def short(data: str) -> str:
-    """`data/hm` to `hm`."""
+    """Shortens `data/hm` to `hm`."""
     return Path(data).name
 
 
 def format_row(row: Row) -> str:
-    """One line of a table."""
+    """Returns one line of a table."""
     number = f"{float(row['value']):.3g}"
     if row["low"]:
         number += f" [{float(row['low']):.3g}, {float(row['high']):.3g}]"
@@ -57,12 +57,12 @@ def format_row(row: Row) -> str:
 
 def fill_tables(page: str, path: str | Path) -> str:
     """
-    The page with its tables made anew, each between its comment and `<!-- end -->`:
+    Returns the page with its tables made again. Each table stands between its comment and `<!-- end -->`:
 
-    * `<!-- table NAME of VARIANT: METRIC, METRIC -->`, the rows of a benchmark with these metrics, or with all, and
-      with variants that begin so, or with all;
-    * `<!-- quality -->`, the models of the benchmark of that name beside what is published;
-    * `<!-- runs FILE: RUN MODEL = NAME; RUN MODEL = NAME -->`, rows of a table of `examples/results/`.
+    * `<!-- table NAME of VARIANT: METRIC, METRIC -->`: the rows of a benchmark with these metrics, and with variants
+      that begin with VARIANT. Without metrics or variant, all are taken.
+    * `<!-- quality -->`: the models of the benchmark `quality` next to published numbers.
+    * `<!-- runs FILE: RUN MODEL = NAME; RUN MODEL = NAME -->`: rows of a table of `examples/results/`.
     """
 
     def table(match: re.Match) -> str:
@@ -83,12 +83,12 @@ def fill_tables(page: str, path: str | Path) -> str:
 
 
 def decimal(value: float) -> str:
-    """As the field writes it: `.1208`."""
+    """Formats a metric as papers of the field do: `.1208`."""
     return f"{value:.4f}".removeprefix("0")
 
 
 def quality_table(path: str | Path) -> str:
-    """`hit_rate@10` / `ndcg@10` of each model on each domain, the best of each domain in bold."""
+    """Returns a table of `hit_rate@10` / `ndcg@10` of each model on each data set, the best of each in bold."""
     values: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows_of(path, "quality"):
         values.setdefault((row["variant"], short(row["data"])), {})[row["metric"]] = float(row["value"])
@@ -121,7 +121,7 @@ def quality_table(path: str | Path) -> str:
 
 
 def runs_table(file: str, runs: str) -> str:
-    """Test metrics of runs, with their 95 % intervals."""
+    """Returns a table of the test metrics of runs, with their 95 % intervals."""
     with open(ROOT / "examples" / "results" / file, newline="", encoding="utf-8") as table:
         rows = [row for row in csv.DictReader(table) if row["split"] == "test"]
     found = {(row["run"], row["model"], row["metric"]): row for row in rows}
@@ -135,7 +135,8 @@ def runs_table(file: str, runs: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Plots: SVG, whose colours turn with those of the reader's screen; letters are large enough for a phone
+# Plots are SVG files. Their colours follow the light or dark screen of the reader; letters are large enough for a
+# phone
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a78b8", "#d97b23", "#3a9a6d", "#8a63b8", "#9aa3ad"
 PEERS = {
@@ -154,7 +155,7 @@ LEVERS = {
 
 
 def plot_speedups(path: str | Path, output: Path) -> None:
-    """Every ratio that the benchmarks report, grouped by what it is against, on one logarithmic axis."""
+    """Draws every ratio that the benchmarks report, grouped by its reference, on one logarithmic axis."""
     groups = {name: [r for r in rows_of(path, name) if r["metric"] == "speedup"] for name in PEERS}
     bars: list[tuple[str, float | None, str]] = []
     for (name, rows), colour in zip(groups.items(), (BLUE, ORANGE, GREEN, GREY), strict=True):
@@ -167,7 +168,7 @@ def plot_speedups(path: str | Path, output: Path) -> None:
 
 
 def plot_ablation(path: str | Path, output: Path) -> None:
-    """What each lever is worth alone, and what is left without it, in times as fast as the official recipe."""
+    """Draws how many times as fast as the official recipe each lever is alone, and all levers but one are."""
     rows = {row["variant"]: float(row["value"]) for row in rows_of(path, "ablation") if row["metric"] == "speedup"}
     if not rows:
         return
@@ -181,7 +182,7 @@ def plot_ablation(path: str | Path, output: Path) -> None:
 
 
 def bar_plot(bars: list[tuple[str, float | None, str]], title: str, ticks: list[float], file: Path) -> None:
-    """Bars with their values on a logarithmic axis; an entry without a value is a heading."""
+    """Draws bars with their values on a logarithmic axis. An entry without a value is a heading."""
     figure, axes = plt.subplots(figsize=(7, 0.42 * len(bars) + 1.2))
     for place, (_, value, colour) in enumerate(reversed(bars)):
         if value is not None:
@@ -202,7 +203,7 @@ def bar_plot(bars: list[tuple[str, float | None, str]], title: str, ticks: list[
 
 
 def plot_quality(path: str | Path, output: Path) -> None:
-    """ndcg@10 of the validation targets over the time of training, a panel for each data set, one below the other."""
+    """Draws validation ndcg@10 over the time of training, in one panel for each data set, one below the other."""
     rows = rows_of(path, "time_to_quality")
     panels = sorted({row["data"] for row in rows})
     if not panels:
@@ -238,7 +239,7 @@ COMPRESSED = {
 
 
 def plot_compression(path: str | Path, output: Path) -> None:
-    """What is left of hit_rate@10 in fewer bytes, a panel for each data set: codes solid, first parts dashed."""
+    """Draws hit_rate@10 over bytes, in one panel for each data set: codes solid, prefixes dashed."""
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for row in rows_of(path, "compression"):
         model, _, form = row["variant"].partition(", ")
@@ -268,7 +269,7 @@ def plot_compression(path: str | Path, output: Path) -> None:
 
 
 def plot_balance(output: Path) -> None:
-    """hit_rate@10 of both modalities and of each alone, by what was done for their balance."""
+    """Draws hit_rate@10 with both modalities and with each alone, for each way to balance them."""
     with open(ROOT / "examples" / "results" / "balance.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "hit_rate@10"]
     values = {(row["variant"], row["shown"]): float(row["value"]) for row in rows}
@@ -292,7 +293,7 @@ def plot_balance(output: Path) -> None:
 
 
 def plot_quickstart(output: Path) -> None:
-    """The comparison with its intervals, and below it the learning curves."""
+    """Draws the comparison with its intervals, and below it the learning curves."""
     with open(ROOT / "examples" / "results" / "quickstart.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     colours = {"fine-tuned": BLUE, "zero-shot": PURPLE, "from scratch": ORANGE, "ID baseline": GREEN}
@@ -324,7 +325,9 @@ DARK = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(0.93) 
 
 
 def save(figure: Any, path: Path) -> None:
-    """An SVG, the same whenever it is drawn: on white, or on a dark ground where the reader's screen is dark."""
+    """
+    Saves an SVG, which has the same bytes whenever it is drawn. Its ground is white, or dark on a dark screen.
+    """
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.95 if figure.legends else 1))

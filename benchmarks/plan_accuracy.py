@@ -1,12 +1,12 @@
 """
-How well `transrec plan` predicts: for each configuration it plans in one process, and right after that trains in
-another one for an epoch, or for some steps of it, with `TransRecTrainer`.
+Measure how well `transrec plan` predicts. For each configuration one process plans, and right after that another
+process trains with `TransRecTrainer` for an epoch, or for some steps of one.
 
     python benchmarks/run.py plan_accuracy --data data --text_model all-MiniLM-L6-v2 \\
         --vision_model weights/mobilenet-v1-0.5-160
 
-Rows give seconds of an epoch, of an evaluation and of filling the store, the size of the store and the peak memory of
-training (resident set): predicted, measured, and `predicted_over_measured`.
+The rows have the seconds of an epoch, of an evaluation and of filling the store, the size of the store, and the peak
+memory of training (resident set). Each is predicted, measured, and `predicted_over_measured`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HM = "--data {data}/hm --protocol ninerec --max_position_embeddings 20 --hidden_
 HM += " --per_device_train_batch_size 256 --bf16"
 BEAUTY = "--data {data}/amazon-beauty --max_position_embeddings 20 --hidden_size 256"
 BOTH = "--text_model {text_model} --vision_model {vision_model}"
-CONFIGURATIONS = {  # options of transrec pretrain, and the steps that are measured if not an epoch
+CONFIGURATIONS = {  # options of transrec pretrain, and the steps to measure; None: an epoch
     "hm-frozen-store": (f"{HM} {BOTH} --trainable_blocks 0 --activation_store {{folder}}/store", None),
     "hm-two-blocks": (f"{HM} {BOTH} --trainable_blocks 2", 12),
     "beauty-text-two-blocks-store": (
@@ -54,7 +54,7 @@ QUANTITIES = {
 
 
 class StepClock(TrainerCallback):
-    """When each step ended."""
+    """Notes when each step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -64,12 +64,12 @@ class StepClock(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Mean of a step, its batch included."""
+        """Returns the mean seconds of a step, including its batch."""
         return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
 
 
 class TimedTrainer(TransRecTrainer):
-    """Knows how long it took to fill the store."""
+    """Notes how long it took to fill the store."""
 
     fill_seconds = 0.0
 
@@ -80,7 +80,7 @@ class TimedTrainer(TransRecTrainer):
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
-    """Train with the options of `transrec pretrain`, evaluate, and tell what it took."""
+    """Trains with the options of `transrec pretrain` and evaluates. Returns the time and the memory of both."""
     kinds = (ModelArguments, DataArguments, SplitArguments, RunArguments)
     quiet = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
     model_args, data_args, split_args, args = parse_arguments(kinds, arguments, num_train_epochs=1, **quiet)
@@ -110,7 +110,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
 
 
 def last_line(*command: str) -> Any:
-    """The JSON at the end of what a command prints, in a process of its own."""
+    """Runs a command in a process of its own. Returns the JSON at the end of its output."""
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout[done.stdout.index("\n{") :] if "\n{" in done.stdout else done.stdout)
 

@@ -1,10 +1,10 @@
 """
-Ranking quality of the default design on a whole domain: untrained, from scratch, and as a hybrid with ID vectors,
-beside item co-occurrence, popularity and the ID baseline.
+Measure the ranking quality of the default design on a whole data set: untrained, trained from scratch, and as a hybrid
+with ID vectors. It is compared with item co-occurrence, popularity and the ID baseline.
 
-The epoch is chosen by validation ndcg@10; test targets are ranked once, at the end. Towers are frozen and their states
-stored. `--source` adds runs that start from a checkpoint, with the guard against negative transfer: of nothing, half
-and all of the checkpoint, the start is taken that one epoch and the validation targets prefer.
+The epoch is chosen by validation ndcg@10, and the test targets are ranked once, at the end. The towers are frozen and
+their states are stored. `--source` adds runs that start from a checkpoint, with the guard against negative transfer:
+`--init` "none", "half" and "all" are each trained for one epoch, and the best start on the validation targets goes on.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ METRICS = ("hit_rate@10", "ndcg@10")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder of the domain")
+    parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
-    parser.add_argument("--source", help="folder of a checkpoint to start from, besides")
+    parser.add_argument("--source", help="folder of a checkpoint for runs that start from it")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
     parser.add_argument(
-        "--user_fraction", type=float, default=1.0, help="of the users to train on; all are ranked for"
+        "--user_fraction", type=float, default=1.0, help="share of the users to train on; all users are ranked for"
     )
     parser.add_argument("--epochs", type=int, default=6, help="of training")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
-    parser.add_argument("--save", help="folder for the last model, to start other runs from")
+    parser.add_argument("--save", help="folder for the last model, from which other runs can start")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:

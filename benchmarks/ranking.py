@@ -1,11 +1,11 @@
 """
-Ranking all items for given user and item vectors, against sorting the scores.
+Compare ranking all items, for given user and item vectors, with sorting the scores.
 
     python benchmarks/run.py ranking
 
-The sort is the usual one of research code: the scores of a batch of users in fp32, items of the history masked, all
-items sorted, and the target looked up in that order. This package counts the scores above that of the target, which it
-sums in fp64, so that equal items tie and a rank does not depend on the batch.
+Sorting is what research code usually does: it computes the scores of a batch of users in fp32, masks the items of the
+history, sorts all items and looks up the target in that order. This package counts the scores above the score of the
+target. It sums scores in fp64, so that equal items tie and a rank does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--sizes",
         nargs="+",
         default=["10000x12000x64", "10000x12000x256", "1024x200000x64", "1024x200000x256"],
-        help="users x items x size of their vectors",
+        help="numbers of users and items, and size of their vectors: users x items x size",
     )
-    parser.add_argument("--history", type=int, default=20, help="items masked for each user")
-    parser.add_argument("--sort_batch_size", type=int, default=512, help="users whose scores are sorted at a time")
+    parser.add_argument("--history", type=int, default=20, help="number of items masked for each user")
+    parser.add_argument(
+        "--sort_batch_size", type=int, default=512, help="number of users whose scores are sorted at a time"
+    )
 
 
 @torch.no_grad()
 def sort_ranks(
     users: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, history: torch.Tensor, batch_size: int
 ) -> torch.Tensor:
-    """Ranks of the targets by sorting all items for each user."""
+    """Returns the ranks of the targets, found by sorting all items for each user."""
     ranks = []
     for start in range(0, len(users), batch_size):
         batch = slice(start, start + batch_size)

@@ -1,14 +1,16 @@
 """
-Two ways to train the same towers, and everything in between.
+Two ways to train the same towers, and everything between them.
 
-The official recipe is written anew from the description of the method (arXiv 2206.06190 and its released code): one
-window per user and epoch, of up to 25 items of history, the 5 items after them as positives and 5 random negatives;
-a binary cross-entropy; every slot of the batch encoded, duplicates too, padded to one length; the upper two blocks of
-each tower trained and the lower ones run in every step; Adam at 1e-4, 128 users, fp32. Kinder than the original, it
-does not encode padding and has all images decoded in memory.
+The official recipe is implemented again from the description of the method (arXiv 2206.06190 and its released code). A
+user has one window per epoch, with up to 25 items of history, the 5 items after them as positives and 5 random
+negatives. The loss is a binary cross-entropy. Every slot of the batch is encoded, also duplicates, padded to one
+length. The upper two blocks of each tower are trained, and the lower ones run in every step. The optimizer is Adam at
+1e-4, with 128 users and in fp32. It is cheaper than the original: padding is not encoded, and all images are already
+decoded in memory.
 
-Ours is what the package does by default: every position predicts its next item against the distinct items of the
-batch, each encoded once in buckets of like length, bf16, and the frozen blocks' states read from a store.
+Our recipe is what the package does by default: every position predicts its next item against the distinct items of the
+batch. Each item is encoded once, in buckets of similar length and in bf16, and the states of the frozen blocks are
+read from a store.
 """
 
 from __future__ import annotations
@@ -48,17 +50,18 @@ class Recipe:
     How to train. The defaults are the official recipe.
 
     Args:
-        unique (`bool`): encode each distinct item of a batch once, and not every slot.
-        buckets (`bool`): texts in buckets of like length and bounded size, and not padded to one length; images in
-            passes of bounded size.
-        bf16 (`bool`): autocast.
-        store (`bool`): read the states of the frozen blocks.
-        every_position (`bool`): each position predicts the next item against the items of the batch, and not the last
-            position its next five against five random items.
-        batch_size (`int`): users.
-        learning_rate, tower_learning_rate (`float`): of Adam.
-        warm_up_steps (`int`): in which the rates rise; with them, gradients are clipped at 1, as `Trainer` does.
-        trained_blocks (`int`): at the top of each tower.
+        unique (`bool`): Whether each distinct item of a batch is encoded once, and not every slot.
+        buckets (`bool`): Whether texts run in buckets of similar length and bounded size, and are not padded to one
+            length. Images then run in passes of bounded size.
+        bf16 (`bool`): Whether to use autocast in bf16.
+        store (`bool`): Whether to read the states of the frozen blocks from a store.
+        every_position (`bool`): Whether each position predicts the next item against the items of the batch. Otherwise
+            only the last position predicts its next five items, against five random ones.
+        batch_size (`int`): Number of users in a step.
+        learning_rate, tower_learning_rate (`float`): Learning rates of Adam.
+        warm_up_steps (`int`): Number of steps in which the rates rise. If there are any, gradients are clipped at 1,
+            as `Trainer` does.
+        trained_blocks (`int`): Number of trained blocks at the top of each tower.
     """
 
     unique: bool = False
@@ -74,7 +77,7 @@ class Recipe:
 
     @property
     def levers(self) -> list[str]:
-        """The levers that are on."""
+        """Returns the levers that are on."""
         return [name for name, value in asdict(self).items() if value is True]
 
 
@@ -92,17 +95,19 @@ OURS = Recipe(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that the benchmarks of training share."""
-    parser.add_argument("--data", required=True, help="folder of the domain")
+    """Adds the options that all benchmarks of training have."""
+    parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
-    parser.add_argument("--modality_policy", default="one_per_item", help="the method has one modality per item")
+    parser.add_argument(
+        "--modality_policy", default="one_per_item", help="which modalities of an item are used; the method uses one"
+    )
     parser.add_argument("--max_text_length", type=int, default=32, help="tokens, as in the paper")
-    parser.add_argument("--max_users", type=int, help="a sample of users, of the sequences as they are")
+    parser.add_argument("--max_users", type=int, help="number of users to draw; their sequences stay whole")
 
 
 class DecodedImages:
-    """A preparation with all images decoded: a step then costs what the towers cost."""
+    """A preparation in which all images are decoded already, so that a step costs what the towers cost."""
 
     def __init__(self, source: ItemSource):
         self.units = source.units()["image"]
@@ -115,7 +120,7 @@ class DecodedImages:
 
 @dataclass
 class Domain:
-    """A data set with its split, and what its items look like to the towers."""
+    """A data set with its split and its items prepared for the towers."""
 
     catalogue: Catalogue
     split: Split
@@ -125,7 +130,7 @@ class Domain:
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Domain:
-        """From the options of the command line."""
+        """Loads the data set that the options of the command line name."""
         catalogue, sequences = load_domain(options.data, modality_policy=options.modality_policy)
         if options.max_users is not None:
             chosen = np.random.default_rng(options.seed).permutation(len(sequences))[: options.max_users]
@@ -137,12 +142,12 @@ class Domain:
 
     @functools.cached_property
     def decoded(self) -> ItemSource:
-        """The items with all images decoded."""
+        """Returns the items with all images decoded."""
         source = ItemSource(self.catalogue, self.processor)
         return source.with_preparations({"image": DecodedImages(source)} if "image" in source.units() else {})
 
     def build(self, recipe: Recipe, seed: int) -> TransRecModel:
-        """A model of the paper's settings where the recipe is the paper's, else of the default ones."""
+        """Returns a model: with the paper's settings if the recipe is the paper's, otherwise with the defaults."""
         base = TransRecConfig() if recipe.every_position else TransRecConfig.paper()
         fields = {name: getattr(base, name) for name in CONFIG_FIELDS}
         if recipe.every_position:
@@ -156,10 +161,10 @@ class Training:
     A model and its optimizer under one recipe.
 
     Args:
-        domain ([`Domain`]): the data.
-        recipe ([`Recipe`]): how to train.
-        seed (`int`): of weights, order and negatives.
-        model ([`TransRecModel`], *optional*): to go on with.
+        domain ([`Domain`]): The data.
+        recipe ([`Recipe`]): How to train.
+        seed (`int`): Seed of weights, order and negatives.
+        model ([`TransRecModel`], *optional*): The model to train further. Without it a new model is built.
     """
 
     def __init__(self, domain: Domain, recipe: Recipe, seed: int, model: TransRecModel | None = None):
@@ -199,7 +204,7 @@ class Training:
         self.batches = self.endless()
 
     def autocast(self) -> torch.autocast:
-        """In the recipe's dtype."""
+        """Returns autocast in the dtype of the recipe."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.bf16)
 
     @property
@@ -207,7 +212,7 @@ class Training:
         return -(-len(self.windows) // self.recipe.batch_size)
 
     def endless(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of users, epoch after epoch in another order."""
+        """Yields batches of users without end, in another order in each epoch."""
         rng = np.random.default_rng(self.seed)
         while True:
             order = rng.permutation(len(self.windows))
@@ -216,7 +221,7 @@ class Training:
             self.windows.set_epoch(self.windows.epoch + 1)
 
     def collate(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of model inputs as the recipe has it."""
+        """Returns a batch of model inputs as the recipe asks for it."""
         windows = [self.collator.split(np.asarray(feature["items"])) for feature in features]
         history, target = (pad_right(part) for part in zip(*windows, strict=True))
         negative = self.collator.negatives(features, np.concatenate([history, target], axis=1), target)
@@ -239,7 +244,7 @@ class Training:
         return batch
 
     def steps(self, count: int) -> tuple[int, int]:
-        """Train for some steps. Returns the users and the encoded items they had."""
+        """Trains for some steps. Returns the numbers of users and of encoded items in them."""
         users = items = 0
         self.model.train()
         for step in range(count):
@@ -264,7 +269,7 @@ class Training:
         return users, items
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the validation targets."""
+        """Returns the metrics on the validation targets."""
         evaluator = RankingEvaluator(self.source, self.domain.split.validation)
         with self.autocast():
             embeds = encode_catalogue(self.model, self.source)

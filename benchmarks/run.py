@@ -1,9 +1,9 @@
 """
-Runs one benchmark and adds its rows to a table:
+Run one benchmark and add its rows to a table:
 
     python benchmarks/run.py encoding --data data/amazon-beauty --text_model all-MiniLM-L6-v2
 
-Each benchmark is a module of this folder, which `BENCHMARK --help` describes; README.md there tells what came out.
+Each benchmark is a module of this folder; `BENCHMARK --help` describes it. README.md in this folder has the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BENCHMARKS = (
 
 
 def data_of(options: argparse.Namespace) -> str:
-    """What the table calls the data: the folder and, of a sample, the number of its users."""
+    """Returns the name of the data in the table: the folder, and the number of users if they are a sample."""
     sample = f", {options.max_users} users" if getattr(options, "max_users", None) else ""
     return getattr(options, "data", "synthetic") + sample
 
@@ -38,8 +38,8 @@ def main() -> None:
         prog=f"run.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", default=FOLDER / "results.csv", help="table to add rows to")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of which the median is reported")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and samples")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds; their median is reported")
     module.add_options(parser)
     options = parser.parse_args(sys.argv[2:])
     module.run(options, Results(options.results, name, seed=options.seed, data=data_of(options)))

@@ -1,6 +1,7 @@
 """
-Requests a second and the slowest hundredth of them at `transrec serve`, with clients that each wait for their answer,
-against calling the recommender directly, one user after the other. Server and clients share the cores.
+Measure the requests per second that `transrec serve` answers, and the time of the slowest hundredth of them. Each
+client waits for its answer. The reference calls the recommender directly, for one user after another. Server and
+clients share the cores.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from transrec_hf.data.catalogue import Catalogue
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--items", type=int, default=10_000, help="of the catalogue, of random vectors")
-    parser.add_argument("--clients", type=int, default=16, help="that ask at a time")
-    parser.add_argument("--requests", type=int, default=10_000, help="in all rounds together")
+    parser.add_argument("--items", type=int, default=10_000, help="items of the catalogue; their vectors are random")
+    parser.add_argument("--clients", type=int, default=16, help="clients that ask at the same time")
+    parser.add_argument("--requests", type=int, default=10_000, help="requests in all rounds together")
     parser.add_argument("--history", type=int, default=20, help="items of a user")
 
 
 def make_recommender(num_items: int) -> Recommender:
-    """One without towers, for they are not what is measured."""
+    """Returns a recommender without towers, as they are not measured."""
     model = TransRecModel(TransRecConfig(num_items=num_items, hidden_size=256, max_position_embeddings=50))
     columns = {"item_id": [f"item-{row}" for row in range(num_items)], "text": ["a hat"] * num_items}
     return Recommender(model, ItemSource(Catalogue(datasets.Dataset.from_dict(columns))))
@@ -43,7 +44,7 @@ def make_recommender(num_items: int) -> Recommender:
 
 @contextmanager
 def served(folder: Path) -> Iterator[int]:
-    """The port of `transrec serve` in a process of its own."""
+    """Runs `transrec serve` in a process of its own, and yields its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +64,7 @@ def served(folder: Path) -> Iterator[int]:
 
 
 async def ask(port: int, bodies: list[bytes], clients: int) -> tuple[list[float], int]:
-    """The seconds of each request, and how many were not answered with 200."""
+    """Sends the requests. Returns the seconds of each, and how many were not answered with status 200."""
     todo, seconds, errors = iter(bodies), [], 0
 
     async def client() -> None:

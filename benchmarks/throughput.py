@@ -1,8 +1,9 @@
 """
-Training speed against the official recipe, with the same towers: users, that is sequences, per second.
+Compare the speed of training with that of the official recipe, with the same towers: users, that is sequences, per
+second.
 
-Both train the upper two blocks of each tower; what a step is made of, reading and optimizer included, is timed in
-rounds. The filling of our store is not part of it: it is reported apart, in seconds, as it is paid once.
+Both train the upper two blocks of each tower. Whole steps are timed in rounds, including reading and the optimizer.
+The time to fill our store is not included, because the store is filled once; it is reported separately, in seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from recipes import OFFICIAL, OURS, Domain, Training
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     recipes.add_options(parser)
-    parser.add_argument("--steps", type=int, default=2, help="of each recipe in a round")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each recipe in a round")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:

@@ -1,16 +1,17 @@
 """
-Time to quality against the official recipe: after each epoch the ranking of the validation targets.
+Compare the time to quality with that of the official recipe: the validation targets are ranked after each epoch.
 
-The official recipe takes hours on a CPU, so what it learns and how long it takes are measured apart. What it learns:
-the same windows, negatives, loss, rates and batches, but with each distinct item encoded once, in bf16 and from stored
-states (losses and gradients are equal but for rounding, and for dropout, which two slots of one item then share). How
-long it takes: the median seconds of real steps of the official recipe, times the steps of an epoch. Our own recipe,
-epochs with frozen towers and then some with their upper two blocks, is timed as it runs, the filling of its stores
-included. Evaluation is timed on neither side.
+The official recipe takes hours on a CPU, so its quality and its time are measured separately. For its quality it is
+trained with the same windows, negatives, loss, rates and batches, but each distinct item is encoded once, in bf16 and
+from stored states. (Losses and gradients are equal except for rounding, and for dropout, which two slots of one item
+then share.) Its time is the median of some real steps, times the steps of an epoch. Our own recipe trains some epochs
+with frozen towers and then some epochs with the upper two blocks. It is timed as it runs, including the time to fill
+its stores. The time of evaluation does not count on either side.
 
-The rates and the numbers of epochs of our recipe were chosen on the validation targets of 3,000 users of amazon-beauty
-and of hm, seed 0, among ten. With frozen towers alone so few users are soon overfitted, at 1e-3 more than at 3e-4, and
-with more dropout or weight decay as well; the upper blocks bring more than any of these.
+The learning rates and the numbers of epochs of our recipe were chosen among ten settings, on the validation targets of
+3,000 users of amazon-beauty and of hm with seed 0. With frozen towers alone the model soon overfits so few users, at
+1e-3 more than at 3e-4, and also with more dropout or weight decay. Training the upper blocks brings more than any of
+these.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from recipes import OFFICIAL, OURS, Domain, Training
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     recipes.add_options(parser)
-    parser.add_argument("--official_epochs", type=int, default=0, help="what the official recipe learns")
-    parser.add_argument("--frozen_epochs", type=int, default=0, help="what ours learns with frozen towers, timed")
-    parser.add_argument("--our_epochs", type=int, default=0, help="and then with their upper two blocks, timed")
-    parser.add_argument("--official_steps", type=int, default=0, help="real steps of the official recipe, timed")
-    parser.add_argument("--summary", action="store_true", help="compare what the table has")
+    parser.add_argument(
+        "--official_epochs", type=int, default=0, help="epochs of the official recipe, for its quality"
+    )
+    parser.add_argument("--frozen_epochs", type=int, default=0, help="timed epochs of ours with frozen towers")
+    parser.add_argument("--our_epochs", type=int, default=0, help="timed epochs of ours with the upper two blocks")
+    parser.add_argument("--official_steps", type=int, default=0, help="timed real steps of the official recipe")
+    parser.add_argument("--summary", action="store_true", help="compare the rows that the table has")
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
@@ -42,7 +45,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
     if options.official_epochs:
         quick = dataclasses.replace(OFFICIAL, unique=True, buckets=True, bf16=True, store=True)
         learn("official", Training(domain, quick, options.seed), options.official_epochs, results)
-        domain = Domain.load(options)  # with no store yet: ours pays for its own
+        domain = Domain.load(options)  # without a store: the time to fill it counts
     if options.frozen_epochs:
         frozen = dataclasses.replace(OURS, batch_size=128, trained_blocks=0)
         upper = dataclasses.replace(OURS, batch_size=128, learning_rate=2e-4)
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
 def learn(
     variant: str, training: Training, num_epochs: int, results: Results, seconds: float = 0.0, first: int = 0
 ) -> float:
-    """Train and rank; the seconds of training so far are reported with each epoch, and returned."""
+    """Trains and ranks. The seconds of training so far are reported with each epoch. Returns their sum."""
     for epoch in range(first, first + num_epochs + (first == 0)):
         if epoch:
             started = time.perf_counter()
@@ -80,7 +83,7 @@ def learn(
 
 
 def summarise(results: Results) -> None:
-    """How much sooner ours reaches the best that the official recipe does, and what it reaches itself."""
+    """Adds how much sooner our recipe reaches the best value of the official one, and its own best value."""
     rows = [row for row in rows_of(results.path, "time_to_quality") if row["data"] == results.facts["data"]]
     curves = {
         variant: learning_curve(row for row in rows if row["variant"] == variant) for variant in ("official", "ours")
@@ -93,5 +96,5 @@ def summarise(results: Results) -> None:
         for variant, curve in curves.items()
     }
     for variant, seconds in needed.items():
-        results.add(variant, "time to the official recipe's best", seconds, "s")  # infinite if it never gets there
+        results.add(variant, "time to the official recipe's best", seconds, "s")  # infinite if it never reaches that
     results.add("ours", "sooner", needed["official"] / needed["ours"], "x", reference="official")

@@ -1,15 +1,15 @@
 """
-Tuning modes: what each reaches, how much of the model it trains, and what that costs. One mode in one process, so that
-the peak of its memory is its own:
+Compare the tuning modes: the quality of each, the share of the model that it trains, and its cost. Each mode runs in a
+process of its own, so that the peak memory belongs to this mode alone:
 
     python benchmarks/run.py tuning --tuning frozen --epochs 6 --save base ...
     python benchmarks/run.py tuning --tuning lora --base base ...
 
 Without `--tuning` nothing is trained, and the parameters that each mode would train are counted.
 
-All modes go on from one base, of which the towers were frozen, in bf16, with the same users, epochs and batches. The
-epoch is chosen by validation ndcg@10, without the base itself; test targets are ranked once. The most popular items
-are kept, a sample of users is trained on, and all are ranked for.
+All modes start from the same base model, which was trained with frozen towers. They train in bf16 with the same users,
+epochs and batches. The epoch is chosen by validation ndcg@10, and the base itself cannot be chosen; test targets are
+ranked once. Only the most popular items are kept. A sample of the users is trained on, and all users are ranked for.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from transrec_hf.training.tuning import FROZEN, SIZES, TUNINGS, tune
 
 
 METRICS = ("hit_rate@10", "ndcg@10")
-TOWER_RATES = {"full": 1e-4, "top_k_blocks": 1e-4}  # of adapters more, see TransRecTrainingArguments
+TOWER_RATES = {"full": 1e-4, "top_k_blocks": 1e-4}  # adapters have higher rates, see TransRecTrainingArguments
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="no data", help="folder of the domain")
+    parser.add_argument("--data", default="no data", help="folder of the data set")
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
     parser.add_argument("--tuning", choices=TUNINGS, help="the mode [count parameters]")
-    parser.add_argument("--adapter_size", type=int, help="rank or width of adapters [as the package has it]")
-    parser.add_argument("--base", help="folder of the model to go on from [the towers alone]")
+    parser.add_argument("--adapter_size", type=int, help="rank or width of adapters [default of the package]")
+    parser.add_argument("--base", help="folder of the model to start from [the towers alone]")
     parser.add_argument("--save", help="folder for the model at the end")
     parser.add_argument("--max_users", type=int, help="users to train on [all]")
     parser.add_argument("--max_items", type=int, default=1200, help="items to keep, the most popular ones")
@@ -53,11 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", type=int, default=10, help="items of a history")
     parser.add_argument("--batch_size", type=int, default=32, help="windows of users in a step")
     parser.add_argument("--epochs", type=float, default=2, help="of training")
-    parser.add_argument("--store", default="store", help="folder of stored tower states, for what is frozen")
+    parser.add_argument("--store", default="store", help="folder of the stored states of frozen blocks")
 
 
 def count(options: argparse.Namespace, results: Results, model: TransRecModel) -> None:
-    """What each mode trains of a model."""
+    """Counts the parameters of a model that each mode trains."""
     size = model.num_parameters()
     for mode in SIZES if options.adapter_size else (mode for mode in TUNINGS if mode != "codes"):
         tuned = copy.deepcopy(model)

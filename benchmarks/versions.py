@@ -1,6 +1,7 @@
 """
-Training steps of this version against those of an earlier one: the same checkpoint of format 1, data and arguments, in
-turns. Processor seconds are counted, so that others on the machine matter less.
+Compare the training steps of this version with those of an earlier one: both train the same checkpoint of format 1
+with the same data and arguments, in turns. Processor seconds are counted, so that other programs on the machine matter
+less.
 
     git worktree add earlier ed2257c
     python benchmarks/run.py versions --earlier earlier/src
@@ -28,16 +29,16 @@ from transrec_hf.model.configuration_transrec import FORMAT_1
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(repeats=15)
     parser.add_argument("--earlier", required=True, help="folder of the earlier package: src of a checkout")
-    parser.add_argument("--data", default="demo", help="folder of the domain; without it the source of the demo")
+    parser.add_argument("--data", default="demo", help="folder of the data set [the source of the demo]")
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
-    parser.add_argument("--trainable_blocks", type=int, help="at the top of each tower; without it all")
+    parser.add_argument("--trainable_blocks", type=int, help="trained blocks at the top of each tower [all]")
     parser.add_argument("--store", action="store_true", help="compute the states of frozen blocks once")
-    parser.add_argument("--steps", type=int, default=10, help="of a round")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
 
 
 def write_start(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
-    """The checkpoint that both versions train, and the folder of its data."""
+    """Writes the checkpoint that both versions train, and its data. Returns the paths of both."""
     transformers.set_seed(options.seed)
     if options.data == "demo":
         model, processor = TransRecModel(demo_config()), demo_processor()

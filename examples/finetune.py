@@ -1,4 +1,4 @@
-"""Go on training what `pretrain.py` has left, on a platform with other users and items: `python examples/finetune.py`.
+"""Train the model of `pretrain.py` further, on a platform with other users and items: `python examples/finetune.py`.
 
 The command `transrec finetune` does the same with data of your own, from options or a YAML file.
 """

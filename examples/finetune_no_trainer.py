@@ -1,10 +1,11 @@
-"""What `finetune.py` does, as an explicit loop on Accelerate, to read and to change.
+"""Do what `finetune.py` does in an explicit training loop with Accelerate, which you can read and change.
 
-    python examples/finetune_no_trainer.py                        # what pretrain.py has left, on the demo's target
+    python examples/finetune_no_trainer.py                        # the model of pretrain.py, on the demo's target
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/finetune_no_trainer.py
 
-From one seed its losses are those of the trainer (`tests/test_examples.py`). The trainer adds resuming, trackers,
-accumulation, early stopping and more, and FSDP, under which this loop does not run.
+With the same seed its losses equal those of the trainer (`tests/test_examples.py`). The trainer can do more: it
+    resumes
+runs, reports to trackers, accumulates gradients and stops early. It also runs under FSDP; this loop does not.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ def train(
     split: Split,
     args: TransRecTrainingArguments,
 ) -> list[float]:
-    """The losses of all steps. The best model by validation is in `args.output_dir`."""
-    # the seedable sampler shuffles each epoch by seed + epoch, alike on all processes
+    """Returns the losses of all steps. The best model by validation is saved in `args.output_dir`."""
+    # The seedable sampler shuffles each epoch by seed + epoch, in the same way on all processes
     sampling = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(
         cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no", dataloader_config=sampling
     )
     model.freeze_towers(args.trainable_blocks)
     source = ItemSource(catalogue, processor)
-    standardize_projections(model, source, seed=args.seed)  # of towers that are new to the task
+    standardize_projections(model, source, seed=args.seed)  # those of new towers
     train_counts = split.train.item_counts(len(catalogue))
     windows = TrainingWindows(split.train, model.config.max_position_embeddings, model.config.num_targets)
     collator = DataCollatorForNextItem(source, model.config, log_popularity(train_counts), args.seed)

@@ -1,12 +1,13 @@
-"""Share a recommender over the Hub: push it, use it without this package, adapt it elsewhere, push the adapter.
+"""Share a recommender on the Hub: push it, use it without this package, adapt it elsewhere, push the adapter.
 
-    python examples/hub_round_trip.py --local              # a Hub on loopback, which ends with the script
-    python examples/hub_round_trip.py --owner my_name      # the real one, or that of HF_ENDPOINT; private repositories
+    python examples/hub_round_trip.py --local              # a Hub on this machine, which ends with the script
+    python examples/hub_round_trip.py --owner my_name      # the real Hub, or that of HF_ENDPOINT; private repositories
 
-Pre-trains a tiny model on the demo's source and pushes it with processor, statistics and card. A second process, in
-which `transrec_hf` cannot be imported, loads it from there and must get the same vectors. Then an adapter (LoRA) is
-trained on the demo's target and pushed alone, a few hundred kB, together with the index of the target's items; loaded
-on its base again, with and without the items at hand, it must recommend the same.
+The script pre-trains a tiny model on the demo's source and pushes it with its processor, statistics and card. A second
+process, in which `transrec_hf` cannot be imported, loads the model from the Hub and must get the same vectors. Then
+the script trains an adapter (LoRA) on the demo's target. It pushes only the adapter, a few hundred kB, and the index
+of the target's items. The adapter is loaded on its base again, with and without the items at hand, and must recommend
+the same.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ with torch.no_grad():
 
 
 def round_trip(args: argparse.Namespace) -> dict[str, Any]:
-    """All of it; returns what was recommended and the sizes of the repositories in bytes."""
-    # not before the environment says where the Hub is: the libraries read it when they are imported
+    """Runs all steps. Returns what was recommended and the sizes of the repositories in bytes."""
+    # These imports come after the environment names the Hub, as the libraries read it when they are imported
     import numpy as np
     import torch
     from huggingface_hub import HfApi
@@ -131,13 +132,13 @@ def round_trip(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local", action="store_true", help="start a Hub on loopback and use that one")
-    parser.add_argument("--owner", help="user or organisation whose repositories these become")
+    parser.add_argument("--local", action="store_true", help="start a Hub on this machine and use it")
+    parser.add_argument("--owner", help="user or organisation that will own the repositories")
     parser.add_argument("--max_steps", type=int, default=60, help="training steps, on each platform [60]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.local == bool(args.owner):
-        parser.error("give either --local or --owner")
+        parser.error("give exactly one of --local and --owner")
     with tempfile.TemporaryDirectory() as home:
         if args.local:
             sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -3,12 +3,12 @@ Kill a training run with SIGKILL at random steps, resume it each time, and compa
 
     python examples/kill_and_resume.py --kills 5
 
-Both runs train on the built-in demo world: text and image towers, dropout, drawn negatives. Each run is a process that
-notes the loss of every step to the last bit; the broken one is killed `kills` times, whatever it does at that moment
-(computing, saving a checkpoint, removing an old one), and started anew, each time from its newest complete
-checkpoint. Every loss, also of the steps that a resumed run repeats, and every final weight must equal that of the
-unbroken run bit for bit (fp32, one machine, one number of threads). The losses go to a CSV file; the exit code is 1 if
-any differs.
+Both runs train on the built-in demo world, with text and image towers, dropout and drawn negatives. Each run is a
+process that writes down the loss of every step to the last bit. The broken run is killed `kills` times, whatever it is
+doing at that moment (computing, saving a checkpoint, removing an old one). Each time it is started again from its
+newest complete checkpoint. Every loss must equal that of the unbroken run bit for bit, also in the steps that a
+resumed run repeats, and so must every final weight (fp32, same machine, same number of threads). The losses are
+written to a CSV file. The exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from transrec_hf.training.resuming import last_complete_checkpoint
 
 
 LOSSES_NAME = "losses.jsonl"
-PATIENCE = 600  # seconds that a process may take for one step, before it is given up
+PATIENCE = 600  # seconds to wait for one step before the script gives up
 
 
 @dataclass
 class KillAndResumeArguments:
-    """What to do how often."""
+    """How long the run is, how often it is killed, and where the losses go."""
 
     kills: int = field(default=5, metadata={"help": "How often the run is killed."})
     max_steps: int = field(default=60, metadata={"help": "Steps of the run."})
     save_steps: int = field(default=5, metadata={"help": "Steps between two checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Of the runs, and of the moments at which they are killed."})
+    seed: int = field(default=0, metadata={"help": "Seed of the runs and of the moments of the kills."})
     num_threads: int = field(default=1, metadata={"help": "Threads of each run."})
     output: str = field(
         default=str(Path(__file__).parent / "results" / "kill_and_resume.csv"),
         metadata={"help": "CSV file for the losses."},
     )
-    start_method: str = field(default="spawn", metadata={"help": "How processes start: 'spawn' is a fresh one."})
+    start_method: str = field(default="spawn", metadata={"help": "How processes start ('spawn': fresh ones)."})
 
 
 class NotingTrainer(TransRecTrainer):
-    """Notes the loss of every step as soon as it is known."""
+    """Writes down the loss of every step as soon as it is known."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -71,7 +71,7 @@ class NotingTrainer(TransRecTrainer):
 
 
 def train(folder: str, arguments: KillAndResumeArguments) -> None:
-    """One process: begins the run in `folder`, or resumes it from its newest complete checkpoint."""
+    """Begins the run in `folder`, or resumes it from its newest complete checkpoint. It is the work of one process."""
     torch.set_num_threads(arguments.num_threads)
     transformers.set_seed(arguments.seed)
     platform_ = demo_world().target
@@ -103,7 +103,7 @@ def train(folder: str, arguments: KillAndResumeArguments) -> None:
 
 
 def read_losses(folder: Path) -> list[dict[str, Any]]:
-    """What the processes of a run have noted; a line that a kill cut off is left out."""
+    """Returns the losses that the processes of a run wrote down. A line that a kill cut off is left out."""
     path = folder / LOSSES_NAME
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -111,10 +111,10 @@ def read_losses(folder: Path) -> list[dict[str, Any]]:
 
 def run(folder: Path, arguments: KillAndResumeArguments, kill_after: int | None = None) -> bool:
     """
-    Run one process, and kill it as soon as it has noted `kill_after` losses.
+    Run one process, and kill it as soon as it has written `kill_after` losses.
 
     Returns:
-        `bool`: whether it was killed before its end.
+        `bool`: Whether it was killed before its end.
     """
     before = len(read_losses(folder))
     context: Any = multiprocessing.get_context(arguments.start_method)
@@ -130,7 +130,7 @@ def run(folder: Path, arguments: KillAndResumeArguments, kill_after: int | None 
                 process.join()
                 break
             if time.monotonic() - changed > PATIENCE:
-                raise RuntimeError(f"no step in {PATIENCE} seconds")
+                raise RuntimeError(f"the run did not finish a step in {PATIENCE} seconds")
             process.join(timeout=0.002)
     finally:
         process.kill()
@@ -172,7 +172,7 @@ def compare(unbroken: Path, broken: Path, path: Path, seed: int) -> bool:
 
 
 def kill_and_resume(arguments: KillAndResumeArguments) -> bool:
-    """Both runs. Returns whether they are equal."""
+    """Does both runs. Returns whether they are equal."""
     rng = np.random.default_rng(arguments.seed)
     scratch = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     try:
@@ -183,13 +183,13 @@ def kill_and_resume(arguments: KillAndResumeArguments) -> bool:
             run(unbroken, arguments)
             bar.update()
             for kill in range(arguments.kills):
-                # somewhere in an equal share of what is left, so that there is something left for the next kill
+                # Draw the kill from an equal share of the steps left, so that steps are left for the next kill
                 done = max((note["step"] for note in read_losses(broken)), default=0)
                 share = max((arguments.max_steps - done) // (arguments.kills - kill + 1), 1)
                 repeated = done - resumed_step(broken)
                 killed = run(broken, arguments, kill_after=repeated + int(rng.integers(1, share, endpoint=True)))
                 if not killed:
-                    raise RuntimeError("the run ended before it was killed: give it more steps")
+                    raise RuntimeError("the run ended before it was killed: give a larger --max_steps")
                 bar.update()
             run(broken, arguments)
             bar.update()
@@ -199,7 +199,7 @@ def kill_and_resume(arguments: KillAndResumeArguments) -> bool:
 
 
 def resumed_step(folder: Path) -> int:
-    """The last step that a resumed run need not repeat."""
+    """Returns the last step that a resumed run need not repeat."""
     checkpoint = last_complete_checkpoint(folder)
     return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
 

@@ -1,8 +1,8 @@
-"""Which contents transfer: the demo world with each modality alone and every subset, from scratch and transferred.
+"""Measure which modalities transfer: every subset of those of the demo world, from scratch and transferred.
 
 `python examples/modalities.py --seeds 0 1 2` writes a row for each subset and seed into
-`examples/results/modalities.csv`, and goes on where it was stopped. A subset takes half a minute to three minutes on
-one CPU core, so all fifteen with three seeds take an hour or more.
+`examples/results/modalities.csv`. If it is stopped and started again, it goes on where it was. A subset takes half a
+minute to three minutes on one CPU core, so all fifteen with three seeds take an hour or more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "modalities.csv"
 
 
 class Kept:
-    """A preparation whose items, few and small, are decoded once instead of in every epoch."""
+    """A preparation that decodes each item once and not in every epoch, as the items are few and small."""
 
     def __init__(self, preparation: ContentPreparation):
         self.units = preparation.units
@@ -61,7 +61,7 @@ def make_trainer(
     folder: str,
     **more: Any,
 ) -> TransRecTrainer:
-    """A trainer of a demo model on a platform."""
+    """Returns a trainer of a demo model on a platform."""
     args = TransRecTrainingArguments(
         folder,
         learning_rate=rate,
@@ -90,7 +90,7 @@ def make_trainer(
 
 
 def compare(names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Reports on the target: the source model as it is, after training there, a new model, and popularity."""
+    """Returns reports on the target: of the source model as it is and fine-tuned, a new model, and popularity."""
     world = demo_world(seed, names)
     set_seed(seed)
     model, scratch = (TransRecModel(demo_config(names)) for _ in range(2))
@@ -106,7 +106,7 @@ def compare(names: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
 
 
 def print_table(file: Path) -> None:
-    """The mean hit rate over seeds of each subset."""
+    """Prints the mean hit rate of each subset over its seeds."""
     with open(file, encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["metric"] == "hit_rate@10"]
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -121,7 +121,7 @@ def print_table(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--modalities", nargs="+", help="One subset, as in `text audio` [all fifteen].")
+    parser.add_argument("--modalities", nargs="+", help="One subset, for example `text audio` [all fifteen].")
     parser.add_argument("--results_csv", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)

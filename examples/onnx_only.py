@@ -1,4 +1,4 @@
-"""Recommend from the graphs of `transrec export` with ONNX Runtime, neither PyTorch nor this package.
+"""Recommend from the graphs of `transrec export` with ONNX Runtime, without PyTorch and without this package.
 
 transrec export runs/finetune --output_dir runs/onnx
 python examples/onnx_only.py runs/onnx items.parquet target-item-0001 target-item-0002
@@ -25,11 +25,14 @@ graphs = about["graphs"]
 
 def run(name: str, **inputs: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(f"{folder}/{graphs[name]['file']}")
-    return session.run(None, {of: inputs[of] for of in graphs[name]["inputs"]})[0]  # not all models ask for `present`
+    # Some models have no input `present`
+    return session.run(None, {of: inputs[of] for of in graphs[name]["inputs"]})[0]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """As the image processor says: stretched to one size, or its shorter side resized and the middle cut out."""
+    """
+    Prepares an image as the image processor does: stretches it, or resizes its shorter side and crops the center.
+    """
     size, crop = rules["size"], rules.get("crop_size") if rules.get("do_center_crop") else None
     ratio = size.get("shortest_edge", 0) / min(image.size)
     width, height = (int(side * ratio) for side in image.size) if ratio else (size["width"], size["height"])
@@ -48,11 +51,11 @@ tokenizer.enable_padding()
 tokens = [(of.ids, of.attention_mask) for of in tokenizer.encode_batch([text or "" for text in texts])]
 input_ids, attention_mask = np.array(tokens).swapaxes(0, 1)
 of_text = run("text", input_ids=input_ids, attention_mask=attention_mask)
-blank = Image.new("RGB", (64, 64))  # where an item lacks a modality, its vector does not count
+blank = Image.new("RGB", (64, 64))  # stands for a missing image, whose vector is not used
 drawn = [Image.open(pa.BufferReader(image["bytes"])) if image else blank for image in images]
 pixels = np.stack([pixels_of(image) for image in drawn]).astype(np.float32)
 of_image = run("image", pixel_values=pixels)
-more = {}  # what a model that adds popularity asks for, and one that has ID vectors
+more = {}  # further inputs of models with popularity or with ID vectors
 if os.path.exists(statistics := f"{folder}/item_statistics.parquet"):
     known, counts = pyarrow.parquet.read_table(statistics).to_pydict().values()
     row_of = {item_id: row for row, item_id in enumerate(known)}

@@ -1,4 +1,4 @@
-"""Train a model on one platform, report on it and save it: `python examples/pretrain.py`.
+"""Train a model on one platform, evaluate it and save it: `python examples/pretrain.py`.
 
 The command `transrec pretrain` does the same with data of your own, from options or a YAML file.
 """
@@ -13,10 +13,10 @@ from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 
 def main() -> None:
     set_seed(0)
-    # Of your own: `catalogue, sequences = load_domain("my_source")`
+    # With your own data: `catalogue, sequences = load_domain("my_source")`
     platform = demo_world().source
-    # Of your own: `TransRecModel.from_text_vision_pretrained(text_model=..., vision_model=...)` and
-    # `TransRecProcessor.from_towers(...)`; then towers learn at 1e-4, since they know something already
+    # With pre-trained towers: `TransRecModel.from_text_vision_pretrained(text_model=..., vision_model=...)` and
+    # `TransRecProcessor.from_towers(...)`. Pre-trained towers need a smaller learning rate, 1e-4
     model, processor = TransRecModel(demo_config()), demo_processor()
     args = TransRecTrainingArguments(
         "runs/pretrain",

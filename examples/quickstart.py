@@ -1,8 +1,8 @@
 """Pre-train on one platform, transfer to another, compare, save, reload, recommend: `make quickstart`.
 
-The two platforms are the built-in demo world (`transrec_hf.data.demo`): items are titles, drawn images or both, or
-what else `--modalities` names, as `text audio`, and no user or item of the source occurs on the target. It takes about
-two minutes on two CPU cores and leaves in the output folder
+The two platforms are the built-in demo world (`transrec_hf.data.demo`). Its items have a title, a drawn image or both;
+`--modalities text audio` chooses other modalities. No user and no item of the source occurs on the target. The script
+takes about two minutes on two CPU cores and writes into the output folder
 
     source/, target/    the data, in the format that the other examples read
     checkpoint/         the fine-tuned model, its processor and the statistics of its data
@@ -60,15 +60,17 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the demo world, of the models and of training."})
     modalities: list[str] = field(
         default_factory=lambda: ["text", "image"],
-        metadata={"help": "What items show, some one of it and some all, of text, image, audio and video."},
+        metadata={
+            "help": "Modalities of the items: text, image, audio, video. Some items have only one of those given."
+        },
     )
     pretrain_epochs: float = field(default=6, metadata={"help": "Epochs on the source."})
     target_epochs: float = field(default=50, metadata={"help": "Most epochs on the target; every run may stop early."})
-    recommend: bool = field(default=False, metadata={"help": "Only recommend, from what an earlier run has left."})
+    recommend: bool = field(default=False, metadata={"help": "Only recommend, with the checkpoint of an earlier run."})
 
 
 class Bar(TrainerCallback):
-    """One progress bar for a run, with the NDCG@10 on the validation targets."""
+    """Shows one progress bar for a run, with the NDCG@10 on the validation targets."""
 
     def __init__(self, name: str):
         self.name = name
@@ -95,11 +97,11 @@ class Bar(TrainerCallback):
 def make_trainer(
     name: str, model: TransRecModel, platform: DemoPlatform, rate: float, args: QuickstartArguments, **options: Any
 ) -> TransRecTrainer:
-    """A trainer of a model on a platform, which ends with the best epoch on the validation targets."""
+    """Returns a trainer of a model on a platform. It keeps the best epoch on the validation targets."""
     training_args = TransRecTrainingArguments(
         f"{args.output_dir}/.checkpoints/{name}",
         learning_rate=rate,
-        tower_learning_rate=rate,  # nothing in these small towers is pre-trained, so nothing is to be spared
+        tower_learning_rate=rate,  # these small towers are not pre-trained: no need to protect them
         warmup_steps=20,
         per_device_train_batch_size=32,
         eval_on_start=True,
@@ -122,7 +124,7 @@ def make_trainer(
 
 
 def compare(args: QuickstartArguments) -> dict[str, Any]:
-    """Trains the models, saves the fine-tuned one, and returns the reports on the test targets and learning curves."""
+    """Trains the models and saves the fine-tuned one. Returns reports on the test targets, and learning curves."""
     output_dir, world = Path(args.output_dir), demo_world(args.seed, args.modalities)
     for name, platform in (("source", world.source), ("target", world.target)):
         print(f"{name}: {len(platform.catalogue)} items, {len(platform.sequences)} users", flush=True)
@@ -155,7 +157,7 @@ def compare(args: QuickstartArguments) -> dict[str, Any]:
 
 
 def learning_curve(trainer: TransRecTrainer) -> list[tuple[float, float]]:
-    """Epochs and the NDCG@10 on the validation targets after them."""
+    """Returns pairs of an epoch and the NDCG@10 on the validation targets after it."""
     log = trainer.state.log_history
     return [(entry["epoch"], entry["eval_ndcg@10"]) for entry in log if "eval_ndcg@10" in entry]
 
@@ -175,7 +177,7 @@ def write_table(reports: dict[str, Any], file: Path) -> None:
 
 
 def plot(reports: dict[str, Any], learning_curves: dict[str, Any], file: Path) -> None:
-    """Draws the comparison and the learning curves; without Matplotlib, says so."""
+    """Draws the comparison and the learning curves. Without Matplotlib it only says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -224,7 +226,7 @@ def recommend(output_dir: Path) -> None:
 
 def main() -> None:
     args = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()[0]
-    torch.set_num_threads(1)  # as fast for models as small as these, and not slowed down by what else is running
+    torch.set_num_threads(1)  # as fast for such small models, and steadier on a busy machine
     logging.disable_progress_bar()  # training has bars of its own
     datasets.disable_progress_bars()
     output_dir = Path(args.output_dir)

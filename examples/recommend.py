@@ -1,6 +1,6 @@
-"""Recommend with what `finetune.py` has left: `python examples/recommend.py`.
+"""Recommend with the model of `finetune.py`: `python examples/recommend.py`.
 
-The command `transrec recommend` does the same for users of a data set or of a file, and writes tables.
+The command `transrec recommend` does the same for the users of a data set or a file, and writes tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Search the options that matter with Optuna, on the demo world: `pip install optuna && python examples/search.py`.
+"""Search good values of the main options with Optuna: `pip install optuna && python examples/search.py`.
 
-Trials are kept in `runs/search.db`: run it again, and the search goes on. Bad trials are stopped early.
+It uses the demo world. Trials are kept in `runs/search.db`: run the script again, and the search goes on. Bad trials
+are stopped early.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """What a trial sets: of the training here, of the model below."""
+    """Draws the values of a trial. Returns those of the training; `make_model` reads those of the model."""
     trial.suggest_float("hidden_dropout_prob", 0.0, 0.4)
     trial.suggest_categorical("num_hidden_layers", [1, 2])
     return {
@@ -27,7 +28,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def make_model(trial: optuna.Trial | None = None) -> TransRecModel:
-    """The model of a trial; one with the defaults to look at before the first."""
+    """Returns the model of a trial; without a trial, a model with the default values."""
     chosen = {} if trial is None else trial.params
     return TransRecModel(
         demo_config(**{name: chosen[name] for name in ("hidden_dropout_prob", "num_hidden_layers") if name in chosen})
@@ -57,7 +58,7 @@ def main(n_trials: int = 8) -> Any:
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
     )
-    print(f"best ndcg@10 of the validation targets {best.objective:.3f} with {best.hyperparameters}")
+    print(f"best ndcg@10 on the validation targets: {best.objective:.3f} with {best.hyperparameters}")
     return best
 
 

@@ -1,8 +1,8 @@
-"""Spoken titles, recommended by their sound: `python examples/spoken_titles.py DATA --audio_model YAMNET`.
+"""Recommend spoken titles by their sound: `python examples/spoken_titles.py DATA --audio_model YAMNET`.
 
-A test of the pipeline on real sound, not evidence for anything else: `espeak-ng` (of Debian) reads the titles of a
-sample of a domain aloud, an encoder of sounds that has never heard it makes vectors of the recordings, and a user
-encoder is trained on these. DATA has `items.parquet` and `interactions.parquet`.
+This tests the pipeline on real sound; it is no evidence for anything else. `espeak-ng` (a package of Debian) reads the
+titles of some items aloud. A sound encoder that was not trained on these recordings turns them into vectors, and a
+user encoder is trained on the vectors. DATA is a folder with `items.parquet` and `interactions.parquet`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb-scotland+f4")
 
 
 def spoken(text: str, voice: str) -> bytes:
-    """A WAV file of a title."""
+    """Returns the bytes of a WAV file of a title."""
     return subprocess.run(["espeak-ng", "-v", voice, "--stdout", text], check=True, capture_output=True).stdout
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--audio_model", required=True)
-    parser.add_argument("--items", type=int, default=400, help="The items that most users chose.")
+    parser.add_argument("--items", type=int, default=400, help="Number of items: those that most users chose.")
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results_csv", type=Path)

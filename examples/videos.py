@@ -1,7 +1,8 @@
 """Recommend by moving pictures: `python examples/videos.py` (needs `pip install "transrec-hf[media]"`).
 
-The items are short animations of the demo world and their titles. Of your own, `items.csv` has the columns `item_id`,
-`text` and `video`, paths of MP4, MOV, WEBM, MKV, AVI or animated GIF files beside it.
+The items are short animations of the demo world and their titles. For your own data write an `items.csv` with the
+columns `item_id`, `text` and `video`. The last has paths of MP4, MOV, WEBM, MKV, AVI or animated GIF files, relative
+to the folder of `items.csv`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def main() -> None:
     set_seed(0)
     modalities = ["text", "video"]
     platform = demo_world(modalities=modalities).target
-    # Of your own: `TransRecModel.from_text_vision_pretrained(text_model=..., video_model=...)` with any encoder of
-    # images, which reads frame by frame, or one of clips such as "MCG-NJU/videomae-base"
+    # With pre-trained towers: `TransRecModel.from_text_vision_pretrained(text_model=..., video_model=...)`. The video
+    # model is any image encoder, which reads frame by frame, or an encoder of clips such as "MCG-NJU/videomae-base"
     model = TransRecModel(demo_config(modalities, window_pooling="attention"))
     args = TransRecTrainingArguments(
         "runs/videos", num_train_epochs=10, learning_rate=2e-3, tower_learning_rate=2e-3, warmup_steps=20

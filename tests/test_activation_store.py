@@ -225,7 +225,7 @@ def test_a_damaged_file_is_named(tmp_path, catalogue, damage):
 def test_states_that_are_not_finite_are_not_stored(tmp_path, catalogue):
     model = make_frozen()
     model.item_encoder.text_model.embeddings.LayerNorm.bias.data[0] = torch.nan
-    with pytest.raises(InputError, match=r"item item-\d+: the text tower says something that is not finite"):
+    with pytest.raises(InputError, match=r"item item-\d+: the text tower returns numbers that are not finite"):
         make_store(tmp_path, model, catalogue).fill(batch_size=3)
 
 

@@ -171,7 +171,7 @@ def test_resumed_and_best_adapters_are_loaded(base: TransRecModel, tmp_path: Pat
 
 
 def test_an_adapter_says_what_is_trained(base: TransRecModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="an adapter says itself what is trained: leave out trainable_blocks"):
+    with pytest.raises(ValueError, match="has an adapter, which decides what is trained: leave out trainable_blocks"):
         trainer_of(with_adapter(base, "add_adapter"), tmp_path, trainable_blocks=1)
 
 

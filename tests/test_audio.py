@@ -450,7 +450,7 @@ def test_a_tower_that_hears_nothing_is_refused(name):
     if name == "resnet":
         TransRecModel(TransRecConfig(**USER_ENCODER, audio_config=config))  # which may read spectrograms
         return
-    with pytest.raises(ValueError, match="cannot be the audio tower, which makes states of a sound alone"):
+    with pytest.raises(ValueError, match="cannot be the audio tower, which must turn a sound into states"):
         TransRecModel(TransRecConfig(**USER_ENCODER, audio_config=config))
 
 
@@ -474,7 +474,7 @@ def test_the_processor_is_saved_and_loaded(tmp_path, name):
         assert loaded.modalities == ["audio"] and loaded.fingerprint("audio") == processor.fingerprint("audio")
         assert type(loaded.feature_extractor) is type(processor.feature_extractor)
         torch.testing.assert_close(loaded(audio=[tone(3)])["audio_values"], processor(audio=[tone(3)])["audio_values"])
-    with pytest.raises(ValueError, match=r"not \(samples,\)"):
+    with pytest.raises(ValueError, match=r"instead of \(samples,\)"):
         processor(audio=[np.zeros((2, 100))])
 
 

@@ -171,7 +171,7 @@ def test_there_is_nothing_to_balance_in_one_modality(tmp_path):
     with pytest.raises(ValueError, match="nothing to balance"):
         ModalityBalanceCallback(trainer)
     both = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match="a reference for audio, and the model reads text, image"):
+    with pytest.raises(ValueError, match="a reference for audio, but the model reads text, image"):
         ModalityBalanceCallback(both, references={"audio": 0.1})
 
 
@@ -288,7 +288,7 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_runs(tmp_path, t
     text, image = teachers["text"], teachers["image"]
     refuse("no such folder", str(tmp_path / "nowhere"))
     refuse("a second teacher of text", text, text)
-    refuse("reads text, and is to teach 'image'", f"image={text}")
+    refuse("reads text, but it should teach 'image'", f"image={text}")
     refuse("teaches image, and the student reads text", image, modalities=("text",))
     refuse("reads histories of 6 items, and the student of 9", text, fields={"max_position_embeddings": 9})
     refuse("objective 'masked'", text, fields={"objective": "masked", "is_causal": False})

@@ -164,17 +164,17 @@ def test_a_damaged_file_names_the_item(content, message, tmp_path):
 def test_wrong_vectors_and_codes_are_refused(tmp_path):
     vectors = clusters()
     quantizer = ItemQuantizer.fit(vectors, 2, 8)
-    with pytest.raises(DataError, match="fitted on vectors of 16 numbers, these have 8"):
+    with pytest.raises(DataError, match="fitted on vectors of 16 numbers, but these have 8"):
         quantizer.encode(vectors[:, :8])
     with pytest.raises(DataError, match="row 3 is not finite"):
         quantizer.encode(torch.cat([vectors[:2], torch.full((1, 16), torch.nan)]))
     with pytest.raises(DataError, match=r"\[0, 8\] of row 2 is out of range, from 0 to 7"):
         quantizer.decode(torch.tensor([[0, 0], [0, 8]]))
-    with pytest.raises(DataError, match="has 2 an item"):
+    with pytest.raises(DataError, match="has 2 per item"):
         quantizer.decode(torch.zeros(3, 5, dtype=torch.long))
     with pytest.raises(DataError, match="smaller codebook_size"):
         ItemQuantizer.fit(vectors[:7], 2, 8)
-    with pytest.raises(DataError, match=r"3 equal parts: make num_codebooks [24] or [24]"):
+    with pytest.raises(DataError, match=r"3 equal parts: set num_codebooks to [24] or [24]"):
         ItemQuantizer.fit(vectors, 3, 8, "product")
     with pytest.raises(DataError, match="Fit one"):
         ItemQuantizer.from_pretrained(tmp_path)

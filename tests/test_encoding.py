@@ -189,7 +189,7 @@ def test_a_content_model_needs_a_processor(catalogue):
 
 
 def test_an_id_baseline_cannot_leave_its_catalogue(catalogue):
-    with pytest.raises(ValueError, match="knows 5 items and the catalogue has 12"):
+    with pytest.raises(ValueError, match="knows 5 items, but the catalogue has 12"):
         encode_catalogue(make_model(make_config("", num_items=5)), catalogue)
 
 
@@ -224,7 +224,7 @@ def test_short_texts_are_no_reason_for_a_warning(catalogue, caplog):
 def test_a_text_beyond_the_positions_is_a_sentence():
     processor = make_processor("text")
     processor.max_text_length = 64
-    with pytest.raises(ValueError, match="a text has 62 tokens, and the text tower has positions for 24: set"):
+    with pytest.raises(ValueError, match="a text has 62 tokens, but the text tower has positions for 24: set"):
         make_model(make_config("text")).get_item_features(**processor(text=[LONG]))
 
 
@@ -232,7 +232,7 @@ def test_a_text_beyond_the_positions_is_a_sentence():
 def test_a_length_that_leaves_nothing_of_a_text_is_refused(length):
     processor = make_processor("text")
     processor.max_text_length = length
-    with pytest.raises(ValueError, match=f"max_text_length is {length}, and 2 tokens of each text are special"):
+    with pytest.raises(ValueError, match=f"max_text_length is {length}, but each text has 2 special tokens"):
         processor(text=["red hat"])
 
 

@@ -432,7 +432,7 @@ def test_config_of_the_future(hub: LocalHub, pushed: TransRecModel, tmp_path: Pa
     hub.repos[f"models/{ID}"].commit({"config.json": json.dumps(future).encode()})
     for load_it in (TransRecModel.from_pretrained, AutoModel.from_pretrained, AutoConfig.from_pretrained):
         with pytest.raises(
-            ValueError, match=rf"has format {FORMAT_VERSION + 1} .* reads up to {FORMAT_VERSION}: run `"
+            ValueError, match=rf"has format {FORMAT_VERSION + 1}, .* reads up to {FORMAT_VERSION}: run `"
         ):
             load_it(ID)
 

@@ -229,7 +229,7 @@ def test_info_and_card_count_the_same_parameters(tmp_path: Path) -> None:
 def test_the_card_of_a_hybrid_says_that_it_reads_content(tmp_path: Path) -> None:
     make_config(("text",), num_items=12).save_pretrained(tmp_path)
     text = checked(model_card(tmp_path)).text
-    assert "reads the **text** of items" in text and "each of the 12 items of its training has a" in text
+    assert "reads the **text** of items" in text and "each of the 12 items of its training also has" in text
     assert "ids only" not in text and "cannot be recommended" not in text and "Transfer can hurt" in text
 
 
@@ -241,7 +241,7 @@ def test_card_of_other_models(kind: str, tmp_path: Path) -> None:
     assert "Not evaluated yet." in card.text and "Statistics of these data were not kept." in card.text
     assert card.data.eval_results is None and "multimodal" not in card.data.tags
     if kind == "id":
-        assert "knows its 12 items by ids only" in card.text and "trust_remote_code" not in card.text
+        assert "knows its 12 items by their ids only" in card.text and "trust_remote_code" not in card.text
     else:
         assert f"reads the **{kind}** of items" in card.text
         assert ("images=" in card.text) == (kind == "image") and ("text=" in card.text) == (kind == "text")
@@ -251,7 +251,7 @@ def test_card_of_an_adapter(checkpoint: Path, tmp_path: Path) -> None:
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(checkpoint)}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     card = checked(model_card(tmp_path))
-    assert "LORA adapter only" in card.text and "`my-model`" in card.text and str(checkpoint) not in card.text
+    assert "only a LORA adapter" in card.text and "`my-model`" in card.text and str(checkpoint) not in card.text
     assert "PeftModel.from_pretrained" in card.text and card.data.library_name == "peft"
     assert describe_checkpoint(tmp_path)["adapter"] == "LORA"
 
@@ -273,7 +273,7 @@ def test_arguments_shown_are_those_that_shaped_the_result() -> None:
         ({"mask_history": "window", "window_extra": 1, "max_history": 20}, "the last 20 + 1 items before the target"),
         ({"mask_history": "full", "protect_target": True}, "no item that the user had before can be recommended."),
         ({"ties": "pessimistic"}, "all count as ranked before it"),
-        ({"candidates": "interacted", "num_items": 1234}, "all items that somebody chose, 1,234 in number"),
+        ({"candidates": "interacted", "num_items": 1234}, "all items that some user chose, 1,234 in number"),
         ({"name": "ninerec", "min_interactions": 5, "num_users": 7}, "each of the 7 users with at least 5"),
         ({"name": "somebody's"}, "Protocol `somebody's`"),
     ],
@@ -336,7 +336,7 @@ def test_damaged_or_missing_files_are_named(tmp_path: Path) -> None:
         model_card(tmp_path)
     make_config().save_pretrained(tmp_path)
     (tmp_path / "evaluation.json").write_text("{")
-    with pytest.raises(DataError, match=r"evaluation\.json: not readable"):
+    with pytest.raises(DataError, match=r"evaluation\.json: is not readable"):
         model_card(tmp_path)
 
 
@@ -378,11 +378,11 @@ def test_results_compare_only_what_is_comparable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "choice", "message"),
     [
-        (lambda text: text, {}, r"which model\? There are ID baseline, co-occurrence, ours"),
+        (lambda text: text, {}, r"has several values of model: ID baseline, co-occurrence, ours"),
         (lambda text: text, {"model": "theirs"}, "no test row of model 'theirs', only of ID baseline"),
         (lambda text: text, {"split": "validation"}, "no validation row"),
         (lambda text: text.replace("0.4,", "much,"), {"model": "ours"}, "value of hit_rate@5 is 'much', not a number"),
-        (lambda text: text.replace("metric,", "measure,", 1), {"model": "ours"}, "missing column metric"),
+        (lambda text: text.replace("metric,", "measure,", 1), {"model": "ours"}, "has no column metric"),
         (lambda text: text + text.split("\n")[1] + "\n", {"model": "ours"}, "occurs twice"),
     ],
 )

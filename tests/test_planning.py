@@ -180,7 +180,7 @@ def test_advice_goes_out_from_the_store_if_it_pays(tmp_path: Path) -> None:
         plan, without_store=slow, with_store=fast, larger_batches=batches, available_gb=8.0, fill_seconds=1.0
     )
     paid = replace(plan, store_pays=True)
-    assert paid.advised is fast and "for 4 s an epoch with the store and 0.1 GB" in advise_batch(paid)
+    assert paid.advised is fast and ": 4 s an epoch with the store and 0.1 GB" in advise_batch(paid)
     arguments = make_arguments(tmp_path, num_train_epochs=2)
     assert advise_store(paid, arguments).startswith("activation_store: yes, an epoch takes")
     unpaid = replace(plan, store_pays=False)

@@ -247,7 +247,7 @@ def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path):
         ("recall@10", None, "there are hit_rate@5"),
         ("ndcg@1O", None, "did you mean 'ndcg@10'"),
         ("eval_loss", None, "no evaluation has"),
-        ("ndcg@10", False, "more of ndcg@10 is better"),
+        ("ndcg@10", False, "a higher ndcg@10 is better"),
     ],
 )
 def test_the_metric_is_checked_before_the_first_epoch(tmp_path, name, better, sentence):
@@ -573,7 +573,10 @@ def resume(run: Path, config: Any = None, checkpoint: Any = True, **options: Any
         ({"seed": 7}, "seed=42, and cannot be resumed with 7"),
         ({"warmup_steps": 2}, "warmup_steps=0, and cannot be resumed with 2"),
         ({"trainable_blocks": 1}, "trainable_blocks=None, and cannot be resumed with 1"),
-        ({"config": ids(hidden_size=32)}, r"holds another model\. .* is \(.*16.* there and \(.*32.* here"),
+        (
+            {"config": ids(hidden_size=32)},
+            r"holds another model\. .* has the shape \(.*16.* there and has the shape \(.*32.* here",
+        ),
         ({"config": ids(num_hidden_layers=3)}, r"holds another model\. .* is missing there"),
         ({"checkpoint": "nowhere/checkpoint-3"}, "there is no such folder"),
     ],
@@ -622,7 +625,7 @@ def test_other_processes_cannot_go_on(run, tmp_path):
     last = Path(last_complete_checkpoint(folder) or "")
     shutil.copy(last / "rng_state.pth", last / "rng_state_0.pth")
     (last / "rng_state.pth").rename(last / "rng_state_1.pth")
-    with pytest.raises(DataError, match="2 processes saved it, and 1 go on"):
+    with pytest.raises(DataError, match="was saved by 2 processes, and 1 resume"):
         resume(folder)
 
 

@@ -345,7 +345,7 @@ def test_an_adapter_of_peft_goes_on_the_base_as_it_is_saved(base, tmp_path):
         FinetuneArguments(str(tmp_path), tuning="lora", init="none", use_cpu=True)
     assert FinetuneArguments(str(tmp_path), tuning="lora", use_cpu=True).init == "all"
     set_item_vectors(base, torch.zeros(5, 16))
-    with pytest.raises(ValueError, match=r"ID vectors of 12 items and not of the 5 here: take tuning='bottleneck'"):
+    with pytest.raises(ValueError, match=r"ID vectors of 12 items, not of the 5 items here: use tuning='bottleneck'"):
         tuned(base, "lora", tmp_path)
     tuned(base, "bottleneck", tmp_path)
 
@@ -445,7 +445,7 @@ def test_side_networks_that_there_are_not(tmp_path):
     side = model.item_encoder.text_side
     model.add_side(4)
     assert model.item_encoder.text_side is side
-    with pytest.raises(ValueError, match="other side networks, of size 4, not 8"):
+    with pytest.raises(ValueError, match="already has side networks of size 4, not 8"):
         model.add_side(8)
     with pytest.raises(ValueError, match="a tower of texts or images, and this model has none"):
         make_model(make_config((), num_items=3)).add_side()

@@ -1,4 +1,4 @@
-"""RecBole's SASRec: trained and tested leave-one-out, ranking the whole catalogue with nothing masked."""
+"""Train and test RecBole's SASRec: leave-one-out, ranking the whole catalogue with nothing masked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = {"hit@10": "hit_rate@10", "ndcg@10": "ndcg@10"}
 
 
 class TimedTrainer(Trainer):
-    """Notes the seconds that each training epoch takes, evaluation not included."""
+    """Notes the seconds that each training epoch takes, without evaluation."""
 
     def __init__(self, config: Config, model: SASRec):
         super().__init__(config, model)
@@ -39,7 +39,7 @@ class TimedTrainer(Trainer):
 
 
 def write_interactions(data: Path, folder: Path) -> None:
-    """A domain's interactions as RecBole's atomic file, the rows in the order of the domain."""
+    """Writes the interactions of a data set as RecBole's atomic file, in the same order of rows."""
     table = pd.read_parquet(data / "interactions.parquet", columns=["user_id", "item_id", "timestamp"])
     table.columns = ["user_id:token", "item_id:token", "timestamp:float"]
     (folder / data.name).mkdir()
@@ -47,7 +47,7 @@ def write_interactions(data: Path, folder: Path) -> None:
 
 
 def targets(dataset: Any) -> dict[str, Any]:
-    """How many targets a split has, and a hash of who is to be predicted what."""
+    """Returns the number of targets of a split and a hash of the pairs of user and target."""
     users = dataset.id2token("user_id", dataset.inter_feat["user_id"].numpy())
     items = dataset.id2token("item_id", dataset.inter_feat["item_id"].numpy())
     lines = "\n".join(sorted(f"{user} {item}" for user, item in zip(users, items, strict=True)))
@@ -59,13 +59,13 @@ def train(data: str, seed: int, **settings: Any) -> dict[str, Any]:
     Train, keep the epoch with the best validation ndcg@10, and test it.
 
     Args:
-        data: folder of the domain.
-        seed: of weights, batches and dropout.
-        settings: RecBole's own, e.g. `epochs`, `learning_rate`, `hidden_size`.
+        data (`str`): Folder of the data set.
+        seed (`int`): Seed of weights, batches and dropout.
+        settings: Settings of RecBole, for example `epochs`, `learning_rate` and `hidden_size`.
 
     Returns:
-        `seconds` of each epoch, `validation` metrics of each, `best_epoch` from 1, `test` metrics if asked for by
-        `test=True`, and the `users`, `items` and `targets` that were seen.
+        `dict`: The `seconds` of each epoch, the `validation` metrics of each, the `best_epoch` counted from 1, the
+        `test` metrics if `test=True`, and the `users`, `items` and `targets` that were seen.
     """
     test, source = settings.pop("test"), Path(data).resolve()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""sentence-transformers: `python sentence_encoder.py MODEL DTYPE TEXTS`, with the texts as a list in a JSON file."""
+"""Run sentence-transformers: `python sentence_encoder.py MODEL DTYPE TEXTS`. TEXTS is a JSON file with a list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
     vectors = np.empty(0)
 
     def answer(batch_size: int = 32, stride: int = 1, save_to: str | None = None) -> dict[str, Any]:
-        """Encode every `stride`-th text; or save the vectors of the last time, and say what the model is."""
+        """Encodes every `stride`-th text; or saves the vectors of the last call and describes the model."""
         nonlocal vectors
         if save_to is None:
             vectors = model.encode(texts[::stride], batch_size=batch_size, show_progress_bar=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def serve(answer: Callable[..., dict[str, Any]]) -> None:
-    """Answer each request on standard input by `answer(**request)`, until there are no more."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever else the peer prints is no reply
+    """Answers each request on standard input with `answer(**request)`, until there are no more."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # anything else that the peer prints is no reply
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), file=replies, flush=True)

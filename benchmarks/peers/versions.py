@@ -1,4 +1,4 @@
-"""A version of this package, found in the folder that the first argument names: it trains for some steps."""
+"""Train for some steps with the version of this package in the folder that the first argument names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOMAINS: dict[str, Any] = {}
 
 
 class Clock(TrainerCallback):
-    """Processor seconds at the end of each step."""
+    """Notes the processor seconds at the end of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
 
 
 def train(start: str, data: str, steps: int, seed: int, trainable_blocks: int | None) -> dict[str, Any]:
-    """Processor seconds of the steps after the first few, and the mean loss."""
+    """Returns the processor seconds of the steps after the first few, and the mean loss."""
     if data not in DOMAINS:
         DOMAINS[data] = load_domain(data)
     catalogue, sequences = DOMAINS[data]

@@ -1,13 +1,13 @@
 """
-Modality balance: a joint model as it is, with modality dropout, with distillation from uni-modal teachers (CKD), and
-with both; see docs/balance.md.
+Compare four ways to train one model on texts and images: as it is ("joint"), with modality dropout, with distillation
+from uni-modal teachers (CKD), and with both; see docs/balance.md.
 
     python examples/ablations/balance.py --data data/hm --text_model all-MiniLM-L6-v2 \\
         --vision_model mobilenet-v1-0.25-128 --results examples/results/balance.csv
 
-Towers are frozen and their states stored. Each model is trained on the same users, its epoch chosen on validation, and
-ranks the targets with both modalities and with one of them alone. Differences are those to `joint`, with 95 %
-intervals over users and seeds.
+The towers are frozen and their states are stored. Each model is trained on the same users, and its epoch is chosen on
+the validation targets. Then it ranks the targets with both modalities and with each of them alone. Differences are
+those to `joint`, with 95 % intervals over users and seeds.
 """
 
 from __future__ import annotations
@@ -49,26 +49,28 @@ COLUMNS = (
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of a domain with texts and images")
+    parser.add_argument("--data", required=True, help="folder of a data set with texts and images")
     parser.add_argument("--text_model", required=True, help="folder of the text tower")
     parser.add_argument("--vision_model", required=True, help="folder of the vision tower")
-    parser.add_argument("--users", type=int, default=1000, help="training users; targets are those of all")
-    parser.add_argument("--epochs", type=int, default=3, help="of training, of which validation chooses one")
-    parser.add_argument("--hidden_size", type=int, default=128, help="of item vectors and user encoder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and users")
+    parser.add_argument(
+        "--users", type=int, default=1000, help="number of users to train on; targets of all users are ranked"
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of training; validation chooses the best one")
+    parser.add_argument("--hidden_size", type=int, default=128, help="size of item vectors and user encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of weights, order and users")
     parser.add_argument("--dropout", type=float, default=0.3, help="modality_dropout")
-    parser.add_argument("--weight", type=float, default=0.3, help="of the distillation")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
+    parser.add_argument("--weight", type=float, default=0.3, help="weight of the distillation")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="whose targets are ranked")
-    parser.add_argument("--max_targets", type=int, default=3000, help="users whose targets are ranked")
+    parser.add_argument("--max_targets", type=int, default=3000, help="number of users whose targets are ranked")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
     parser.add_argument("--results", help="table to add rows to")
     return parser.parse_args()
 
 
 class Domain:
-    """One domain, on which models are trained from one seed after the other."""
+    """One data set, on which models are trained with one seed after another."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

@@ -1,14 +1,14 @@
 """
-Which sources help which target: a text model pre-trained on one source, on all mixed evenly or by temperature, and on
-all with steps weighted by how much they go the way of the target; then trained on the target. See
-docs/meta_transfer.md.
+Measure which sources help which target. A text model is pre-trained on one source, on all sources mixed evenly or by
+temperature, and on all sources with each step weighted by how well its gradient agrees with that of the target. Then
+it is trained on the target. See docs/meta_transfer.md.
 
     python examples/ablations/meta_transfer.py --text_model all-MiniLM-L6-v2 \\
         --sources data/movielens-1m data/amazon-games data/amazon-toys data/yelp \\
         --targets data/amazon-beauty data/movielens-2000s data/hm --results examples/results/meta_transfer.csv
 
-The tower is frozen and its states stored. Sources and targets give a share of their users. Differences are those to
-`scratch`, with 95 % intervals over users and seeds.
+The tower is frozen and its states are stored. Only a part of the users of each source and target is used. Differences
+are those to `scratch`, with 95 % intervals over users and seeds.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ COLUMNS = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_model", required=True, help="folder of the text tower")
-    parser.add_argument("--sources", nargs="+", required=True, help="folders of domains")
-    parser.add_argument("--targets", nargs="+", required=True, help="folders of domains")
-    parser.add_argument("--source_share", type=float, default=0.02, help="of the sources' users")
-    parser.add_argument("--target_users", type=int, default=300, help="training users; targets are those of more")
-    parser.add_argument("--epochs", type=int, default=2, help="of pre-training; there is one more on the target")
-    parser.add_argument("--hidden_size", type=int, default=128, help="of item vectors and user encoder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, order and users")
-    parser.add_argument("--max_targets", type=int, default=3000, help="users whose test targets are ranked")
+    parser.add_argument("--sources", nargs="+", required=True, help="folders of the source data sets")
+    parser.add_argument("--targets", nargs="+", required=True, help="folders of the target data sets")
+    parser.add_argument("--source_share", type=float, default=0.02, help="share of the sources' users")
+    parser.add_argument("--target_users", type=int, default=300, help="number of users to train on; more are ranked")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of pre-training; one more follows on the target")
+    parser.add_argument("--hidden_size", type=int, default=128, help="size of item vectors and user encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of weights, order and users")
+    parser.add_argument("--max_targets", type=int, default=3000, help="number of users whose test targets are ranked")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
     parser.add_argument("--results", help="table to add rows to")
     return parser.parse_args()
@@ -66,13 +66,13 @@ def parse() -> argparse.Namespace:
 
 @cache
 def load(folder: str) -> tuple[Catalogue, Split]:
-    """The texts of a domain."""
+    """Returns the texts and the split of a data set."""
     catalogue, sequences = load_domain(folder, modality_policy="text")
     return catalogue, leave_one_out(sequences)
 
 
 def sample(folder: str, seed: int, share: float = 0.0, users: int = 0) -> tuple[Catalogue, Split]:
-    """A domain with some of its training users."""
+    """Returns a data set with a sample of its training users."""
     catalogue, whole = load(folder)
     number = users or max(2, round(share * len(whole.train)))
     drawn = np.sort(np.random.default_rng(seed).permutation(len(whole.train))[:number])

@@ -1,4 +1,4 @@
-"""Rows of an ablation's table: what was compared, and how to repeat it."""
+"""Write the rows of an ablation's table: what was compared, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ OF_A_RUN = ("seeds", "command", "machine", "date")
 
 def append_rows(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None:
     """
-    Add the rows of this run to a table, which is begun if it is not there.
+    Add the rows of this run to a table. A table that does not exist yet is created.
 
     Args:
         path (`str`): The CSV file.
-        columns (`Sequence[str]`): Of the table, `OF_A_RUN` among them.
-        rows (`Sequence[Mapping]`): Without those.
-        seeds (`Sequence[int]`): Of the run.
+        columns (`Sequence[str]`): The columns of the table, including those of `OF_A_RUN`.
+        rows (`Sequence[Mapping]`): The rows, without the columns of `OF_A_RUN`.
+        seeds (`Sequence[int]`): The seeds of the run.
     """
     about = {
         "seeds": " ".join(map(str, seeds)),

@@ -1,4 +1,4 @@
-r"""The partitions on the processes of Accelerate, each with its share: the options are those of `partitions.py`.
+r"""Share the partitions among the processes of Accelerate. The options are those of `partitions.py`.
 
     accelerate launch --cpu --num_processes 2 examples/distributed/on_accelerate.py \
         encode runs/model catalogue/ vectors/
@@ -16,7 +16,7 @@ def main() -> None:
     options, kind, arguments = parse_arguments()
     state = PartialState()
     paths = todo(options.inputs, options.output)
-    state.wait_for_everyone()  # or one would see what another one has done meanwhile, and take other partitions
+    state.wait_for_everyone()  # every process lists them before one writes anything
     mine = paths[state.process_index :: state.num_processes]
     if mine:
         work = kind(*arguments)

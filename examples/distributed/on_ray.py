@@ -1,9 +1,10 @@
-"""The partitions on the workers of Ray Data, here two on this machine: the options are those of `partitions.py`.
+"""Share the partitions among the workers of Ray Data, here two on this machine. The options are those of
+`partitions.py`.
 
     pip install 'ray[data]'
     python examples/distributed/on_ray.py encode runs/model catalogue/ vectors/ --workers 2
 
-On a cluster that is there, `RAY_ADDRESS=ray://head:10001` is all; the folders have to be shared by its machines.
+To use a running cluster, set `RAY_ADDRESS=ray://head:10001`. All its machines must see the same folders.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
         return
 
     class Actor:
-        """One model a worker, made once."""
+        """Holds the model of one worker, which is loaded once."""
 
         def __init__(self) -> None:
             self.work = kind(*arguments)
@@ -36,8 +37,8 @@ def main() -> None:
         ray.init()
     else:
         ray.init(num_cpus=options.workers, include_dashboard=False, object_store_memory=2**28)
-    # a block for each partition, or one actor gets them all; half a CPU an actor, or none is left for reading, and
-    # everything waits for ever. On GPUs: num_gpus=1 instead
+    # Each partition is a block, or one actor would get them all. Each actor takes half a CPU: with a whole one no CPU
+    # would be left for reading, and everything would wait for ever. On GPUs write num_gpus=1 instead.
     data = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
     done = data.map_batches(Actor, batch_size=1, concurrency=options.workers, num_cpus=0.5)
     for row in done.iter_rows():

@@ -1,11 +1,12 @@
-"""What one worker does with one partition, a Parquet file in and one out; and all of it in one process.
+"""What one worker does with one partition: it reads one Parquet file and writes one. Started as a program, it does all
+partitions in one process.
 
     python examples/distributed/partitions.py encode runs/model catalogue/ vectors/
     python examples/distributed/partitions.py join runs/model vectors/ runs/index
     python examples/distributed/partitions.py score runs/model users/ recommendations/ --index runs/index
 
-A partition of the catalogue has `item_id`, `text`, `image`; one of the users `user_id` and `items`, their histories. A
-partition whose output is there is left out: what was stopped goes on where it was.
+A partition of the catalogue has the columns `item_id`, `text` and `image`. A partition of the users has `user_id` and
+`items`, their histories. A partition whose output exists is skipped, so a stopped job goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transrec_hf.serving.index import encoder_hash, statistics_of
 
 
 class Encoder:
-    """Partitions of the catalogue to `item_id`, `vector`, `present`, by the statistics that the checkpoint has."""
+    """Encodes partitions of the catalogue to `item_id`, `vector` and `present`, with the checkpoint's statistics."""
 
     def __init__(self, checkpoint: str, output: str):
         self.model, self.processor = load_checkpoint(checkpoint)
@@ -43,7 +44,7 @@ class Encoder:
 
 
 class Scorer:
-    """Partitions of users to the flat table of `user_id`, `item_id`, `rank`, `score`."""
+    """Turns partitions of users into the flat table of `user_id`, `item_id`, `rank` and `score`."""
 
     def __init__(self, checkpoint: str, output: str, index: str, k: int = 10):
         self.recommender, self.output, self.k = Recommender.from_pretrained(checkpoint, index=index), Path(output), k
@@ -55,7 +56,7 @@ class Scorer:
 
 
 def write(table: pa.Table, path: Path) -> int:
-    """All of a file or nothing; returns its rows."""
+    """Writes the whole file or none of it. Returns the number of its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         pq.write_table(table, partial)
@@ -63,7 +64,7 @@ def write(table: pa.Table, path: Path) -> int:
 
 
 def join(checkpoint: str, vectors: str, index: str) -> int:
-    """All vectors as one index, which every scorer maps into its memory."""
+    """Joins all vectors in one index, which every scorer maps into its memory. Returns the number of items."""
     model, processor = load_checkpoint(checkpoint)
     table = pa.concat_tables(pq.read_table(path) for path in sorted(Path(vectors).glob("*.parquet")))
     embeds = torch.from_numpy(np.stack(table["vector"].to_numpy()).astype(np.float32))
@@ -75,19 +76,19 @@ def join(checkpoint: str, vectors: str, index: str) -> int:
 
 
 def todo(inputs: str, output: str) -> list[str]:
-    """The partitions whose output is not there yet."""
+    """Returns the partitions whose output does not exist yet."""
     paths = sorted(Path(inputs).glob("*.parquet"))
     return [str(path) for path in paths if not (Path(output) / path.name).exists()]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, type[Encoder] | type[Scorer], list[str]]:
-    """The options, which worker they ask for, and its arguments."""
+    """Returns the options, the class of the worker that they ask for, and its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["encode", "join", "score"])
     parser.add_argument("checkpoint")
     parser.add_argument("inputs")
     parser.add_argument("output")
-    parser.add_argument("--index", help="of `join`, for `score`")
+    parser.add_argument("--index", help="folder of the index that `join` wrote, for `score`")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     worker = Scorer if options.step == "score" else Encoder

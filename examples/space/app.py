@@ -1,4 +1,4 @@
-"""The demo as a Space of the Hub: set `MODEL` and `ITEMS` in its variables, or edit the two lines."""
+"""Show the demo as a Space on the Hub. Set its variables `MODEL` and `ITEMS`, or edit the two lines below."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class ItemStatistics:
             return cls(ids, table["train_count"].to_numpy().astype(np.int64))
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{file}: is damaged, it should have item_id and train_count ({one_line(error)}). Download the "
+                f"{file}: damaged, it should have item_id and train_count ({one_line(error)}). Download the "
                 "checkpoint again."
             ) from error
 

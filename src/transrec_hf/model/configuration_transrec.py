@@ -480,9 +480,7 @@ class TransRecConfig(PreTrainedConfig):
         if self.user_encoder not in USER_ENCODERS:
             raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
         if self.user_encoder != "transformer" and not self.is_causal:
-            raise ValueError(
-                f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True"
-            )
+            raise ValueError(f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True")
         if self.time_buckets and self.user_encoder != "hstu":
             raise ValueError(f"user_encoder {self.user_encoder!r} does not read timestamps: leave out time_buckets")
         if self.user_width % self.num_attention_heads:

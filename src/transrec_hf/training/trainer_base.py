@@ -228,11 +228,12 @@ class TrainerBase(WholeCheckpoints):
         there = {name: weight for name, weight in loaded.state_dict().items() if name not in found["missing_keys"]}
         here = self.model.state_dict()
         for name in sorted({*there, *here}):
-            shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (there, here)]
-            if shapes[0] != shapes[1]:
+            of_both = [tuple(weights[name].shape) if name in weights else None for weights in (there, here)]
+            if of_both[0] != of_both[1]:
+                shapes = ["is missing" if shape is None else f"has the shape {shape}" for shape in of_both]
                 raise DataError(
-                    f"{checkpoint}: holds another model. {name} has the shape {shapes[0]} there and {shapes[1]} here: "
-                    "make the model with the settings of its config.json."
+                    f"{checkpoint}: holds another model. {name} {shapes[0]} there and {shapes[1]} here: make the "
+                    "model with the settings of its config.json."
                 )
         load_whole_weights(self.model, there)
 
