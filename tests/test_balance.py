@@ -289,8 +289,8 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_runs(tmp_path, t
     refuse("no such folder", str(tmp_path / "nowhere"))
     refuse("a second teacher of text", text, text)
     refuse("reads text, but it should teach 'image'", f"image={text}")
-    refuse("teaches image, and the student reads text", image, modalities=("text",))
-    refuse("reads histories of 6 items, and the student of 9", text, fields={"max_position_embeddings": 9})
+    refuse("teaches image, but the student reads text", image, modalities=("text",))
+    refuse("reads histories of 6 items, but the student needs 9", text, fields={"max_position_embeddings": 9})
     refuse("objective 'masked'", text, fields={"objective": "masked", "is_causal": False})
     several = balanced(tmp_path / "several", trainer_class=TransRecTrainer)
     several.save_model()
@@ -299,7 +299,7 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_runs(tmp_path, t
     other = make_model(make_config("text", popularity_prior=True))
     trainer = make_trainer(tmp_path / "other", model=other, catalogue=make_catalogue(9, kinds=("text",)))
     trainer.save_model()
-    refuse("a teacher of another catalogue. 3 items are only there or only in", str(tmp_path / "other"))
+    refuse("was trained on another catalogue. 3 items are only there or only in", str(tmp_path / "other"))
 
 
 def test_the_command_measures_and_learns_from_teachers(tmp_path, capsys):

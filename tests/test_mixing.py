@@ -206,7 +206,7 @@ def test_a_run_towards_a_target_tells_who_helps_whom(tmp_path):
 def test_a_target_that_cannot_be_compared_with_and_an_empty_domain_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the target 'other' must be one of the data sets, which are small, large"):
         mixed_trainer(tmp_path, {**TOWARDS, "target": "other"})
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="need each other"):
         mixed_trainer(tmp_path, {"target": "small"})
     with pytest.raises(ValueError, match="similarity must be one of"):
         mixed_trainer(tmp_path, {**TOWARDS, "similarity": "cosine"})
