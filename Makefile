@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# Arguments handed on: make quickstart ARGS="--seed 1", make test PYTEST_ARGS="-k metrics"
+# To pass on arguments: make quickstart ARGS="--seed 1", make test PYTEST_ARGS="-k metrics"
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -36,7 +36,7 @@ lint: $(VENV)/.dev-installed ## check style (ruff), types (mypy) and spelling (t
 	$(BIN)/typos
 
 .PHONY: docs
-docs: $(VENV)/.docs-installed ## build the pages as a site in build/site, strictly
+docs: $(VENV)/.docs-installed ## build the pages as a site in build/site; a warning is an error
 	$(BIN)/python docs/build.py
 
 .PHONY: pages
@@ -44,7 +44,7 @@ pages: $(VENV)/.test-installed ## fill the tables and draw the plots of the page
 	$(BIN)/python benchmarks/page.py
 
 .PHONY: format
-format: $(VENV)/.dev-installed ## mend the style where ruff can
+format: $(VENV)/.dev-installed ## let ruff correct the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -53,11 +53,11 @@ slow-test: $(VENV)/.test-installed ## run the slow tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: coverage
-coverage: $(VENV)/.test-installed ## run the tests and show which lines none of them reaches
+coverage: $(VENV)/.test-installed ## run the tests and show the lines that no test reaches
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: common-tests
-common-tests: $(VENV)/.test-installed ## fetch transformers' own common model tests and run them on ours
+common-tests: $(VENV)/.test-installed ## download the common model tests of transformers and run them on our models
 	$(BIN)/python tests/common/fetch.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/common $(PYTEST_ARGS)
 
@@ -84,7 +84,7 @@ help: ## show this list
 		/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 
-# torch goes first and alone, so that its build is settled before anything that depends on it is looked at.
+# torch is installed first and alone, so that its build is fixed before packages that depend on it are resolved.
 $(VENV)/.torch-installed: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)

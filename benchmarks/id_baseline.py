@@ -52,19 +52,19 @@ METRICS = ("hit_rate@10", "ndcg@10")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="data/amazon-beauty", help="folder of the data set")
     parser.add_argument("--peers_python", required=True, help="Python of the environment with requirements-peers.txt")
-    parser.add_argument("--epochs", type=int, default=8, help="of both")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of both models")
     parser.add_argument(
         "--hidden_size", type=int, default=64, help="width of both models; four times as wide inside the layers"
     )
-    parser.add_argument("--num_layers", type=int, default=2, help="of both")
-    parser.add_argument("--num_heads", type=int, default=2, help="of both")
+    parser.add_argument("--num_layers", type=int, default=2, help="layers of both models")
+    parser.add_argument("--num_heads", type=int, default=2, help="heads of both models")
     parser.add_argument("--max_length", type=int, default=50, help="items of a history that both models read")
     parser.add_argument("--dropout", type=float, default=0.5, help="dropout of both models; RecBole's default")
     parser.add_argument("--objective", default="full_softmax", help="objective of the ID baseline")
     parser.add_argument("--batch_size", type=int, default=64, help="users in a step of the ID baseline")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="rate of the ID baseline")
     parser.add_argument("--peer_batch_size", type=int, default=256, help="targets in a step of RecBole")
-    parser.add_argument("--peer_learning_rate", type=float, default=3e-3, help="of RecBole")
+    parser.add_argument("--peer_learning_rate", type=float, default=3e-3, help="learning rate of RecBole")
     parser.add_argument("--alone", action="store_true", help="train only the ID baseline, with the given settings")
     parser.add_argument("--tune", choices=("ours", "peer"), help="train only this model, without the test targets")
 

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_interactions", type=int, default=10_000_000)
     parser.add_argument("--num_users", type=int, help="number of users [a tenth of the interactions]")
     parser.add_argument("--num_images", type=int, help="items with an image [a twentieth of the items]")
-    parser.add_argument("--steps", type=int, default=50, help="of training")
+    parser.add_argument("--steps", type=int, default=50, help="steps of training")
     parser.add_argument("--batch_size", type=int, default=64, help="users per step")
     parser.add_argument(
         "--trainable_blocks", type=int, default=0, help="trained blocks of each tower; 0 freezes the towers"

@@ -40,11 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_model", help="folder of the text tower")
     parser.add_argument("--vision_model", help="folder of the vision tower")
     parser.add_argument("--source", help="folder of a checkpoint for runs that start from it")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="some of " + ", ".join(VARIANTS))
     parser.add_argument(
         "--user_fraction", type=float, default=1.0, help="share of the users to train on; all users are ranked for"
     )
-    parser.add_argument("--epochs", type=int, default=6, help="of training")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of training")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
     parser.add_argument("--save", help="folder for the last model, from which other runs can start")
 

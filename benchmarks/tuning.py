@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_text_length", type=int, default=16, help="tokens")
     parser.add_argument("--history", type=int, default=10, help="items of a history")
     parser.add_argument("--batch_size", type=int, default=32, help="windows of users in a step")
-    parser.add_argument("--epochs", type=float, default=2, help="of training")
+    parser.add_argument("--epochs", type=float, default=2, help="epochs of training")
     parser.add_argument("--store", default="store", help="folder of the stored states of frozen blocks")
 
 

@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.3, help="modality_dropout")
     parser.add_argument("--weight", type=float, default=0.3, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of " + ", ".join(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="some of " + ", ".join(VARIANTS))
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="whose targets are ranked")
     parser.add_argument("--max_targets", type=int, default=3000, help="number of users whose targets are ranked")
     parser.add_argument("--store", default="store", help="folder of stored tower states")
