@@ -259,7 +259,7 @@ def test_blank_paths_are_missing(path: str) -> None:
 def test_pixels_that_are_no_numbers_are_refused(pixels: list[list[float]]) -> None:
     image = PIL.Image.fromarray(np.array(pixels, dtype=np.float32))
     catalogue = load_catalogue(pa.table({"item_id": ["a"], "image": [encoded(image, "TIFF")]}))
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="are NaN or infinite"):
         catalogue.check_contents()
 
 

@@ -74,7 +74,7 @@ def _with_8_bits(image: Image.Image, has_16_bits: bool) -> Image.Image:
     """
     image = image.convert("I") if image.mode.startswith("I;") else image
     if image.mode == "F" and not torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).isfinite().all():
-        raise UnusableImage("some pixels are NaN or infinite: replace them")
+        raise UnusableImage("some pixels are NaN or infinite")
     extremes: Any = image.getextrema()
     low, high = extremes
     if has_16_bits or (low >= 0 and 255 < high <= 65535):
