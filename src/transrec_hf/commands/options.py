@@ -96,7 +96,9 @@ class ModelArguments(ConfigArguments):  # type: ignore[valid-type, misc]
     preset: Literal["default", "paper", "esasrec"] = option(
         "default", "Settings of a new model (esasrec for the ID baseline); other options override them."
     )
-    hybrid: bool = option(False, "Learn a vector for the id of each item too, beside its content. Not for a source of other platforms.")
+    hybrid: bool = option(
+        False, "Learn a vector for the id of each item too. Not for a source model, since ids do not transfer."
+    )
     max_text_length: int | None = option(None, "Most tokens that are read of a text [64, or as in the checkpoint].")
 
     def __post_init__(self) -> None:
