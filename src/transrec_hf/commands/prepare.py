@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from ..data.layouts import LAYOUTS, open_published
 from ..data.media import KINDS
 from ..data.published import media_of
 from ..data.writing import write_published
-from ..errors import DataError, describe, raise_defects
+from ..errors import DataError, describe, printable, raise_defects
 from ..files import written_whole
 from .options import option
 from .parsing import parse_arguments
@@ -175,7 +176,7 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         items = _items(args, done)
         interactions = _interactions(args, items["item_id"], done)
-        with written_whole(folder) as partial:
+        with written_whole(folder) as partial, _as_given(partial, args):
             _write_items(partial / "items.parquet", items)
             pa.parquet.write_table(interactions, partial / "interactions.parquet")
             catalogue, sequences = load_domain(partial)
@@ -189,6 +190,18 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     print(json.dumps(done, indent=2) if args.json else _describe(done))
     return done
+
+
+@contextmanager
+def _as_given(partial: Path, args: PreparationArguments) -> Iterator[None]:
+    """Lets errors name the files that were given, because those in `partial` are deleted after an error."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        for name in ("items", "interactions"):
+            message = message.replace(printable(partial / f"{name}.parquet"), f"{getattr(args, name)}, as prepared")
+        raise DataError(message) from error
 
 
 def _column(table: pa.Table, name: str, option_name: str, source: str) -> pa.ChunkedArray:
