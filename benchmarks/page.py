@@ -272,23 +272,26 @@ def plot_balance(output: Path) -> None:
     """Draws hit_rate@10 with both modalities and with each alone, for each way to balance them."""
     with open(ROOT / "examples" / "results" / "balance.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "hit_rate@10"]
-    values = {(row["variant"], row["shown"]): float(row["value"]) for row in rows}
     colours = {"both": BLUE, "text": ORANGE, "image": GREEN}
     names = {"teacher": "a model of each alone", "joint": "joint", "dropout": "modality dropout", "ckd": "CKD"}
     names["dropout and ckd"] = "dropout and CKD"
-    figure, axes = plt.subplots(figsize=(7, 6))
-    for place, variant in enumerate(reversed(names)):
-        for step, (shown, colour) in enumerate(colours.items()):
-            if (variant, shown) in values:
-                height, value = place + 0.27 * (1 - step), values[variant, shown]
-                axes.barh(height, value, color=colour, height=0.25, label=shown if variant == "joint" else None)
-                axes.text(value + 0.002, height, decimal(value), va="center", fontsize=13)
-    axes.set_yticks(range(len(names)), list(names.values())[::-1], fontsize=13)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=13)
-    axes.set_xlabel("test hit_rate@10, shown both or one alone", fontsize=13)
-    axes.margins(x=0.12)
-    figure.legend(fontsize=13, frameon=False, loc="upper center", ncols=3)
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    figure, all_axes = plt.subplots(len(sets), figsize=(7, 5.5 * len(sets)), squeeze=False)
+    for data, axes in zip(sets, all_axes[:, 0], strict=True):
+        values = {(row["variant"], row["shown"]): float(row["value"]) for row in rows if row["data"] == data}
+        for place, variant in enumerate(reversed(names)):
+            for step, (shown, colour) in enumerate(colours.items()):
+                if (variant, shown) in values:
+                    height, value = place + 0.27 * (1 - step), values[variant, shown]
+                    axes.barh(height, value, color=colour, height=0.25, label=shown if variant == "joint" else None)
+                    axes.text(value + 0.002, height, decimal(value), va="center", fontsize=13)
+        axes.set_yticks(range(len(names)), list(names.values())[::-1], fontsize=13)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=13)
+        axes.set_title(data, fontsize=14)
+        axes.margins(x=0.12)
+    all_axes[-1, 0].set_xlabel("test hit_rate@10, shown both or one alone", fontsize=13)
+    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), fontsize=13, frameon=False, loc="upper center", ncols=3)
     save(figure, output / "balance.svg")
 
 
