@@ -88,9 +88,13 @@ def decimal(value: float) -> str:
 
 
 def quality_table(path: str | Path) -> str:
-    """Returns a table of `hit_rate@10` / `ndcg@10` of each model on each data set, the best of each in bold."""
+    """
+    Returns a table of `hit_rate@10` / `ndcg@10` of each model on each data set, of seed 0, the best of each in bold.
+    """
     values: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows_of(path, "quality"):
+        if row["seed"] != "0":
+            continue
         values.setdefault((row["variant"], short(row["data"])), {})[row["metric"]] = float(row["value"])
     names = dict(MODELS)
     with open(FOLDER / "published.csv", newline="", encoding="utf-8") as file:
