@@ -138,10 +138,10 @@ class Results:
 
 
 def rows_of(path: str | Path, benchmark: str) -> list[Row]:
-    """Returns the rows of one benchmark. If a row was measured again, it is the last one."""
+    """Returns the rows of one benchmark. If a row was measured again with the same seed, it is the last one."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
-    latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype")): row for row in rows}
+    latest = {tuple(row[name] for name in ("variant", "metric", "data", "dtype", "seed")): row for row in rows}
     return list(latest.values())
 
 
