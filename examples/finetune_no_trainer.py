@@ -4,8 +4,7 @@
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/finetune_no_trainer.py
 
 With the same seed its losses equal those of the trainer (`tests/test_examples.py`). The trainer can do more: it
-    resumes
-runs, reports to trackers, accumulates gradients and stops early. It also runs under FSDP; this loop does not.
+resumes runs, reports to trackers, accumulates gradients and stops early. It also runs under FSDP; this loop does not.
 """
 
 from __future__ import annotations

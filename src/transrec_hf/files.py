@@ -70,8 +70,7 @@ if hasattr(os, "register_at_fork"):
 def _take(path: Path, flags: int, surely: bool = False) -> int | None:
     """
     A descriptor of `path` with a lock on it; `None` if another process holds the lock, or the path no longer exists.
-    On
-    a file system without locks this succeeds, unless the lock must be certain (`surely`).
+    On a file system without locks this succeeds, unless the lock must be certain (`surely`).
     """
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:

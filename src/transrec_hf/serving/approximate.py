@@ -26,8 +26,7 @@ CANDIDATES = 4  # items that are scored in full precision, for each item that is
 class ApproximateIndex:
     """
     An inverted file of cells with 8 bits for each number of a vector (`IVF,SQ8` in an id map). It searches as many
-        cells
-    as the measured recall needs. If a filter leaves few items, these are searched exactly.
+    cells as the measured recall needs. If a filter leaves few items, these are searched exactly.
 
     Args:
         matrix ([`Matrix`]): The vectors.

@@ -118,7 +118,7 @@ def parts_of(model: TransRecModel, name: str) -> list[str]:
 
 def all_columns(present: Tensor, modalities: tuple[str, ...]) -> Tensor:
     """
-    Which modalities items have, `(n, n)`, with one column for every modality of `MODALITIES`, not only the model's.
+    Which modalities items have, `(n, len(MODALITIES))`: a column for every modality, not only for those of the model.
     """
     absent = torch.zeros_like(present[:, 0])
     given = {COLUMNS[name]: present[:, i] for i, name in enumerate(modalities)}
