@@ -147,7 +147,7 @@ def _add(args: IndexArguments) -> int:
         raise DataError("nothing to add: give --items, a file or folder")
     recommender = open_recommender(args.checkpoint, None, args.index, args.use_cpu)
     added = recommender.add_items(load_catalogue(args.items), exist_ok=not args.new_only)
-    logger.info("%s items were added or updated; the index now has %s", f"{len(added):,}", f"{len(recommender):,}")
+    logger.info("items added or updated: %s; items in the index: %s", f"{len(added):,}", f"{len(recommender):,}")
     return len(added)
 
 
@@ -165,7 +165,7 @@ def _remove(args: IndexArguments) -> int:
         raise DataError("nothing to remove: give --ids, or --items with a column item_id")
     live = LiveItems.open(args.index)
     removed = live.remove(ids, args.readable)
-    logger.info("%s items were removed; the index now has %s", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
+    logger.info("items removed: %s; items in the index: %s", f"{len(removed):,}", f"{live.snapshot.num_items:,}")
     return len(removed)
 
 

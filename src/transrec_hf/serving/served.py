@@ -240,7 +240,7 @@ class ServedItems:
             raise DataError(
                 "this ID baseline knows items by their ids only, and only those of its training: train a content model"
             )
-        catalogue = rows if isinstance(rows, Catalogue) else load_catalogue(_with_encoded_images(rows))
+        catalogue = rows if isinstance(rows, Catalogue) else load_catalogue(_as_table_rows(rows))
         check_fits(without_ids(model), catalogue)
         ids = catalogue.item_ids.tolist()
         source = ItemSource(catalogue, self.processor)
@@ -308,8 +308,8 @@ def _same_columns(one: ItemIndex, other: ItemIndex) -> bool:
     return one.columns is not None and other.columns is not None and one.columns.equals(other.columns)
 
 
-def _with_encoded_images(rows: Any) -> Any:
-    """Rows with their PIL images as the bytes of files, as in tables. Raises [`DataError`] for mixed columns."""
+def _as_table_rows(rows: Any) -> Any:
+    """Rows as a table holds them, with images as the bytes of files. Raises [`DataError`] for mixed columns."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         return rows
     for name in {name for row in rows for name in row} - {"item_id", *MODALITIES}:
