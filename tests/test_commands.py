@@ -400,7 +400,55 @@ def test_prepare(exports: tuple[Any, ...], tmp_path: Path, capsys: pytest.Captur
     assert sequences.user_ids.tolist() == ["5", "6"]
     assert sequences[0]["items"].tolist() == [0, 1, 1]
     assert sequences.timestamps.tolist() == [1704153600, 1704448800, 1704448800, 0]
-    assert files(tmp_path / "shop") == {"items.parquet", "interactions.parquet"}
+    assert files(tmp_path / "shop") == {"items.parquet", "interactions.parquet", "left_out.csv"}
+
+
+def test_prepare_leaves_out_damaged_files_if_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Item c has nothing else: it is left out only if empty items are, and its interaction if unknown items are."""
+    (tmp_path / "bad.png").write_bytes(png()[:60])
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "i.csv").write_text(
+        "item_id,text,image\nb,hat,bad.png\na,shoe,good.png\nc,,bad.png\nd,sock,gone.png\n"
+    )
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,a,1\nu,c,2\nv,b,3\n")
+    place = ("--items", tmp_path / "i.csv", "--interactions", tmp_path / "x.csv", "--output_dir", tmp_path / "shop")
+    needed = {
+        "missing_images": r"i.csv: 1 images whose file is not there: row 4 \(item 'd': .*gone.png\)",
+        "damaged_images": r"i.csv: 2 images that cannot be decoded: row 1 \(item 'b': .*row 3 .*--drop damaged_images",
+        "empty_items": r"i.csv: 1 items with no content: row 3 \('c'\)",
+        "unknown_items": r"x.csv: 1 .*the items lack: row 2 \(item 'c'\)",
+    }
+    drop: list[str] = []
+    for name, message in needed.items():
+        assert command("prepare", *place, "--drop", "guests", *drop) == 2
+        assert re.search(message, capsys.readouterr().err) and not (tmp_path / "shop").exists()
+        drop.append(name)
+    done = run("prepare", *place, "--drop", *drop)
+    assert done["dropped"] == {**dict.fromkeys(drop, 1), "damaged_images": 2}
+    assert "dropped 2 images that cannot be decoded" in capsys.readouterr().out
+    catalogue, sequences = load_domain(tmp_path / "shop")
+    assert catalogue.item_ids.tolist() == ["b", "a", "d"] and catalogue.has_image.tolist() == [False, True, False]
+    assert len(sequences.items) == 2
+    listed = (tmp_path / "shop" / "left_out.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in listed[1:]] == [["images", "d"], ["images", "b"], ["images", "c"]]
+    assert "no file" in listed[1] and "gone.png" in listed[1] and "damaged" in listed[2]
+
+
+def test_prepare_reads_frames_of_videos_and_refuses_columns_without_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    frames = [["a.png", "a.png"], [], ["a.png", "gone.png"]]
+    items = {"item_id": ["x", "y", "z"], "text": ["x", "y", "z"], "video": frames, "price": [1, 2, 3]}
+    pq.write_table(pa.table(items), tmp_path / "i.parquet")
+    (tmp_path / "d.csv").write_text("user_id,item_id,timestamp\nu,x,1\n")
+    files = ("--items", tmp_path / "i.parquet", "--interactions", tmp_path / "d.csv", "--output_dir", tmp_path / "a")
+    assert command("prepare", *files) == 2 and "no file" in capsys.readouterr().err
+    assert command("prepare", *files, "--image", "price") == 2
+    assert "('price'): column 'image' holds int64. Write image bytes" in capsys.readouterr().err
+    run("prepare", *files, "--drop", "missing_videos")
+    catalogue = load_domain(tmp_path / "a")[0]
+    assert catalogue.has("video").tolist() == [True, False, False] and len(catalogue.read(0, ["video"])["video"]) == 2
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])

@@ -383,6 +383,9 @@ def test_a_folder_of_files_beside_a_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 videos whose file is not there: row 1 .*--drop missing_videos"):
         prepare([*place, str(tmp_path / "again")])
     (tmp_path / "clips/a.mp4").write_bytes(clip[:30])
-    with pytest.raises(DataError, match=r"i\.csv, as prepared: unusable video: row 1 \(item_id '11'") as caught:
+    with pytest.raises(DataError, match=r"i\.csv: 1 videos that cannot be decoded: row 1 \(item '11'"):
+        prepare([*place, str(tmp_path / "again")])
+    write(tmp_path, {"i.csv": "item_id,text\n11,nan\n12,Blue\n"})
+    with pytest.raises(DataError, match=r"i\.csv, as prepared: .*row 1 \(item_id '11'.*missing value") as caught:
         prepare([*place, str(tmp_path / "again")])
     assert ".partial" not in str(caught.value) and not (tmp_path / "again").exists()

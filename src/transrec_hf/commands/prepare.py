@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import pyarrow.parquet
 
 from ..data.interactions import load_domain
 from ..data.layouts import LAYOUTS, open_published
-from ..data.media import KINDS
-from ..data.published import media_of
-from ..data.writing import write_published
+from ..data.media import KINDS, typed_files
+from ..data.published import LeftOut, media_of
+from ..data.writing import damaged, write_published
 from ..errors import DataError, describe, printable, raise_defects
 from ..files import written_whole
 from .options import option
@@ -38,7 +39,9 @@ DROPS = {
     "nameless_items": "rows without an item_id",
     "empty_items": "items with no content",
     **{f"missing_{kind}": f"{kind} whose file is not there" for kind in KINDS.values()},
+    **{f"damaged_{kind}": f"{kind} that cannot be decoded" for kind in KINDS.values()},
 }
+FILE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 @dataclass
@@ -96,7 +99,7 @@ class PreparationArguments:
 
 class Sieve:
     """
-    Which rows of one file are kept, and how many were left out for which reason.
+    Which rows of one file are kept, how many were left out for which reason, and the list of files left out.
 
     Args:
         source (`str`): The file, for messages.
@@ -107,18 +110,29 @@ class Sieve:
     def __init__(self, source: str, num_rows: int, drop: Sequence[str]):
         self.source, self.drop = source, drop
         self.keep = np.ones(num_rows, dtype=bool)
-        self.dropped: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()
         self.defects: list[str] = []
+        self.left_out = LeftOut()
 
     def sift(self, name: str, wrong: np.ndarray, label: Any = None) -> None:
         """Leave out the kept rows for which `wrong`, of shape `(rows,)`, is true, or note them as a defect."""
         rows = np.flatnonzero(wrong & self.keep)
         if name in self.drop:
             self.keep[rows] = False
-            self.dropped[name] = len(rows)
+            self.dropped[name] += len(rows)
         else:
             mend = f"Correct the file, or leave them out with --drop {name}"
             self.defects += describe(f"{len(rows)} {DROPS[name]}", rows, mend, label)
+
+    def sift_files(self, name: str, kind: str, files: list[Any], bad: Mapping[int, str], ids: np.ndarray) -> None:
+        """Leave out the files of the rows in `bad`, which gives the reasons, but not the rows; or note a defect."""
+        if name in self.drop:
+            self.dropped[name] += len(bad)
+            for row, reason in bad.items():
+                files[row] = None
+                self.left_out.add(kind, str(ids[row]), reason)
+        else:
+            self.sift(name, np.isin(np.arange(len(files)), list(bad)), lambda row: f"item {ids[row]!r}: {bad[row]}")
 
     def check(self) -> None:
         """Raise one [`DataError`] for all defects."""
@@ -139,9 +153,11 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
     8881.0 as 8881. Wrong rows are an error that gives their numbers, unless --drop says to leave them out:
 
         guests undated unknown_items double_interactions double_items nameless_items empty_items missing_images
+        damaged_images
 
-    Double interactions are kept and counted, unless you drop them: users do buy things twice. The output folder is
-    written as a whole, after all images, sounds and videos were decoded once.
+    Double interactions are kept and counted, unless you drop them: users do buy things twice. All images, sounds and
+    videos are decoded once. Those that are missing or damaged can be left out too; left_out.csv then lists them with
+    the reason. The output folder is written as a whole.
 
     Published data sets are read in their own layout. Rows without the needed contents are left out, counted, and
     listed in a file:
@@ -174,13 +190,18 @@ def prepare(argv: Sequence[str] | None = None) -> dict[str, Any]:
             done |= write_published(published, partial, separator=args.text_separator, **options)
             catalogue, sequences = load_domain(partial)
     else:
-        items = _items(args, done)
-        interactions = _interactions(args, items["item_id"], done)
+        sieve, items = _items(args, done)
+        known = items["item_id"][sieve.keep]
+        interactions = _interactions(args, known, done)
+        _sift_damaged(sieve, items)  # last, since it takes long
+        done["dropped"] |= sieve.dropped
+        if sieve.keep.sum() < len(known):
+            interactions = _interactions(args, items["item_id"][sieve.keep], done)
         with written_whole(folder) as partial, _as_given(partial, args):
-            _write_items(partial / "items.parquet", items)
+            _write_items(partial / "items.parquet", items, np.flatnonzero(sieve.keep).tolist())
             pa.parquet.write_table(interactions, partial / "interactions.parquet")
+            sieve.left_out.write(partial)
             catalogue, sequences = load_domain(partial)
-            catalogue.check_contents()
     done |= {
         "items": len(catalogue),
         **{f"items_with_{name}": int(catalogue.has(name).sum()) for name in ("text", *KINDS)},
@@ -222,8 +243,8 @@ def _repeated(values: Iterable[Any]) -> np.ndarray:
     return np.array(repeated, dtype=bool)
 
 
-def _items(args: PreparationArguments, done: dict[str, Any]) -> dict[str, Any]:
-    """The columns of the items, each as a list: `item_id`, `text`, other contents, and the columns to keep."""
+def _items(args: PreparationArguments, done: dict[str, Any]) -> tuple[Sieve, dict[str, Any]]:
+    """Which rows of the items are kept, and of all rows `item_id`, `text`, other contents and the columns to keep."""
     source = str(args.items)
     table = read_table(Path(source), args.separator, args.encoding)
     sieve = Sieve(source, len(table), args.drop or ())
@@ -238,40 +259,60 @@ def _items(args: PreparationArguments, done: dict[str, Any]) -> dict[str, Any]:
     rows = zip(*parts, strict=True) if parts else [()] * len(table)
     texts = [args.text_separator.join(part.strip() for part in row if part and part.strip()) or None for row in rows]
 
-    contents: dict[str, list[Any]] = {"text": texts}
+    items: dict[str, Any] = {"item_id": ids, "text": texts}
     for name, kind in KINDS.items():
-        files = _files(args, table, name, ids)
-        absent = np.array([isinstance(file, Path) and not file.is_file() for file in files], dtype=bool)
-        if f"missing_{kind}" in sieve.drop:
-            done["dropped"][f"missing_{kind}"] = int(absent.sum())
-            files = [None if gone else file for file, gone in zip(files, absent, strict=True)]
-        else:
-            sieve.sift(f"missing_{kind}", absent, lambda row, files=files: str(files[row]))
-        contents[name] = files
-    empty = [all(content is None for content in row) for row in zip(*contents.values(), strict=True)]
-    sieve.sift("empty_items", np.array(empty, dtype=bool), lambda row: repr(ids[row]))
+        items[name] = files = _files(args, table, name, ids)
+        absent = {row: gone for row in np.flatnonzero(sieve.keep).tolist() if (gone := _absent(files[row]))}
+        sieve.sift_files(f"missing_{kind}", kind, files, absent, ids)
+    _sift_empty(sieve, items)
+    return sieve, items | {name: _column(table, name, "keep", source).to_pylist() for name in args.keep or ()}
+
+
+def _sift_empty(sieve: Sieve, items: Mapping[str, Any]) -> None:
+    empty = [all(content is None for content in row) for row in zip(*(items[name] for name in CONTENTS), strict=True)]
+    sieve.sift("empty_items", np.array(empty, dtype=bool), lambda row: repr(items["item_id"][row]))
     sieve.check()
-    done["dropped"] |= sieve.dropped
-
-    result: dict[str, Any] = {"item_id": ids, **contents}
-    result |= {name: _column(table, name, "keep", source).to_pylist() for name in args.keep or ()}
-    kept = np.flatnonzero(sieve.keep).tolist()
-    result = {name: [values[row] for row in kept] for name, values in result.items()}
-    return {name: values for name, values in result.items() if any(value is not None for value in values)}
 
 
-def _files(args: PreparationArguments, table: pa.Table, name: str, ids: np.ndarray) -> list[Path | bytes | None]:
-    """The files of a modality, from a column or, without one, from a folder of files that are named by item id."""
+def _sift_damaged(sieve: Sieve, items: Mapping[str, Any]) -> None:
+    """Decode all files once."""
+    for name, kind in KINDS.items():
+        rows = [row for row in np.flatnonzero(sieve.keep).tolist() if items[name][row] is not None]
+        bad: dict[int, str] = {}
+        for start in range(0, len(rows), ROW_GROUP):
+            block = rows[start : start + ROW_GROUP]
+            files = [items[name][row] for row in block]
+            column = pa.array([_each(file, _as_struct) for file in files], _of_files(files, FILE))
+            bad |= {block[place]: reason for place, reason in damaged(name, column).items()}
+        sieve.sift_files(f"damaged_{kind}", kind, items[name], bad, items["item_id"])
+    _sift_empty(sieve, items)
+
+
+def _files(args: PreparationArguments, table: pa.Table, name: str, ids: np.ndarray) -> list[Any]:
+    """
+    The files of a modality (a path, bytes, a list of them, or `None`), from a column or, without one, from a folder of
+    files that are named by item id.
+    """
+    import datasets
+
     source, folder = str(args.items), getattr(args, f"{name}_folder")
     usual = (name, "file_name") if name == "image" else (name,)
     column = getattr(args, name) or next((other for other in usual if other in table.column_names), None)
     if column is None:
         named = media_of(Path(folder)) if folder else {}
         return [Path(named[item]) if item in named else None for item in ids]
-    files = _column(table, column, name, source).to_pylist()
-    files = [file.get("bytes") or file.get("path") if isinstance(file, dict) else file for file in files]
+    cells = _column(table, column, name, source)
+    typed_files(datasets.Dataset(pa.table({name: cells})), name, f"{source} ({column!r})")
     place = Path(folder or Path(source).parent)
-    return [place / file if isinstance(file, str) and file else file or None for file in files]
+
+    def placed(file: Any) -> Any:
+        file = file.get("bytes") or file.get("path") if isinstance(file, dict) else file
+        return place / file if isinstance(file, str) and file else file or None
+
+    return [
+        [placed(part) for part in file] or None if isinstance(file, list) else placed(file)
+        for file in cells.to_pylist()
+    ]
 
 
 def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dict[str, Any]) -> pa.Table:
@@ -282,7 +323,7 @@ def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dic
     item_column = args.interaction_item_id or (args.item_id if args.item_id in table.column_names else "item_id")
     users, user_is_float = as_ids(_column(table, args.user_id, "user_id", source))
     items, item_is_float = as_ids(_column(table, item_column, "interaction_item_id", source))
-    if user_is_float or item_is_float:
+    if (user_is_float or item_is_float) and source not in done["float_ids"]:
         done["float_ids"].append(source)
     column = _column(table, args.timestamp, "timestamp", source)
     times, undated, wrong = as_times(column, args.timestamp_format)
@@ -305,19 +346,44 @@ def _interactions(args: PreparationArguments, item_ids: Sequence[str], done: dic
     return pa.table(columns).filter(pa.array(sieve.keep))
 
 
-def _write_items(path: Path, items: dict[str, Any]) -> None:
-    """Write the items in row groups; the files of a group are read when it is written."""
-    media = {name: items.pop(name) for name in KINDS if name in items}
-    table = pa.table({name: pa.array(values) for name, values in items.items()})
-    schema = pa.schema([*table.schema, *(pa.field(name, pa.binary()) for name in media)])
+def _absent(file: Any) -> str | None:
+    """Why a cell cannot be read, if one of its files is not there."""
+    parts = file if isinstance(file, list) else [file]
+    return next((f"no file {part}" for part in parts if isinstance(part, Path) and not part.is_file()), None)
+
+
+def _of_files(files: Sequence[Any], kind: pa.DataType) -> pa.DataType:
+    """The type of a column of files: `kind`, or lists of it."""
+    return pa.list_(kind) if any(isinstance(file, list) for file in files) else kind
+
+
+def _each(file: Any, convert: Callable[[Any], Any]) -> Any:
+    """A cell whose files are converted."""
+    return [convert(part) for part in file] if isinstance(file, list) else convert(file)
+
+
+def _as_struct(file: Path | bytes | None) -> dict[str, Any] | None:
+    return {"path": str(file)} if isinstance(file, Path) else {"bytes": file} if file else None
+
+
+def _as_bytes(file: Path | bytes | None) -> bytes | None:
+    return file.read_bytes() if isinstance(file, Path) else file
+
+
+def _write_items(path: Path, items: Mapping[str, Any], rows: Sequence[int]) -> None:
+    """Write the items at `rows` in row groups; the files of a group are read when it is written."""
+    columns = {name: [values[row] for row in rows] for name, values in items.items()}
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    media = {name: columns.pop(name) for name in KINDS if name in columns}
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    kinds = {name: _of_files(files, pa.binary()) for name, files in media.items()}
+    schema = pa.schema([*table.schema, *kinds.items()])
     with pa.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(table), ROW_GROUP):
             part = table.slice(start, ROW_GROUP)
             for name, files in media.items():
-                contents = [
-                    file.read_bytes() if isinstance(file, Path) else file for file in files[start : start + ROW_GROUP]
-                ]
-                part = part.append_column(name, pa.array(contents, pa.binary()))
+                contents = [_each(file, _as_bytes) for file in files[start : start + ROW_GROUP]]
+                part = part.append_column(name, pa.array(contents, kinds[name]))
             writer.write_table(part)
 
 

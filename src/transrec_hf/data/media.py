@@ -102,9 +102,10 @@ class Files:
     """
 
     name: str
-    mend = "Replace or delete them."
+    mend: str
 
     def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
+        self.mend = f"Replace or delete them; transrec prepare --drop damaged_{KINDS[self.name]} leaves them out."
         self._rows, self._folder = rows, folder
         self._places = np.arange(len(rows))
         masks = []

@@ -33,6 +33,7 @@ MEDIA_FOLDER = re.compile("cover|image|poster|video|audio|preview|frame", re.IGN
 """Names of folders with one file for each item, which are not searched for other files."""
 SAMPLE = 10_000
 """Rows of a file without a header that are used to recognise its columns."""
+LEFT_OUT_NAME = "left_out.csv"
 MOST_LISTED = 100_000
 SECONDS = range(946_684_800, 4_102_444_800)  # of the years 2000 to 2099
 
@@ -50,6 +51,14 @@ class LeftOut:
             self.counts[kind] += 1
             if len(self.listed) < MOST_LISTED:
                 self.listed[kind, name] = reason
+
+    def write(self, folder: Path) -> None:
+        """Write the list as `left_out.csv`, unless it is empty."""
+        if self.listed:
+            with open(folder / LEFT_OUT_NAME, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(("kind", "name", "reason"))
+                writer.writerows((kind, name, reason) for (kind, name), reason in self.listed.items())
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from .reading import BLOCK
 
 ITEMS_AT_A_TIME = 1000
 BYTES_AT_A_TIME = 2**28
-LEFT_OUT_NAME = "left_out.csv"
 
 
 def write_published(
@@ -76,11 +74,7 @@ def write_published(
         )
     log.write(folder / "interactions.parquet", known, users)
     left_out.counts["items that no interaction names"] = items.unused
-    if left_out.listed:
-        with open(folder / LEFT_OUT_NAME, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("kind", "name", "reason"))
-            writer.writerows((kind, name, reason) for (kind, name), reason in left_out.listed.items())
+    left_out.write(folder)
     return {"dropped": dict(+left_out.counts), "notes": published.notes}
 
 
@@ -221,19 +215,23 @@ class _Items:
 
     def _sound(self, table: pa.Table, name: str) -> pa.ChunkedArray:
         """A column of files, without the files that cannot be decoded."""
-        import datasets
-
         column = table[name]
-        files = pa.StructArray.from_arrays(
-            [column.combine_chunks(), pa.nulls(len(table), pa.string())], ["bytes", "path"]
-        )
-        rows = datasets.Dataset(pa.table({name: files})).with_format("arrow")
-        bad = READERS[name](rows, None).defects(full=True)
+        files = [column.combine_chunks(), pa.nulls(len(table), pa.string())]
+        bad = damaged(name, pa.StructArray.from_arrays(files, ["bytes", "path"]))
         for row, reason in bad.items():
             self.left_out.add(KINDS[name], table["item_id"][row].as_py(), reason)
         keep = np.ones(len(table), dtype=bool)
         keep[list(bad)] = False
         return pc.if_else(pa.array(keep), column, None)
+
+
+def damaged(name: str, files: pa.Array) -> dict[int, str]:
+    """
+    Which files of a modality cannot be decoded, and why. `files` are structs of `bytes` and `path`, or lists of them.
+    """
+    import datasets
+
+    return READERS[name](datasets.Dataset(pa.table({name: files})).with_format("arrow"), None).defects(full=True)
 
 
 def _is_missing(name: str) -> bool:
