@@ -296,21 +296,107 @@ def test_missing_parts_are_named_before_anything_runs(name: str, said: str, tmp_
 @pytest.mark.parametrize(
     ("log", "said"),
     [
-        (
-            "",
-            "TN_pair.csv: none of its first rows has 3 cells .user, item, timestamp. of which one is",
-        ),
+        ("", "TN_pair.csv: has no rows. Download it again"),
         ("<html>Sign in</html>\n", "the first one is '<html>Sign in</html>'. Download it again"),
         ("u1,x1,1600000000\nu1,x2,1600000001\n", "the first one is 'u1,x1,1600000000'"),
-        ("user,item,timestamp\n", "no interaction is left: none has a user, an item and a time"),
+        ("user,item,timestamp\n", "TN_pair.csv: has no rows"),
+        ("user,item,timestamp\nu1,11,soon\n", "no interaction is left: none has a user, a time and an item"),
+        ("0,11,u1,1600000000\n1,12,u1,1600000060\n", "has 3 cells .*'0,11,u1,1600000000'.*names of its columns"),
+        ("11,u1,soon\n12,u1,later\n", "none of its columns is a timestamp; the first row is '11,u1,soon'"),
     ],
-    ids=["empty", "page", "other items", "header"],
+    ids=["empty", "page", "other items", "header", "no time", "rows numbered", "no column of times"],
 )
 def test_a_log_without_interactions_is_named(log: str, said: str, tmp_path: Path) -> None:
     ninerec(tmp_path)
     (tmp_path / "TN_pair.csv").write_text(log)
     with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path))}.*{said}"):
         prepared(tmp_path, "ninerec", domain="TN")
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
+def test_any_file_may_be_compressed_and_an_empty_one_is_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    layout, options, _ = MADE[make]
+    make(tmp_path)
+    files = [
+        path for path in tmp_path.rglob("*.*") if path.suffix in (".csv", ".tsv", ".json", ".jsonl", ".dat", ".item")
+    ]
+    for path in files:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert prepared(tmp_path, layout, **options)["interactions"] == len(EVENTS)
+    shutil.rmtree(tmp_path / "made")
+    for path in files:
+        packed = path.with_name(f"{path.name}.gz")
+        whole = packed.read_bytes()
+        packed.write_bytes(gzip.compress(b"\n"))
+        if not path.name.startswith(("QB", "item_info")) and path.parent.name != "item_info":  # nobody needs these
+            with pytest.raises(DataError, match=re.escape(packed.name)):
+                prepared(tmp_path, layout, **options)
+            assert not (tmp_path / "made").exists()
+        packed.write_bytes(whole)
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
+def test_contents_that_are_not_there_are_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    layout, options, _ = MADE[make]
+    absent = "video" if layout != "microlens" else "image"
+    shutil.rmtree(tmp_path / "MicroLens-50k_covers", ignore_errors=True)
+    with pytest.raises(DataError, match=rf"there is no {absent}\. Name some of \['text'.* with --modalities"):
+        prepared(tmp_path, layout, **options, modalities=absent)
+
+
+def test_titles_are_found_in_any_column_and_in_the_other_language(tmp_path: Path, capsys: Any) -> None:
+    ninerec(tmp_path)
+    write(tmp_path, {"TN_item.csv": '鞋,11,Red shoe\n鞋,12,Blue\n帽子,13,Green hat\n"broken\n'})
+    prepared(tmp_path, "ninerec", domain="TN", language="zh")
+    assert "ids are in column 2, titles (zh) in column 1" in capsys.readouterr().out
+    assert [load_domain(tmp_path / "made")[0].text(row) for row in range(3)] == ["鞋", "鞋", "帽子"]
+    shutil.rmtree(tmp_path / "made")
+    write(tmp_path, {"TN_item.csv": "id,title\n11,Red shoe\n12,Blue\n13,Green hat\n"})
+    prepared(tmp_path, "ninerec", domain="TN", language="zh")
+    assert "ids are in column 1, titles (en, because there are none in zh) in column 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [(user, item, time), (item, user, time), (time, item, user)])
+def test_users_with_ids_like_those_of_items_are_the_column_with_fewer(order: Any, tmp_path: Path) -> None:
+    events = [(str(1 + n % 3), str(1 + n), T + n) for n in range(12)]
+    titles = "".join(f"{n},标题,Title {n}\n" for n in range(1, 13))
+    write(tmp_path, {"KU_pair.csv": rows(*order, events=events), "KU_item.csv": titles})
+    done = prepared(tmp_path, "ninerec")
+    assert (done["users"], done["items"]) == (3, 12)
+
+
+def test_dates_are_times_in_a_file_without_a_header_too(tmp_path: Path) -> None:
+    ninerec(tmp_path)
+    write(tmp_path, {"TN_pair.csv": rows(user, lambda u, i, t: f"2020-09-01 10:00:{t - T:02}", item)[:-30]})
+    assert prepared(tmp_path, "ninerec", domain="TN")["users"] == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "lines", "said"),
+    [
+        (morec, "mind_60w_users.tsv", "u1 11 12\n", r"none has .*\(mind_60w_users.tsv, row 1: no tab between"),
+        (morec, "mind_60w_users.tsv", "u1\t11,12\n", "no item of the interactions .such as '11,12'. .*such as '11'"),
+        (amazon_2023, "Games.valid.csv", None, "are missing: the valid part .Games.valid.csv."),
+        (movielens_25m, "movies.csv", "<html>\n<body>\n", r"no item is left: .*\(movies.csv, row 1: 1 cells instead"),
+    ],
+    ids=["no tab", "commas", "a part", "page"],
+)
+def test_what_leaves_nothing_is_said(
+    make: Callable[[Path], None], name: str, lines: str | None, said: str, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    (tmp_path / name).unlink() if lines is None else (tmp_path / name).write_text(lines)
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path, MADE[make][0])
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_rating_that_nothing_has_is_said(tmp_path: Path) -> None:
+    ninerec(tmp_path)
+    with pytest.raises(DataError, match="an item and a time and a rating of at least 3"):
+        prepared(tmp_path, "ninerec", domain="TN", min_value=3)
 
 
 def test_that_no_folder_of_media_is_there_is_said(tmp_path: Path, capsys: Any) -> None:

@@ -9,10 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from ..errors import DataError, printable
 from .published import (
+    SAMPLE,
+    LeftOut,
     Parts,
     Published,
     Table,
@@ -21,6 +24,8 @@ from .published import (
     json_lines,
     lines_of,
     media_of,
+    name_of,
+    no_rows,
     number_of,
     open_table,
     seconds_of,
@@ -48,12 +53,17 @@ def pairs(table: Table) -> Interactions:
         yield row["user"].strip(), row["item"].strip(), time_of(row["timestamp"]), value
 
 
-def sequences(path: Path) -> Interactions:
+def sequences(path: Path, left_out: LeftOut) -> Interactions:
     """Interactions from lines of a user, a tab, and items in time order; the position of an item is its timestamp."""
-    for line in lines_of(path):
-        user, _, items = line.strip().partition("\t")
+    number = 0
+    for number, line in enumerate(filter(str.strip, lines_of(path)), start=1):
+        user, tab, items = line.strip().partition("\t")
+        if not tab:
+            left_out.add("rows", f"{path.name}, row {number}", "no tab between a user and items")
         for place, item in enumerate(items.split()):
             yield user, item, place, None
+    if not number:
+        raise no_rows(path)
 
 
 def interactions_of(
@@ -64,12 +74,42 @@ def interactions_of(
         table = open_table(parts, pair[0], PAIR, ("user", "item", "timestamp"), known=known)
         return lambda: pairs(table)
     parts.notes.append(f"{lines[0].name}: items are in time order; their positions are the timestamps")
-    return lambda: sequences(lines[0])
+    return lambda: sequences(lines[0], parts.left_out)
+
+
+def titles_of(parts: Parts, path: Path, log: Path, language: str) -> Table:
+    """
+    The table of ids and titles in a file that may have no header. Ids are the column that the interactions name most;
+    Chinese titles are told by their characters.
+    """
+    sample = list(islice(cells_of(path), 200))
+    if not sample:
+        raise no_rows(path)
+    width = mode(map(len, sample))
+    if width < 2:
+        raise DataError(
+            f"{printable(path)}: has only one column instead of an id and titles, separated by commas. Download it "
+            "again."
+        )
+    named = {cell for line in islice(lines_of(log), SAMPLE) for cell in re.split(r"[\s,]+", line)}
+    columns = [[row[column].strip() for row in sample if len(row) == width] for column in range(width)]
+    ids = max(range(width), key=lambda column: (sum(cell in named for cell in columns[column]), -column))
+    chinese = [sum(bool(CHINESE.search(cell)) for cell in cells) for cells in columns]
+    others = [column for column in range(width) if column != ids]
+    title = (max if language == "zh" else min)(others, key=lambda column: (chinese[column], column))
+    found = "zh" if chinese[title] > len(sample) / 2 else "en"
+    has_header = columns[ids][0].lower() in (*ITEMS, "id")
+    header = "" if has_header else "no header; "
+    only = "" if found == language else f", because there are none in {language}"
+    parts.notes.append(
+        f"{path.name}: {header}ids are in column {ids + 1}, titles ({found}{only}) in column {title + 1}"
+    )
+    return Table(path, ",", {"item_id": ids, "title": title}, has_header, parts.left_out)
 
 
 def ninerec(parts: Parts, domain: str | None, language: str) -> Published:
     """NineRec: `D_pair.csv` or `D_behaviour.tsv`, `D_item.csv` and `D_cover/` of each data set D."""
-    named = [re.sub(r"_(pair|behaviour|item)\.(csv|tsv)$", "", file.name) for file in parts.files("*_item.csv")]
+    named = [name_of(file).removesuffix("_item.csv") for file in parts.files("*_item.csv")]
     if not named:
         parts.miss("items of a data set (D_item.csv, for D as TN)")
     chosen = parts.choose(named, domain)
@@ -80,22 +120,7 @@ def ninerec(parts: Parts, domain: str | None, language: str) -> Published:
     shared = ("bili*_cover*", "source_cover*") if chosen.lower().startswith("bili") else ()
     cover = parts.folder(f"{chosen.lower()}_cover*", *shared)
     parts.check()
-    sample = list(islice(cells_of(item), 200))
-    width = max((len(row) for row in sample), default=0)
-    texts = range(1, width)
-    if not texts:
-        raise DataError(
-            f"{printable(item)}: has only one column instead of an id and titles, separated by commas. Download it "
-            "again."
-        )
-    shares = {
-        column: sum(bool(CHINESE.search("".join(row[column : column + 1]))) for row in sample) for column in texts
-    }
-    title = (max if language == "zh" else min)(texts, key=lambda column: (shares[column], column))
-    has_header = sample[0][0].strip().lower() in (*ITEMS, "id")
-    table = Table(item, ",", {"item_id": 0, "title": title}, has_header, parts.left_out)
-    header = "" if has_header else "no header; "
-    parts.notes.append(f"{item.name}: {header}ids are in column 1, titles ({language}) in column {title + 1}")
+    table = titles_of(parts, item, (pair or lines)[0], language)
     covers = media_of(cover)
     known = dict.fromkeys((row["item_id"].strip() for row in table), True) | dict.fromkeys(covers, True)
 
@@ -109,7 +134,7 @@ def ninerec(parts: Parts, domain: str | None, language: str) -> Published:
 
 def morec(parts: Parts, domain: str | None, language: str) -> Published:
     """MoRec (MIND, HM, Bili): `D_users.tsv`, `D_items.tsv` of ids and, for MIND, titles, and a folder of images."""
-    named = [file.name.removesuffix("_users.tsv") for file in parts.files("*_users.tsv")]
+    named = [name_of(file).removesuffix("_users.tsv") for file in parts.files("*_users.tsv")]
     if not named:
         parts.miss("lines of users (D_users.tsv, for D as mind_60w)")
     chosen = parts.choose(named, domain)
@@ -132,7 +157,7 @@ def morec(parts: Parts, domain: str | None, language: str) -> Published:
 
 def microlens(parts: Parts, domain: str | None, language: str) -> Published:
     """MicroLens: `D_pairs.csv` or `.tsv`, `D_title*.csv`, and folders of covers, audios and videos named by item."""
-    named = [re.sub(r"_pairs\.(csv|tsv)$", "", file.name) for file in parts.files("*_pairs.csv", "*_pairs.tsv")]
+    named = [re.sub(r"_pairs\.(csv|tsv)$", "", name_of(file)) for file in parts.files("*_pairs.csv", "*_pairs.tsv")]
     if not named:
         parts.miss("interactions (D_pairs.csv or D_pairs.tsv, for D as MicroLens-50k)")
     chosen = parts.choose(named, domain)
@@ -146,6 +171,8 @@ def microlens(parts: Parts, domain: str | None, language: str) -> Published:
     parts.check()
     names = {"item": (*ITEMS, "id"), "title": ("title", "text", "caption")}
     table = open_table(parts, titles[0], names, ("item", "title")) if titles else None
+    if table is None:
+        parts.notes.append(f"no titles: there is no file {chosen}_title*.csv")
     known = dict.fromkeys((row["item"] for row in table or ()), True) | dict.fromkeys(chain(*media.values()), True)
 
     def items() -> Items:
@@ -164,7 +191,7 @@ def microlens(parts: Parts, domain: str | None, language: str) -> Published:
 def pixelrec(parts: Parts, domain: str | None, language: str) -> Published:
     """PixelRec: CSV files of interactions and of items, told by their headers, and a folder of covers."""
     headers = {file: next(cells_of(file), []) for file in parts.files("*.csv")}
-    pair = {file.stem: file for file, header in headers.items() if "user_id" in header}
+    pair = {name_of(file).removesuffix(".csv"): file for file, header in headers.items() if "user_id" in header}
     info = [file for file, header in headers.items() if "item_id" in header and {"title", "title_en"} & {*header}]
     if not pair:
         parts.miss("interactions (a CSV of item_id, user_id, timestamp, as Pixel200K.csv)")
@@ -174,7 +201,9 @@ def pixelrec(parts: Parts, domain: str | None, language: str) -> Published:
     if not pair or not (info or images):
         parts.check()
     chosen = parts.choose(pair, domain)
-    same = [file for file in info if file.stem == chosen] or info
+    same = [file for file in info if name_of(file) == f"{chosen}.csv"] or info
+    if not info:
+        parts.notes.append("no titles: there is no CSV of item_id, title, ...")
     fields = [name for name in headers[same[0]] if name != "item_id"] if same else []
     table = (
         Table(
@@ -202,22 +231,23 @@ def amazon(parts: Parts, domain: str | None, language: str) -> Published:
     `.jsonl`; compressed or not.
     """
     endings = ("_5.json", ".train.csv", ".csv", ".jsonl", ".json")
-    stem = re.compile(r"(_5)?(\.(train|valid|test))?\.(csv|jsonl|json)(\.gz)?$")
-    meta = {stem.sub("", file.name)[5:]: file for file in parts.files("meta_*.json", "meta_*.jsonl")}
+    stem = re.compile(r"(_5)?(\.(train|valid|test))?\.(csv|jsonl|json)$")
+    meta = {stem.sub("", name_of(file))[5:]: file for file in parts.files("meta_*.json", "meta_*.jsonl")}
     found = [file for file in parts.files("*.json", "*.jsonl", "*.csv") if not file.name.startswith("meta_")]
     if not meta:
         parts.miss("items (meta_C.jsonl.gz, or of 2018 meta_C.json.gz, for a category C)")
     if not found:
         parts.miss("interactions (C.csv.gz, C.jsonl.gz, or of 2018 C_5.json.gz)")
     parts.check()
-    chosen = parts.choose({stem.sub("", file.name) for file in found} & meta.keys() or meta, domain)
+    chosen = parts.choose({stem.sub("", name_of(file)) for file in found} & meta.keys() or meta, domain)
     mine = [file for ending in endings for file in parts.files(f"{chosen}{ending}")]
     if not mine:
         parts.miss(f"interactions of {chosen} ({chosen}_5.json, .csv or .jsonl)")
         parts.check()
     logs = mine[:1]
     if ".train." in mine[0].name:
-        logs += parts.files(f"{chosen}.valid.csv", f"{chosen}.test.csv")
+        logs += [parts.need(f"the {part} part", f"{chosen}.{part}.csv") for part in ("valid", "test")]
+        parts.check()
     parts.notes.append(f"interactions are those of {', '.join(file.name for file in logs)}")
     parts.notes.append("images are named by URLs, which are not downloaded; a folder images/ is read, named by item")
     known: dict[str, bool] = {}
@@ -312,7 +342,7 @@ def movielens(parts: Parts, domain: str | None, language: str) -> Published:
     parts.check()
     encoding, order = encoding_of(movies), ("user", "item", "value", "timestamp")
     marks = {"ratings.dat": "::", "movies.dat": "::", "u.data": "\t", "u.item": "|"}
-    places = [marks.get(re.sub(r"\.(gz|bz2)$", "", path.name), ",") for path in (ratings, movies)]
+    places = [marks.get(name_of(path), ",") for path in (ratings, movies)]
     names = {**PAIR, "value": VALUES}
     columns = {name: place for place, name in enumerate(order)}
     if places[0] == ",":
@@ -387,6 +417,8 @@ def music4all(parts: Parts, domain: str | None, language: str) -> Published:
     log = open_table(parts, heard, PAIR)
     names: dict[str, Sequence[str]] = {"item_id": ("id", "track_id"), "artist": ("artist",), "song": ("song", "track")}
     table = None if tracks is None else open_table(parts, tracks, names)
+    if table is None:
+        parts.notes.append("no artists and songs: there is no file id_information.csv")
 
     def items() -> Items:
         if table is None:

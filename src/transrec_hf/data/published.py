@@ -60,6 +60,11 @@ class LeftOut:
                 writer.writerow(("kind", "name", "reason"))
                 writer.writerows((kind, name, reason) for (kind, name), reason in self.listed.items())
 
+    def example(self) -> str:
+        """The first thing that was left out, to go on with a sentence; nothing if there is none."""
+        (_, name), reason = next(iter(self.listed.items()), (("", ""), ""))
+        return f" ({shortened(name, 100)}: {shortened(reason, 100)})" if name else ""
+
 
 @dataclass
 class Published:
@@ -122,10 +127,7 @@ class Parts:
     def files(self, *patterns: str) -> list[Path]:
         """Files whose names match, compressed or not, those of the first pattern first."""
         return [
-            file
-            for pattern in patterns
-            for file in self._files
-            if fnmatch(re.sub(r"\.(gz|bz2)$", "", file.name).lower(), pattern.lower())
+            file for pattern in patterns for file in self._files if fnmatch(name_of(file).lower(), pattern.lower())
         ]
 
     def folder(self, *patterns: str) -> Path | None:
@@ -177,6 +179,16 @@ class Parts:
 
         place = printable(self.root)
         return Published(with_media, interactions, tuple(text), found, self.notes, self.left_out, place)
+
+
+def name_of(path: Path) -> str:
+    """The name of a file without the suffix of its compression."""
+    return re.sub(r"\.(gz|bz2)$", "", path.name)
+
+
+def no_rows(path: Path) -> DataError:
+    """The error for a file in which nothing is written."""
+    return DataError(f"{printable(path)}: has no rows. Download it again.")
 
 
 def media_of(folder: Path | None) -> dict[str, str]:
@@ -240,8 +252,11 @@ class Table:
     encoding: str = "utf-8-sig"
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        """The cells of each row by column name; rows that lack a cell are left out."""
-        width, columns = max(self.columns.values()) + 1, self.columns.items()
+        """
+        The cells of each row by column name; rows that lack a cell are left out. Raises [`DataError`] if there is no
+        row.
+        """
+        number, width, columns = 0, max(self.columns.values()) + 1, self.columns.items()
         rows = cells_of(self.path, self.delimiter, self.encoding)
         for number, row in enumerate(islice(rows, int(self.has_header), None), start=1):
             if len(row) < width:
@@ -249,6 +264,8 @@ class Table:
                 self.left_out.add("rows", f"{self.path.name}, row {number}", reason)
                 continue
             yield {name: row[place] for name, place in columns}
+        if not number:
+            raise no_rows(self.path)
 
 
 def open_table(
@@ -274,11 +291,13 @@ def open_table(
             header.
 
     Raises:
-        [`DataError`]: If there is no header, and the order of the columns is not known.
+        [`DataError`]: If the file is empty, or has no header and the order of its columns cannot be recognised.
     """
     if delimiter is None:
         delimiter = "\t" if "\t" in next(lines_of(path, encoding), "") else ","
     first = [cell.strip().lower() for cell in next(cells_of(path, delimiter, encoding), [])]
+    if not first:
+        raise no_rows(path)
     columns = {
         name: first.index(alias) for name, aliases in names.items() for alias in aliases[::-1] if alias in first
     }
@@ -290,39 +309,59 @@ def open_table(
         raise DataError(
             f"{printable(path)}: has no column {', '.join(missing)}; found {shortened(first, 300)}. Download it again."
         )
-    sample = [row for row in islice(cells_of(path, delimiter, encoding), SAMPLE) if len(row) >= len(order)]
-    if known and not any(cell in known for row in sample for cell in row):
+    sample = [
+        [cell.strip() for cell in row]
+        for row in islice(cells_of(path, delimiter, encoding), SAMPLE)
+        if len(row) == len(order)
+    ]
+    if not sample or (known and not any(cell in known for row in sample for cell in row)):
         line = shortened(next(lines_of(path, encoding), "").strip(), 100)
         raise DataError(
             f"{printable(path)}: none of its first rows has {len(order)} cells ({', '.join(order)}) of which one is "
-            f"the id of an item; the first one is {line!r}. Download it again."
+            f"the id of an item; the first one is {line!r}. Download it again, or write the names of its columns in "
+            "the first line."
         )
-    found = _told_apart(sample, order, known) if known else dict(zip(order, range(len(order)), strict=True))
+    if known:
+        found = _told_apart(path, sample, order, known)
+    else:
+        found = dict(zip(order, range(len(order)), strict=True))
     in_order = ", ".join(sorted(found, key=found.__getitem__))
     how = "recognised by their cells" if known else "in the published order"
     parts.notes.append(f"{path.name}: no header; its columns are {in_order}, {how}")
     return table(columns=found, has_header=False)
 
 
-def _told_apart(sample: Sequence[Sequence[str]], order: Sequence[str], known: Container[str]) -> dict[str, int]:
-    """The columns, recognised by their cells: items are known, times are of this century, ratings are small."""
-    left = list(range(len(order)))
-    share = [sum(row[column] in known for row in sample) / max(1, len(sample)) for column in left]
+def _told_apart(
+    path: Path, sample: Sequence[Sequence[str]], order: Sequence[str], known: Container[str]
+) -> dict[str, int]:
+    """
+    The columns, recognised by their cells: items are known, times are of this century, ratings are small. Where users
+    have ids like those of items, items are the column with more of them, because such users are fewer than items.
+    """
+    left, cells = list(range(len(order))), list(zip(*sample, strict=True))
+    share = [sum(cell in known for cell in column) / len(sample) for column in cells]
     found = {}
     for name, fits in (("timestamp", _is_time), ("value", _is_rating)):
         if name in order:
-            fitting = [column for column in left if sample and all(fits(row[column]) for row in sample)]
+            fitting = [column for column in left if 2 * sum(map(fits, cells[column])) > len(sample)]
+            if not fitting:
+                raise DataError(
+                    f"{printable(path)}: none of its columns is a {name}; the first row is "
+                    f"{shortened(','.join(sample[0]), 100)!r}. Download it again, or write the names of its columns "
+                    "in the first line."
+                )
             published = order.index(name)
-            found[name] = published if published in fitting or not fitting else min(fitting, key=share.__getitem__)
+            found[name] = published if published in fitting else min(fitting, key=share.__getitem__)
             left.remove(found[name])
-    published = order.index("item") if order.index("item") in left else left[0]
-    found["item"] = max(left, key=lambda column: (round(share[column], 2), column == published))
+    published = order.index("item")
+    found["item"] = max(left, key=lambda n: (round(share[n], 2), len({*cells[n]}), n == published))
     left.remove(found["item"])
     return {**found, "user": left[0]}
 
 
 def _is_time(cell: str) -> bool:
-    return cell.isdecimal() and (int(cell) in SECONDS or int(cell) // 1000 in SECONDS)
+    time = time_of(cell)
+    return time is not None and (time in SECONDS or time // 1000 in SECONDS)
 
 
 def _is_rating(cell: str) -> bool:

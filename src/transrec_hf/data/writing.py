@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from transformers.utils import logging
 
-from ..errors import DataError
+from ..errors import DataError, shortened
 from .columns import MISSING_WORDS, missing_words
 from .contents import READERS
 from .media import KINDS
@@ -56,21 +56,29 @@ def write_published(
     Raises:
         [`DataError`]: If nothing is left, or a field of the text does not exist.
     """
-    left_out = published.left_out
+    left_out, place = published.left_out, published.place
+    has = (*(("text",) if published.text else ()), *published.media)
+    if lacking := [name for name in modalities or () if name not in has]:
+        raise DataError(
+            f"{place}: there is no {' and no '.join(lacking)}. Name some of {list(has)} with --modalities."
+        )
     log = _Log(published, min_value)
     users, wanted = log.core(k_core) if k_core > 1 else (None, log.items())
     if not wanted:
+        rated = "" if min_value is None else f" and a rating of at least {min_value:g}"
         raise DataError(
-            f"{published.place}: no interaction is left: none has a user, an item and a time. Check the files."
+            f"{place}: no interaction is left: none has a user, an item and a time{rated}{left_out.example()}. "
+            "Check the files and options."
         )
     columns = [name for name in published.media if modalities is None or name in modalities]
     fields = list(text or published.text) if modalities is None or "text" in modalities else []
     items = _Items(published, wanted, fields, separator, columns)
     known = items.write(folder / "items.parquet")
     if not known:
+        among = f" (such as {shortened(items.first)!r})" if items.first else ""
         raise DataError(
-            f"{published.place}: no item is left: no item of the interactions has a title or a file that can be read. "
-            "Check the files."
+            f"{place}: no item is left: no item of the interactions (such as {shortened(min(wanted))!r}) is among the "
+            f"items{among} with a title or a file that can be read{left_out.example()}. Check the files."
         )
     log.write(folder / "interactions.parquet", known, users)
     left_out.counts["items that no interaction names"] = items.unused
@@ -114,7 +122,9 @@ class _Log:
                 break
             users, items = users[keep], items[keep]
         if not len(users):
-            raise DataError(f"the {k}-core of the interactions is empty. Give a smaller --k_core.")
+            raise DataError(
+                f"{self.published.place}: the {k}-core of the interactions is empty. Give a smaller --k_core."
+            )
         kept_users, kept_items = (
             set(np.array(list(known), dtype=object)[np.unique(kept)].tolist())
             for kept, known in zip((users, items), names, strict=True)
@@ -133,7 +143,8 @@ class _Log:
                 rows += len(block)
         if not rows:
             raise DataError(
-                "no interaction is left: none has a user, a time and an item that can be used. Check the files."
+                f"{self.published.place}: no interaction is left: none has a user, a time and an item that can be "
+                f"used{self.published.left_out.example()}. Check the files."
             )
 
     def _kept(self, known: set[str], users: set[str] | None) -> Iterator[tuple[str, str, int]]:
@@ -156,7 +167,7 @@ class _Items:
     ):
         self.published, self.wanted, self.fields, self.media = published, wanted, fields, media
         self.separator, self.left_out = separator, published.left_out
-        self.unused = 0
+        self.unused, self.first = 0, ""
 
     def write(self, path: Path) -> set[str]:
         """Write the items part by part, and return their ids."""
@@ -181,6 +192,7 @@ class _Items:
         bar = logging.tqdm(desc="Reading items", total=len(self.wanted), delay=2)
         for item in self.published.items():
             name = item["item_id"]
+            self.first = self.first or name
             if unknown := [field for field in self.fields if field not in item]:
                 have = [field for field in item if field not in (*READERS, "item_id")]
                 raise DataError(f"items have no field {unknown[0]!r}. Name some of {have} with --text.")
