@@ -1,14 +1,15 @@
 """
 Measure which sources help which target. A text model is pre-trained on one source, on all sources mixed evenly or by
 temperature, and on all sources with each step weighted by how well its gradient agrees with that of the target. Then
-it is trained on the target. See docs/meta_transfer.md.
+it is trained on the target: the whole of it or, of the mixtures, also as much as validation chooses (`guarded`). See
+docs/meta_transfer.md.
 
     python examples/ablations/meta_transfer.py --text_model all-MiniLM-L6-v2 \\
         --sources data/movielens-1m data/amazon-games data/amazon-toys data/yelp \\
         --targets data/amazon-beauty data/movielens-2000s data/hm --results examples/results/meta_transfer.csv
 
 The tower is frozen and its states are stored. Only a part of the users of each source and target is used. Differences
-are those to `scratch`, with 95 % intervals over users and seeds.
+are those to `scratch`, which starts from the same seed, with 95 % intervals over users and seeds.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from transrec_hf import (
 )
 from transrec_hf.evaluation.metrics import metric_values
 from transrec_hf.training.mixing import MixedTrainer
+from transrec_hf.training.transfer import choose_start, start_from
 
 
 METRICS = ("hit_rate@10", "ndcg@10")
+MIXTURES = {"equal": 0.0, "temperature 0.5": 0.5}
 COLUMNS = (
-    *("target", "strategy", "metric", "value", "difference", "low", "high", "cosine"),
+    *("target", "strategy", "metric", "value", "difference", "low", "high", "cosine", "starts"),
     *OF_A_RUN,
 )
 
@@ -86,6 +89,7 @@ def main() -> None:
     processor = TransRecProcessor.from_towers(text_model=options.text_model)
     ranks: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
     cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
+    starts: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def arguments(folder: str, seed: int, **more: Any) -> TransRecTrainingArguments:
         return TransRecTrainingArguments(
@@ -104,59 +108,66 @@ def main() -> None:
             **more,
         )
 
-    def finish(trainer: TransRecTrainer) -> TransRecTrainer:
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return trainer
+    never: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
 
     def pretrain(folder: str, seed: int, domains: dict[str, tuple[Catalogue, Split]], **mixing: Any) -> MixedTrainer:
         set_seed(seed)
         model = TransRecModel.from_text_vision_pretrained(options.text_model, hidden_size=options.hidden_size)
-        never: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-        args = arguments(folder, seed, num_train_epochs=options.epochs, **never)
+        args = arguments(folder, seed, num_train_epochs=options.epochs, eval_strategy="no", **never)
         trainer = MixedTrainer(model, args, domains=domains, processing_class=processor, **mixing)
-        finish(trainer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         trainer.model.save_pretrained(folder)
         return trainer
 
-    def evaluate(folder: str, seed: int, target: str, strategy: str, start: str | None) -> None:
-        set_seed(seed)
-        if start is None:
-            model = TransRecModel.from_text_vision_pretrained(options.text_model, hidden_size=options.hidden_size)
-        else:
-            model = TransRecModel.from_pretrained(start)
+    def evaluate(folder: str, seed: int, target: str, strategy: str, checkpoint: str) -> None:
+        model = TransRecModel.from_pretrained(checkpoint)
         catalogue, split = sample(target, seed, users=options.target_users)
-        args = arguments(folder, seed, num_train_epochs=options.epochs + 1)
-        trainer = TransRecTrainer(model, args, catalogue=catalogue, split=split, processing_class=processor)
-        finish(trainer)
+
+        def trainer_of(place: str, epochs: int, **more: Any) -> TransRecTrainer:
+            args = arguments(place, seed, num_train_epochs=epochs, **more)
+            trainer = TransRecTrainer(model, args, catalogue=catalogue, split=split, processing_class=processor)
+            trainer.remove_callback(PrinterCallback)
+            return trainer
+
+        name = Path(target).name
+        if strategy.endswith("guarded"):
+            start = choose_start(model, lambda place: trainer_of(place, 1, **never), seed=seed).init
+            starts[name, strategy].append(start)
+        else:
+            start_from(model, "none" if strategy == "scratch" else "all", seed)
+        set_seed(seed)
+        trainer = trainer_of(folder, options.epochs + 1)
+        trainer.train()
         evaluator = trainer.ranking_evaluator(split.test, max_users=options.max_targets)
         found = evaluator.rank_model(trainer.model).ranks
-        ranks[Path(target).name, strategy].append(found)
+        ranks[name, strategy].append(found)
         values = " ".join(f"{metric_values(found, metric).mean():.4f}" for metric in METRICS)
-        print(f"{seed} {Path(target).name:16} {strategy:24} {values}", flush=True)
+        print(f"{seed} {name:16} {strategy:29} {values} {' '.join(starts[name, strategy][-1:])}", flush=True)
 
     names = {Path(source).name: source for source in options.sources}
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             sources = {name: sample(source, seed, options.source_share) for name, source in names.items()}
-            starts: dict[str, str | None] = {"scratch": None}
+            checkpoints = {name: f"{folder}/{name}" for name in (*sources, *MIXTURES)}
             for name, domain in sources.items():
-                starts[name] = f"{folder}/{name}"
-                pretrain(f"{folder}/{name}", seed, {name: domain})
-            for strategy, temperature in (("equal", 0.0), ("temperature 0.5", 0.5)):
-                starts[strategy] = f"{folder}/{strategy}"
-                pretrain(f"{folder}/{strategy}", seed, sources, temperature=temperature)
+                pretrain(checkpoints[name], seed, {name: domain})
+            for strategy, temperature in MIXTURES.items():
+                pretrain(checkpoints[strategy], seed, sources, temperature=temperature)
+            checkpoints["scratch"] = checkpoints["equal"]
             for target in options.targets:
                 name = Path(target).name
                 domains = {**sources, name: sample(target, seed, users=options.target_users)}
-                starts["gradient similarity"] = f"{folder}/towards {name}"
+                checkpoints["gradient similarity"] = f"{folder}/towards {name}"
                 towards: dict[str, Any] = {"similarity": "grad_cosine", "target": name}
-                trainer = pretrain(f"{folder}/towards {name}", seed, domains, **towards)
+                trainer = pretrain(checkpoints["gradient similarity"], seed, domains, **towards)
                 assert trainer.gradients is not None
                 for source, seen in trainer.gradients.seen.items():
                     cosines[name, source].append(float(np.mean(seen)) if seen else 0.0)
-                for strategy, start in starts.items():
-                    evaluate(f"{folder}/run", seed, target, strategy, start)
+                for strategy, checkpoint in checkpoints.items():
+                    evaluate(f"{folder}/run", seed, target, strategy, checkpoint)
+                for strategy in (*MIXTURES, "gradient similarity"):
+                    evaluate(f"{folder}/run", seed, target, f"{strategy}, guarded", checkpoints[strategy])
 
     rows = []
     for (target, strategy), found in ranks.items():
@@ -168,6 +179,7 @@ def main() -> None:
                 row |= {name: f"{value:.5f}" for name, value in compared.items()}
             if (target, strategy) in cosines:
                 row["cosine"] = f"{np.mean(cosines[target, strategy]):.3f}"
+            row["starts"] = " ".join(starts[target, strategy])
             rows.append(row)
             print(" ".join(row.values()))
     if options.results:
