@@ -42,7 +42,11 @@ def test_a_report_of_the_demo_world(capsys, monkeypatch):
     folder = Path("report")
     with open(folder / "report.csv") as file:
         assert len(list(csv.DictReader(file))) == len(report["rows"])
-    assert json.loads((folder / "report.json").read_text())["rows"] == json.loads(json.dumps(report["rows"]))
+    written = json.loads((folder / "report.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(report["rows"]))
+    (scratch,) = (cell for cell in written["cells"] if cell["model"] == "from_scratch")
+    assert list(scratch["learning_curve"]) == ["0", "1.0"]
+    assert scratch["validation"] == max(scratch["learning_curve"].values())
     assert (folder / "demo_target.png").read_bytes().startswith(b"\x89PNG")
     cells = list((folder / "cells").iterdir())
     assert len(cells) == len(rows) and {cell.suffix for cell in cells} == {".safetensors"}

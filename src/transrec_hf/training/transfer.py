@@ -167,8 +167,13 @@ def value_of(trainer: TransRecTrainer) -> float:
 
 def best_value(trainer: TransRecTrainer) -> float:
     """The best validation metric of a run, its start included."""
+    return max(learning_curve(trainer).values())
+
+
+def learning_curve(trainer: TransRecTrainer) -> dict[float, float]:
+    """The validation metric of a run after each epoch; epoch 0 is its start."""
     metric = trainer.args.best_metric
-    return max(entry[metric] for entry in trainer.state.log_history if metric in entry)
+    return {entry["epoch"]: entry[metric] for entry in trainer.state.log_history if metric in entry}
 
 
 __all__ = ["AUTO_INITS", "INITS", "Start", "check_init", "choose_start", "start_from"]

@@ -29,7 +29,7 @@ from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from .arguments import TransRecTrainingArguments
 from .trainer import TransRecTrainer
-from .transfer import best_value, choose_start, start_from
+from .transfer import best_value, choose_start, learning_curve, start_from
 from .tuning import CostCallback
 
 
@@ -161,7 +161,7 @@ class Target:
         is_trained = not cell.model.startswith(("untrained", "zero_shot"))
 
         def ready(trainer: TransRecTrainer) -> TransRecTrainer:
-            """A trainer whose model is prepared on the target (statistics, popularity), in case it is not trained."""
+            """A trainer whose model is prepared on the target (statistics, popularity), unless it is trained."""
             if cell.model in WITHOUT_USERS:
                 trainer.source.log_popularity, trainer.is_prepared = None, True
                 standardize_projections(model, trainer.source, seed=seed)
@@ -181,7 +181,8 @@ class Target:
         ready(trainer)
         if is_trained:
             trainer.train()
-            facts["validation"] = best_value(trainer)
+            curve = learning_curve(trainer)
+            facts |= {"validation": max(curve.values()), "learning_curve": curve}
         return self._test(trainer, split), facts
 
     def _id_baseline(
