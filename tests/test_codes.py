@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transrec_hf.errors import DataError
 from transrec_hf.items import codes
 from transrec_hf.items.codes import QUANTIZER_NAME, ItemQuantizer, _learn, hash_of_vectors, k_means, nearest
-from transrec_hf.items.semantic_ids import load_semantic_ids, resolve_collisions, save_semantic_ids
+from transrec_hf.items.semantic_ids import codes_of, load_semantic_ids, resolve_collisions, save_semantic_ids
 
 
 METHODS = ("residual", "product", "learned")
@@ -141,6 +141,14 @@ def test_semantic_ids_come_back(tmp_path):
     assert json.loads((tmp_path / "ids.json").read_text()) == {"x": ["<a_17>", "<b_3>"], "7": ["<a_0>", "<b_255>"]}
     ids, loaded = load_semantic_ids(tmp_path / "ids.json")
     assert ids.tolist() == ["x", "7"] and torch.equal(loaded, codes)
+    (tmp_path / "ids.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "ids.json").read_bytes())
+    assert codes_of(["7", "x", "7"], tmp_path / "ids.json").tolist() == [[0, 255], [17, 3], [0, 255]]
+    with pytest.raises(DataError, match="has no codes of 1 of 2 items, such as 'y'; its first item is 'x'"):
+        codes_of(["x", "y"], tmp_path / "ids.json")
+    many = torch.arange(54).view(2, 27)  # more than there are letters
+    save_semantic_ids(tmp_path / "many.json", ["x", "y"], many)
+    assert json.loads((tmp_path / "many.json").read_text())["y"] == many[1].tolist()
+    assert torch.equal(load_semantic_ids(tmp_path / "many.json")[1], many)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +161,12 @@ def test_semantic_ids_come_back(tmp_path):
         ('{"x": ["<a_1>", "<c_1>"]}', "'x' has no codes"),
         ('{"x": ["<a_1>"], "y": ["<a_1>", "<b_1>"]}', "'y' has 2 codes, the first one 1"),
         ('{"x": ["<a_99999999999999999999>"]}', "'x' has no codes"),
+        ('{"x": [1.5]}', "'x' has no codes"),
+        ('{"x": [true]}', "'x' has no codes"),
+        ('{"x": [-1]}', "'x' has no codes"),
+        ('{"x": [NaN]}', "'x' has no codes"),
+        ('{"x": ["<a_٣>"]}', "'x' has no codes"),
+        ('{"x": [1], "x": [2]}', "'x' is there twice"),
     ],
 )
 def test_a_damaged_file_names_the_item(content, message, tmp_path):
@@ -172,14 +186,50 @@ def test_wrong_vectors_and_codes_are_refused(tmp_path):
         quantizer.decode(torch.tensor([[0, 0], [0, 8]]))
     with pytest.raises(DataError, match="has 2 per item"):
         quantizer.decode(torch.zeros(3, 5, dtype=torch.long))
+    for wrong in (
+        torch.zeros(3, 2),
+        torch.full((3, 2), torch.nan),
+        [["a", "b"]],
+        [[0, 1], [2]],
+        torch.zeros(3).long(),
+    ):
+        with pytest.raises(DataError, match="codes must be whole numbers of the shape"):
+            quantizer.decode(wrong)
+    with pytest.raises(DataError, match=r"\[0, -1\] of row 2 is out of range"):
+        quantizer.decode([[0, 0], [0, -1]])
+    with pytest.raises(DataError, match="item vectors must be a tensor or an array of numbers"):
+        quantizer.encode([["a"] * 16])
+    with pytest.raises(DataError, match="row 1 is not finite, or too large"):
+        ItemQuantizer.fit(vectors * 1e30, 2, 8)
+    for sizes in ((0, 8), (2, 1), (2, 70_000), (2.5, 8)):
+        with pytest.raises(ValueError, match="num_codebooks must be 1 or more and codebook_size from 2"):
+            ItemQuantizer.fit(vectors, *sizes)
+    for options in ({"iterations": 0}, {"rotations": -1}):
+        with pytest.raises(ValueError, match="iterations must be 1 or more and rotations 0 or more"):
+            ItemQuantizer.fit(vectors, 2, 8, "product", **options)
     with pytest.raises(DataError, match="smaller codebook_size"):
         ItemQuantizer.fit(vectors[:7], 2, 8)
     with pytest.raises(DataError, match=r"3 equal parts: set num_codebooks to [24] or [24]"):
         ItemQuantizer.fit(vectors, 3, 8, "product")
     with pytest.raises(DataError, match="Fit one"):
         ItemQuantizer.from_pretrained(tmp_path)
-    with pytest.raises(DataError, match="one id for each item"):
-        save_semantic_ids(tmp_path / "ids.json", ["x"], torch.zeros(2, 2))
+    whole = torch.zeros(2, 2, dtype=torch.long)
+    for ids in (["x"], ["x", "x"]):
+        with pytest.raises(DataError, match="one id for each item"):
+            save_semantic_ids(tmp_path / "ids.json", ids, whole)
+    for wrong in (whole.float(), whole - 1):
+        with pytest.raises(DataError, match="codes"):
+            save_semantic_ids(tmp_path / "ids.json", ["x", "y"], wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_vectors_and_codes_may_be_arrays_of_any_type():
+    vectors = clusters()
+    quantizer = ItemQuantizer.fit(vectors.double().numpy(), 2, 8)
+    codes = quantizer.encode(vectors)
+    assert torch.equal(codes, quantizer.encode(vectors.numpy()))
+    for same in (codes.numpy(), codes.to(torch.uint8), codes.tolist()):  # uint8 is no mask
+        torch.testing.assert_close(quantizer.decode(same), quantizer.decode(codes))
 
 
 @pytest.mark.parametrize(

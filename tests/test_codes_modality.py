@@ -94,6 +94,22 @@ def test_bad_codes_are_named_by_row_and_item(column, message, tmp_path):
         load_catalogue(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((2, 2), dtype=int), "2 rows of codes for 3 items"),
+        (np.zeros((3, 2)), "must be whole numbers"),
+        (np.zeros(3, dtype=int), "must be whole numbers of the shape"),
+        (np.full((3, 2), -1), "row 1 is out of range"),
+        (np.full((3, 2), 65_536), "row 1 is out of range, from 0 to 65535"),
+    ],
+)
+def test_items_take_only_codes_that_they_could_be_read_with(codes, message, tmp_path):
+    pq.write_table(pa.table({"item_id": ["a", "b", "c"], "text": ["x"] * 3}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=message):
+        load_catalogue(tmp_path).with_codes(codes)
+
+
 def test_they_come_from_json_lines_and_a_selection_keeps_its_own(tmp_path):
     lines = [{"item_id": f"i{row}", "codes": [row, 7 - row]} for row in range(3)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -274,6 +290,12 @@ def test_the_command_shares_codes_between_platforms(tmp_path, monkeypatch):
     assert ItemQuantizer.from_pretrained(tmp_path / "t").hash == quantizer.hash
     catalogue = load_catalogue(tmp_path / "t")
     assert catalogue.has("codes").all() and catalogue.has("text").all()
+    given = ["--semantic_ids", str(tmp_path / "s" / "semantic_ids.json")]
+    report = codes_command([str(source), "--output_dir", str(tmp_path / "given"), *given])
+    assert (report["num_codebooks"], report["collision_rate"]) == (3, 0)
+    assert load_catalogue(tmp_path / "given").read(5)["codes"].tolist() == found[5].tolist()
+    with pytest.raises(DataError, match="leave out the quantizer and the model"):
+        codes_command([str(source), "--output_dir", str(tmp_path / "g"), *given, *options])
 
     quick = ["--num_train_epochs", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "True"]
     width = ["--num_attention_heads", "2", "--user_hidden_size", "8"]

@@ -12,14 +12,21 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..data.contents import QUANTIZER_NAME
+from ..data.catalogue import Catalogue
 from ..errors import DataError, bad_input
 from ..files import write_json, written_whole
 from ..items.codes import ItemQuantizer, check_codebooks
 from ..items.encoding import encode_catalogue
 from ..items.meeting import standardize_for
 from ..items.preparing import ItemSource
-from ..items.semantic_ids import LETTERS, SEMANTIC_IDS_NAME, resolve_collisions, save_semantic_ids
+from ..items.semantic_ids import (
+    LETTERS,
+    SEMANTIC_IDS_NAME,
+    codes_of,
+    collision_rate,
+    resolve_collisions,
+    save_semantic_ids,
+)
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_place, load_checkpoint
@@ -43,6 +50,7 @@ class CodesArguments:
     text_model: str | None = option(None, "Folder or Hub id of a text encoder, instead of a model.")
     vision_model: str | None = option(None, "Folder or Hub id of an image encoder, instead of a model.")
     output_dir: str | None = option(None, "Folder for the data set with codes.")
+    semantic_ids: str | None = option(None, "JSON file with codes that another program made, instead of a model.")
     quantizer: str | None = option(None, "Folder of the quantizer of another platform [a new one is fitted].")
     method: Literal["residual", "product", "learned"] = option("residual", "How codes are made; see docs/codes.md.")
     num_codebooks: int = option(4, "Number of codes of an item.")
@@ -61,10 +69,11 @@ def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec codes my_target --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir my_target_codes \\
             --quantizer my_source_codes                      # the same codes mean the same on both
         transrec pretrain my_source_codes --num_codebooks 4
+        transrec codes my_source --semantic_ids ids.json --output_dir their_codes      # {"item": ["<a_3>", "<b_0>"]}
 
     The folder output_dir then holds the items with a column `codes`, the interactions, the quantizer, a report on how
     much information the codes lose (item_quantizer.json), and semantic_ids.json, in which no two items have the same
-    codes.
+    codes if they are at most 25.
     """
     data_args, args = parse_arguments((DataArguments, CodesArguments), argv, codes, positional="data")
     if not args.output_dir:
@@ -72,17 +81,43 @@ def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(args.output_dir)
     if (folder / ITEMS_NAME).exists():
         raise DataError(f"{folder}: holds {ITEMS_NAME} already. Choose another --output_dir, or delete it.")
+    if args.semantic_ids and (args.quantizer or args.checkpoint or args.text_model or args.vision_model):
+        raise DataError("--semantic_ids has the codes already: leave out the quantizer and the model")
     given = ItemQuantizer.from_pretrained(args.quantizer) if args.quantizer else None
     catalogue, sequences = data_args.load()
+    if args.semantic_ids:
+        quantizer, found = None, codes_of(catalogue.item_ids, args.semantic_ids)
+        shape = {"num_codebooks": found.shape[1], "codebook_size": int(found.max()) + 1}
+        report: dict[str, Any] = {"items": len(catalogue), **shape, "collision_rate": collision_rate(found)}
+    else:
+        quantizer, vectors = quantize(args, catalogue, given)
+        found = quantizer.encode(vectors)
+        report = {"items": len(catalogue), "width": quantizer.size, **quantizer.report(vectors)}
+    with written_whole(folder) as partial:
+        write_items(catalogue.with_codes(found.numpy()), partial / ITEMS_NAME)
+        write_interactions(catalogue, sequences, partial / INTERACTIONS_NAME)
+        write_json(partial / REPORT_NAME, report)
+        if quantizer is not None:
+            quantizer.save(partial)
+            unique = resolve_collisions(found) if found.shape[1] < len(LETTERS) else found
+            save_semantic_ids(partial / SEMANTIC_IDS_NAME, catalogue.item_ids, unique)
+    print(json.dumps(report, indent=2))
+    logger.info("Items with %s codes are in %s", found.shape[1], folder)
+    return report
+
+
+def quantize(
+    args: CodesArguments, catalogue: Catalogue, quantizer: ItemQuantizer | None
+) -> tuple[ItemQuantizer, torch.Tensor]:
+    """The quantizer, which is fitted if there is none, and the item vectors."""
     set_seed(args.seed)
     model, processor = load_encoder(args)
     if args.checkpoint:
         fit_to(catalogue, model, args.checkpoint)
-    made_by = encoder_hash(model, processor)
-    if given is not None:
-        check_encoder(given, made_by, str(args.quantizer))
+    made_by, width = encoder_hash(model, processor), model.config.hidden_size
+    if quantizer is not None:
+        check_encoder(quantizer, made_by, str(args.quantizer))
     else:
-        width = model.config.hidden_size
         with bad_input("bad options"):
             check_codebooks(len(catalogue), width, args.num_codebooks, args.codebook_size, args.method)
     catalogue.check_contents(model.config.modalities)
@@ -90,29 +125,13 @@ def codes(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if torch.accelerator.is_available() and not args.use_cpu:
         model.to(torch.accelerator.current_accelerator())
     standardize_for(model, source, args.seed)
-    vectors = encode_catalogue(model, source, batch_size=args.batch_size)[:, : model.config.hidden_size].cpu()
-    with bad_input("bad options"):
-        quantizer = given or ItemQuantizer.fit(
-            vectors,
-            args.num_codebooks,
-            args.codebook_size,
-            args.method,
-            rotations=args.rotations,
-            seed=args.seed,
-            encoder_hash=made_by,
-        )
-    found = quantizer.encode(vectors)
-    report = {"items": len(catalogue), "width": quantizer.size, **quantizer.report(vectors)}
-    with written_whole(folder) as partial:
-        write_items(catalogue.with_codes(found.numpy()), partial / ITEMS_NAME)
-        write_interactions(catalogue, sequences, partial / INTERACTIONS_NAME)
-        quantizer.save(partial)
-        write_json(partial / REPORT_NAME, report)
-        if found.shape[1] < len(LETTERS):
-            save_semantic_ids(partial / SEMANTIC_IDS_NAME, catalogue.item_ids, resolve_collisions(found))
-    print(json.dumps(report, indent=2))
-    logger.info("%s and items with %s codes are in %s", QUANTIZER_NAME, found.shape[1], folder)
-    return report
+    vectors = encode_catalogue(model, source, batch_size=args.batch_size)[:, :width].cpu()
+    if quantizer is None:
+        sizes = (args.num_codebooks, args.codebook_size, args.method)
+        options: dict[str, Any] = {"rotations": args.rotations, "seed": args.seed, "encoder_hash": made_by}
+        with bad_input("bad options"):
+            quantizer = ItemQuantizer.fit(vectors, *sizes, **options)
+    return quantizer, vectors
 
 
 def load_encoder(args: CodesArguments) -> tuple[TransRecModel, TransRecProcessor | None]:

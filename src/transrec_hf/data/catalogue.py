@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from ..errors import MAX_EXAMPLES, BadContent, DataError, describe, raise_defects, shortened
 from ..model.modalities_transrec import MODALITIES
 from .columns import encode_ids, missing_words, warn_of_near_misses
-from .contents import READERS, Content
+from .contents import READERS, Content, whole_codes
 from .media import FEATURES, typed_files
 from .places import bad_table, open_source
 from .reading import check_item_columns, read_items
@@ -265,7 +265,13 @@ class Catalogue:
         return other
 
     def with_codes(self, codes: np.ndarray) -> Catalogue:
-        """The same items with these codes, `(N, num_codebooks)`, instead of any they have."""
+        """
+        The same items with these codes, `(N, num_codebooks)`, instead of any they have. Raises [`DataError`] if they
+        are not whole numbers from 0 to 65,535 for each item.
+        """
+        codes = whole_codes(codes)
+        if len(codes) != len(self):
+            raise DataError(f"{len(codes)} rows of codes for {len(self)} items: give one for each item")
         column = pa.array(codes.tolist(), pa.list_(pa.int32()))
         items = self.items.remove_columns([name for name in ("codes",) if name in self.items.column_names])
         other = copy.copy(self)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import BadContent, shortened
+from ..errors import BadContent, DataError, shortened
 from .clips import Clips
 from .columns import VISIBLE, is_list, is_text, missing_words, whole_column
 from .images import Images
@@ -217,6 +217,29 @@ class Codes(_Lists):
         other = super().select(rows)
         other.largest = self.largest[rows]
         return other
+
+
+def whole_codes(codes: Any, end: int = MAX_CODES) -> np.ndarray:
+    """
+    Codes of items `(n, num_codebooks)` as an array of integers.
+
+    Raises:
+        [`DataError`]: If they have another shape, or are not whole numbers from 0 to below `end`.
+    """
+    try:
+        values = np.asarray(codes)
+    except ValueError:  # lists of different lengths
+        values = np.zeros(0)
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise DataError(
+            f"codes must be whole numbers of the shape (n_items, num_codebooks), got {values.dtype} of the shape "
+            f"{values.shape}"
+        )
+    wrong = ((values < 0) | (values >= end)).any(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(f"codes: {values[row].tolist()} of row {row + 1} is out of range, from 0 to {end - 1}")
+    return values.astype(np.int64)
 
 
 READERS: dict[str, type[Content]] = {

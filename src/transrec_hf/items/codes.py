@@ -17,10 +17,11 @@ from tqdm.auto import trange
 from transformers.utils import cached_file
 
 from ..data.catalogue import Catalogue
-from ..data.contents import MAX_CODES, QUANTIZER_NAME, Codes
+from ..data.contents import MAX_CODES, QUANTIZER_NAME, Codes, whole_codes
 from ..errors import DataError, one_line
 from ..files import whole_file
 from ..model.modeling_transrec import TransRecModel
+from .semantic_ids import collision_rate
 
 
 FORMAT = 1
@@ -257,10 +258,11 @@ class ItemQuantizer:
             [`DataError`]: If there are fewer items than values of a code, vectors are not finite, or their width is
                 not a multiple of `num_codebooks` (`"product"`).
         """
-        check_vectors(vectors)
+        vectors = as_vectors(vectors)
+        if iterations < 1 or rotations < 0:
+            raise ValueError(f"iterations must be 1 or more and rotations 0 or more, got {iterations} and {rotations}")
         check_codebooks(len(vectors), vectors.shape[1], num_codebooks, codebook_size, method)
         generator = torch.Generator().manual_seed(seed)
-        vectors = vectors.detach().float().cpu()
         hashes: Any = {"vectors_hash": hash_of_vectors(vectors), "encoder_hash": encoder_hash}
         if len(vectors) > max(FITTED, codebook_size):
             drawn = torch.randperm(len(vectors), generator=generator)[: max(FITTED, codebook_size)]
@@ -283,8 +285,7 @@ class ItemQuantizer:
         Raises:
             [`DataError`]: If the vectors have another width, or are not finite.
         """
-        check_vectors(vectors, self.size)
-        left = vectors.detach().float().cpu() - self.mean
+        left = as_vectors(vectors, self.size) - self.mean
         left = left if self.rotation is None else left @ self.rotation.T
         if self.method == "product":
             parts = left.chunk(len(self.codebooks), dim=1)
@@ -296,18 +297,12 @@ class ItemQuantizer:
         The vectors `(n, d)` that codes `(n, num_codebooks)` stand for.
 
         Raises:
-            [`DataError`]: If the number of codes is wrong, or a code is out of range.
+            [`DataError`]: If the number of codes is wrong, or a code is out of range or no whole number.
         """
-        if codes.ndim != 2 or codes.shape[1] != len(self.codebooks):
+        codes = torch.from_numpy(whole_codes(codes, self.codebooks.shape[1]))
+        if codes.shape[1] != len(self.codebooks):
             raise DataError(
                 f"codes have the shape {tuple(codes.shape)}, but the quantizer has {len(self.codebooks)} per item"
-            )
-        wrong = ((codes < 0) | (codes >= self.codebooks.shape[1])).any(dim=1)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise DataError(
-                f"codes: {codes[row].tolist()} of row {row + 1} is out of range, from 0 to "
-                f"{self.codebooks.shape[1] - 1}"
             )
         parts = [book[code] for book, code in zip(self.codebooks, codes.T, strict=True)]
         found = torch.cat(parts, dim=1) if self.method == "product" else torch.stack(parts).sum(dim=0)
@@ -336,18 +331,16 @@ class ItemQuantizer:
         `unused_codes`, the share of unused codes; `collision_rate`, the share of items that share all codes with
         another one; and `bytes_per_item`.
         """
-        codes = self.encode(vectors)
-        values = vectors.detach().float().cpu()
+        codes, values = self.encode(vectors), as_vectors(vectors)
         variance = ((values - values.mean(dim=0)) ** 2).sum()
         counts = torch.stack([torch.bincount(code, minlength=self.codebooks.shape[1]) for code in codes.T]).double()
         shares = counts / len(codes)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=1) / np.log(self.codebooks.shape[1])
-        _, inverse, sizes = np.unique(codes.numpy(), axis=0, return_inverse=True, return_counts=True)
         return {
             "relative_error": float(((values - self.decode(codes)) ** 2).sum() / variance.clamp(min=1e-12)),
             "usage_entropy": float(entropy.min()),
             "unused_codes": float((counts == 0).double().mean()),
-            "collision_rate": float((sizes[inverse.reshape(-1)] > 1).mean()),
+            "collision_rate": collision_rate(codes),
             "bytes_per_item": float(self.bytes_per_item),
         }
 
@@ -453,7 +446,8 @@ def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_siz
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if num_codebooks < 1 or not 2 <= codebook_size <= MAX_CODES:
+    sizes = {type(num_codebooks), type(codebook_size)}
+    if sizes != {int} or num_codebooks < 1 or not 2 <= codebook_size <= MAX_CODES:
         raise ValueError(
             f"num_codebooks must be 1 or more and codebook_size from 2 to 65,536, got {num_codebooks} and "
             f"{codebook_size}"
@@ -468,15 +462,25 @@ def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_siz
         )
 
 
-def check_vectors(vectors: Tensor, size: int | None = None) -> None:
-    """Raises [`DataError`] for vectors that are not `(n, size)` finite numbers."""
+def as_vectors(vectors: Any, size: int | None = None) -> Tensor:
+    """
+    Item vectors `(n, size)` in fp32 on the CPU.
+
+    Raises:
+        [`DataError`]: If they have another shape, or are not finite numbers whose squares are finite too.
+    """
+    try:
+        vectors = torch.as_tensor(vectors).detach().float().cpu()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"item vectors must be a tensor or an array of numbers ({one_line(error)})") from error
     if vectors.ndim != 2 or not len(vectors):
         raise DataError(f"item vectors must have the shape (n_items, d), got {tuple(vectors.shape)}")
     if size is not None and vectors.shape[1] != size:
         raise DataError(f"the quantizer was fitted on vectors of {size} numbers, but these have {vectors.shape[1]}")
-    finite = vectors.isfinite().all(dim=1)
+    finite = (vectors**2).sum(dim=1).isfinite()
     if not finite.all():
-        raise DataError(f"the vector of row {int((~finite).nonzero()[0]) + 1} is not finite")
+        raise DataError(f"the vector of row {int((~finite).nonzero()[0]) + 1} is not finite, or too large")
+    return vectors
 
 
 def hash_of_vectors(vectors: Tensor) -> str:

@@ -7,17 +7,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError, one_line
+from ..data.contents import whole_codes
+from ..errors import DataError, one_line, shortened
 from ..files import write_json
 
 
 SEMANTIC_IDS_NAME = "semantic_ids.json"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MOST = 10**9
 
 
 def resolve_collisions(codes: Tensor) -> Tensor:
@@ -35,21 +38,27 @@ def resolve_collisions(codes: Tensor) -> Tensor:
     return torch.cat([codes, torch.from_numpy(last).unsqueeze(1)], dim=1)
 
 
+def collision_rate(codes: Tensor) -> float:
+    """The share of items that share all their codes `(n, num_codebooks)` with another one."""
+    _, inverse, sizes = np.unique(codes.numpy(), axis=0, return_inverse=True, return_counts=True)
+    return float((sizes[inverse.reshape(-1)] > 1).mean())
+
+
 def save_semantic_ids(file: str | os.PathLike, item_ids: Sequence[str] | np.ndarray, codes: Tensor) -> None:
     """
     Write codes as one token per codebook for each item, the layout of LC-Rec and its successors:
-    `{"item id": ["<a_17>", "<b_3>", "<c_201>"], ...}`.
+    `{"item id": ["<a_17>", "<b_3>", "<c_201>"], ...}`. More than 26 codes, one for each letter, are written as
+    numbers, the layout of RPG: `{"item id": [17, 3, 201, ...], ...}`.
 
     Raises:
-        [`DataError`]: If the numbers of ids and items differ, or items have more than 26 codes.
+        [`DataError`]: If codes are not whole numbers from 0, or there is not one id for each item.
     """
-    if len(item_ids) != len(codes) or codes.shape[1] > len(LETTERS):
-        raise DataError(
-            f"{len(item_ids)} ids for {len(codes)} items of {codes.shape[1]} codes: give one id for each item, and at "
-            f"most {len(LETTERS)} codes"
-        )
-    rows = ([f"<{letter}_{code}>" for letter, code in zip(LETTERS, row, strict=False)] for row in codes.tolist())
-    write_json(file, dict(zip(map(str, item_ids), rows, strict=True)))
+    rows, ids = whole_codes(codes, MOST).tolist(), list(map(str, item_ids))
+    if len(set(ids)) != len(rows) or len(ids) != len(rows):
+        raise DataError(f"{len(set(ids))} different ids for {len(rows)} items of codes: give one id for each item")
+    if codes.shape[1] <= len(LETTERS):
+        rows = [[f"<{letter}_{code}>" for letter, code in zip(LETTERS, row, strict=False)] for row in rows]
+    write_json(file, dict(zip(ids, rows, strict=True)))
 
 
 def load_semantic_ids(file: str | os.PathLike) -> tuple[np.ndarray, Tensor]:
@@ -60,20 +69,56 @@ def load_semantic_ids(file: str | os.PathLike) -> tuple[np.ndarray, Tensor]:
         [`DataError`]: If the file has another layout; the message names the item.
     """
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({one_line(error)}). Write it again.") from error
     if not isinstance(rows, dict) or not rows:
         raise DataError(f'{file}: holds no {{"item id": ["<a_1>", "<b_2>"]}}')
     codes, length = [], None
     for item_id, tokens in rows.items():
-        tokens = tokens if isinstance(tokens, list) else []
-        found = [re.fullmatch(r"<([a-z])_(\d{1,9})>", str(token)) for token in tokens]
-        letters = "".join(match.group(1) for match in found if match)
-        if not letters or len(letters) != len(tokens) or letters != LETTERS[: len(letters)]:
-            raise DataError(f'{file}: item {item_id!r} has no codes like ["<a_1>", "<b_2>"]')
-        length = length or len(tokens)
-        if len(tokens) != length:
-            raise DataError(f"{file}: item {item_id!r} has {len(tokens)} codes, the first one {length}")
-        codes.append([int(match.group(2)) for match in found if match])
+        if not (found := _numbers(tokens)):
+            raise DataError(f'{file}: item {item_id!r} has no codes like ["<a_1>", "<b_2>"] or [1, 2]')
+        length = length or len(found)
+        if len(found) != length:
+            raise DataError(f"{file}: item {item_id!r} has {len(found)} codes, the first one {length}")
+        codes.append(found)
     return np.array(list(rows)), torch.tensor(codes)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON with these keys. Raises `ValueError` if a key is there twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shortened(key)!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _numbers(tokens: Any) -> list[int]:
+    """The codes of an item in a file; none if they are in no layout."""
+    if not isinstance(tokens, list):
+        return []
+    if all(type(token) is int and 0 <= token < MOST for token in tokens):
+        return tokens
+    found = [re.fullmatch(r"<([a-z])_([0-9]{1,9})>", str(token)) for token in tokens]
+    letters = "".join(match.group(1) for match in found if match)
+    fits = len(letters) == len(tokens) and letters == LETTERS[: len(letters)]
+    return [int(match.group(2)) for match in found if match] if fits else []
+
+
+def codes_of(item_ids: Sequence[str] | np.ndarray, file: str | os.PathLike) -> Tensor:
+    """
+    The codes `(n, num_codebooks)` of items in a file of [`save_semantic_ids`] or of another program.
+
+    Raises:
+        [`DataError`]: If the file has another layout, or lacks an item.
+    """
+    ids, codes = load_semantic_ids(file)
+    rows = {item: row for row, item in enumerate(ids.tolist())}
+    if missing := [item for item in item_ids if item not in rows]:
+        raise DataError(
+            f"{file}: has no codes of {len(missing)} of {len(item_ids)} items, such as {shortened(missing[0])!r}; its "
+            f"first item is {shortened(ids[0])!r}. Take the file of these items."
+        )
+    return codes[[rows[item] for item in item_ids]]
