@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState, PartialState
 
 from transrec_hf import DataError
-from transrec_hf.commands.benchmark import FOOTNOTES, PUBLISHED, benchmark
+from transrec_hf.commands.benchmark import FOOTNOTES, PUBLISHED, benchmark, rows_of
 from transrec_hf.commands.runs import pretrain
 from transrec_hf.data import demo
 from transrec_hf.training import transfer_cells
@@ -79,6 +79,15 @@ def test_targets_are_prepared_compared_and_not_computed_again(capsys, monkeypatc
     shutil.rmtree("out/data/TN")
     assert benchmark(["ninerec", "--folder", "data", "--output_dir", "out", *CELLS])["table"] == rows
     assert [cell.model for cell in ran] == ["id_baseline"]
+
+
+def test_every_source_has_its_own_numbers_and_verdict():
+    shared = {"target": "data/TN", "fraction": 1}
+    rows = [{**shared, "model": "id_baseline", "source": None, "hit_rate@10": 0.1}]
+    for source, value, verdict in (("films", 0.2, "helps"), ("games", 0.3, "negative")):
+        rows.append({**shared, "model": "fine_tuned", "source": source, "hit_rate@10": value, "verdict": verdict})
+    found = [(row["source"], row["ID"], row["pre-trained"], row["verdict"]) for row in rows_of("TN", rows)]
+    assert found == [("films", 10, 20, "helps"), ("games", 10, 30, "negative")]
 
 
 @pytest.mark.parametrize(

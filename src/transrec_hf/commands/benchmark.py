@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from ..data.layouts import open_published
-from ..data.published import Parts
+from ..data.published import Parts, name_of
 from ..data.writing import write_published
 from ..errors import DataError
 from ..files import whole_file, written_whole
@@ -76,7 +76,8 @@ class BenchmarkArguments(TransferArguments):
     def __post_init__(self) -> None:
         if self.folder is None:
             raise ValueError("no folder: give --folder with the data sets in NineRec's layout")
-        found = [file.name.split("_item.csv")[0] for file in Parts(self.folder, "ninerec").files("*_item.csv")]
+        files = Parts(self.folder, "ninerec").files("*_item.csv")
+        found = list(dict.fromkeys(name_of(file).removesuffix("_item.csv") for file in files))
         self.targets = self.targets or [name for name in found if not name.startswith("Bili_")]
         if not self.targets:
             raise ValueError(
@@ -138,7 +139,8 @@ def rows_of(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         values = {row["model"]: 100 * row["hit_rate@10"] for row in mine if row["source"] in (None, source)}
         row: dict[str, Any] = {"target": name, "source": source}
         row |= {short: round(values[model], 2) for model, short in MODELS.items() if model in values}
-        row["verdict"] = next((row.get("verdict") for row in mine if row["model"] == "fine_tuned"), None)
+        tuned = [other for other in mine if other["model"] == "fine_tuned" and other["source"] == source]
+        row["verdict"] = tuned[0].get("verdict") if tuned else None
         for modality, numbers in PUBLISHED.items():
             shown = numbers.get(name, (None, None, None))
             row |= {f"{TOWERS[modality]}: {short}": value for short, value in zip(MODELS.values(), shown, strict=True)}
