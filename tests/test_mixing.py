@@ -211,9 +211,16 @@ def test_a_target_that_cannot_be_compared_with_and_an_empty_domain_are_refused(t
     with pytest.raises(ValueError, match="similarity must be one of"):
         mixed_trainer(tmp_path, {**TOWARDS, "similarity": "cosine"})
     trainer = mixed_trainer(tmp_path)
-    split = make_split(num_users=3, num_items=9)
+    split = make_split(num_users=3, num_items=9, lengths=(4, 4))
     bare = dataclasses.replace(split, train=split.train.select(np.arange(0)))
     domains = {name: (part.catalogue, part.split) for name, part in trainer.parts.items()}
-    domains["bare"] = (make_catalogue(9, kinds=("text",)), bare)
-    with pytest.raises(DataError, match=r"^bare: no training sequence has two items"):
-        MixedTrainer(trainer.model, trainer.args, domains=domains, processing_class=make_processor("text"))
+    alone = dataclasses.replace(split, train=split.train.select(np.arange(1)))
+    wrong = {
+        "bare": (bare, "no training sequence has two items"),
+        "alone": (alone, "objective 'in_batch' takes the items of other users .* Take more users"),
+        "again": (domains["small"][1], "holds the same items and histories as small. Remove one"),
+    }
+    for name, (part, said) in wrong.items():
+        more = {**domains, name: (make_catalogue(9, kinds=("text",)), part)}
+        with pytest.raises(DataError, match=f"^{name}: {said}"):
+            MixedTrainer(trainer.model, trainer.args, domains=more, processing_class=make_processor("text"))

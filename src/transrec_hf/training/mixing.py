@@ -45,6 +45,12 @@ class MixedWindows(Dataset):
         return {**self.parts[domain][index - int(self.starts[domain])], "domain": domain}
 
 
+def is_same(catalogue: Catalogue, split: Split, other: Catalogue, others: Split) -> bool:
+    """Whether two data sets have the same items, and the same histories to train on."""
+    pairs = ((catalogue.item_ids, other.item_ids), (split.train.items, others.train.items))
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
 class OneDomainABatch(Sampler):
     """
     An order of windows in which each batch comes from one data set. An epoch has as many batches as all data sets
@@ -94,7 +100,7 @@ class MixedTrainer(TransRecTrainer):
         kwargs: Further arguments of [`TransRecTrainer`].
 
     Raises:
-        [`DataError`]: If a data set has nothing to train on; the message names it.
+        [`DataError`]: If a data set has nothing to train on, or is there twice; the message names it.
         `ValueError`: If the model has ID vectors, which belong to one catalogue, or several processes train.
     """
 
@@ -120,9 +126,12 @@ class MixedTrainer(TransRecTrainer):
         make: Callable[..., TransRecTrainer] = partial(TransRecTrainer, model, **own)
         self.parts: dict[str, TransRecTrainer] = {}
         for name, (catalogue, split) in domains.items():
+            for other, part in self.parts.items():
+                if is_same(part.catalogue, part.split, catalogue, split):
+                    raise DataError(f"{name}: holds the same items and histories as {other}. Remove one of them.")
             try:
                 self.parts[name] = make(args=copy.copy(args), catalogue=catalogue, split=split)
-            except DataError as error:
+            except ValueError as error:
                 raise DataError(f"{name}: {error}") from error
         first = next(iter(self.parts.values()))
         super().__init__(model, args, catalogue=first.catalogue, split=first.split, **kwargs)

@@ -174,8 +174,8 @@ class TransRecTrainer(TrainerBase):
         if config.objective == "in_batch" and (users * self.args.world_size == 1 or len(self.windows) == 1):
             raise ValueError(
                 "objective 'in_batch' takes the items of other users as negatives, but a batch has only one user, so "
-                "nothing would be learned. Raise per_device_train_batch_size (gradient_accumulation_steps adds no "
-                "negatives, item_chunk_size saves memory), or train with 'sampled_softmax', which draws negatives."
+                "nothing would be learned. Take more users, raise per_device_train_batch_size (item_chunk_size saves "
+                "memory; gradient_accumulation_steps adds no negatives), or train with 'sampled_softmax'."
             )
 
     def call_model_init(self, trial: Any = None) -> Any:
