@@ -282,9 +282,10 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:
         logger.debug("The statistics of the model fit these items (shift of the mean: %s)", said)
         return False
-    logger.info_once(
-        "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again", said
-    )
+    if fitted:
+        logger.info_once(
+            "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again", said
+        )
     standardize_projections(model, source, seed=seed)
     return True
 
