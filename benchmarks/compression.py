@@ -66,7 +66,7 @@ def forms(vectors: torch.Tensor, options: argparse.Namespace) -> Iterator[tuple[
     for share in options.prefixes:
         yield f"prefix of {size // share}", vectors[:, : size // share], 4 * (size // share)
     for method in options.methods:
-        for share in options.shares:
+        for share in options.shares if len(vectors) >= 256 else ():
             num = 4 * size // share
             quantizer = ItemQuantizer.fit(vectors, num, method=method, rotations=options.rotations, seed=options.seed)
             print(f"{method}, {num} codes: {quantizer.report(vectors)}", flush=True)

@@ -157,8 +157,10 @@ def test_a_new_table_begins_as_what_the_codes_stand_for(method, tmp_path):
 
 def test_a_table_of_another_width_is_refused_with_the_mend(tmp_path, quantizer):
     source = make_source(write_domain(tmp_path, quantizer.encode(vectors_of()), quantizer))
-    with pytest.raises(DataError, match="--hidden_size 16 --num_codebooks 3 --codebook_size 8"):
-        standardize_projections(make_model(hidden_size=32, user_hidden_size=16), source)
+    wrong = make_model(hidden_size=32, user_hidden_size=16)
+    for refuse in (lambda: standardize_projections(wrong, source), lambda: check_fits(wrong, source.catalogue)):
+        with pytest.raises(DataError, match="--hidden_size 16 --num_codebooks 3 --codebook_size 8"):
+            refuse()
 
 
 def test_codes_that_mean_something_else_are_refused(tmp_path, quantizer):

@@ -175,6 +175,11 @@ def test_the_command_leaves_a_checkpoint(tmp_path, capsys):
         distill([*place, *out, "--num_blocks", "2"])
     with pytest.raises(DataError, match="as large as its teacher"):
         distill([*place, "--output_dir", str(tmp_path / "no"), "--num_blocks", "4"])
+    for rate in ("nan", "-1", "inf"):
+        with pytest.raises(DataError, match="tower_learning_rate must be a number from 0"):
+            distill([*place, "--output_dir", str(tmp_path / "no"), "--num_blocks", "1", "--tower_learning_rate", rate])
+    with pytest.raises(DataError, match=r"not finite. Lower learning_rate"):
+        distill([*place, "--output_dir", str(tmp_path / "no"), "--num_blocks", "1", "--learning_rate", "1e30"])
     with pytest.raises(DataError, match="give num_blocks"):
         distill([*place, "--output_dir", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()

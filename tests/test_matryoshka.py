@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from testing_utils import USER_ENCODER, make_batch, make_catalogue, make_model, make_processor
+from transformers import BertConfig, BertModel
 
-from transrec_hf import ItemSource, TransRecConfig
+from transrec_hf import ItemSource, TransRecConfig, TransRecModel
 from transrec_hf.commands.options import ModelArguments
 from transrec_hf.commands.parsing import parse_arguments
 from transrec_hf.items.encoding import item_states, standardize_projections
@@ -62,6 +63,15 @@ def test_whitened_axes_are_in_the_order_of_their_variance():
 def test_prefixes_that_are_none_are_refused(dims):
     with pytest.raises(Exception, match="matryoshka_dims must be whole numbers below 16"):
         TransRecConfig(**{**USER_ENCODER, "features_size": 4, "matryoshka_dims": dims})
+
+
+def test_they_are_below_the_width_that_the_towers_give(tmp_path):
+    sizes = {"hidden_size": 400, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    model = TransRecModel.from_text_vision_pretrained(tmp_path, matryoshka_dims=[399])
+    assert model.config.hidden_size >= 400 and model.config.matryoshka_dims == [399]
+    with pytest.raises(Exception, match=f"below {model.config.hidden_size}, got 2000"):
+        TransRecModel.from_text_vision_pretrained(tmp_path, matryoshka_dims=[2000])
 
 
 def test_they_are_an_option_of_the_command_line():

@@ -18,6 +18,7 @@ from transrec_hf.commands.runs import pretrain
 from transrec_hf.commands.transfer import check_no_source
 from transrec_hf.data import demo
 from transrec_hf.data.demo import demo_world
+from transrec_hf.items.meeting import ItemStatistics
 from transrec_hf.training.collator import TrainingWindows
 from transrec_hf.training.mixing import MixedTrainer, MixedWindows, OneDomainABatch
 from transrec_hf.training.similarity import GradientSimilarity
@@ -155,6 +156,18 @@ def test_the_command_trains_on_two_domains_and_records_them(tmp_path, monkeypatc
         with pytest.raises(DataError, match=said):
             pretrain([*options[:3], name, "--output_dir", "none", *options[6:]])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_target_is_found_among_sources_that_number_their_items_from_one(tmp_path):
+    catalogue, rng = make_catalogue(30, kinds=("text",)), np.random.default_rng(0)
+    counts = rng.integers(1, 100, size=(3, 30))
+    ItemStatistics(np.tile(catalogue.item_ids, 2), counts[:2].reshape(-1)).save(tmp_path)
+    domains = [{"source": f"shop {n}", "num_items": 30} for n in range(2)]
+    (tmp_path / "data_statistics.json").write_text(json.dumps({"domains": domains}))
+    for same in counts[:2]:
+        with pytest.raises(DataError, match="was trained on this data set"):
+            check_no_source(str(tmp_path), "target", catalogue, same)
+    check_no_source(str(tmp_path), "target", catalogue, counts[2])
 
 
 TOWARDS = {"similarity": "grad_cosine", "target": "small"}

@@ -73,6 +73,17 @@ def test_an_unpacked_index_serves_its_model(form, workplace, tmp_path):
     assert len(served.recommend(["item-2", "item-0"], k=3)) == 3
 
 
+def test_an_index_is_packed_by_its_own_model(workplace, tmp_path):
+    other = make_model(seed=1, modalities="text", item_map="whitened", similarity="cosine", content_prior=True)
+    save_checkpoint(tmp_path / "other", other, make_processor(("text",)))
+    pack = ["pack", str(workplace / "index"), "--output_dir", str(tmp_path / "small"), "--form"]
+    with pytest.raises(DataError, match=r"were made by another model than .*other"):
+        index_command([*pack, "int8", "--checkpoint", str(tmp_path / "other")])
+    with pytest.raises(DataError, match="--form prefix needs --size"):
+        index_command([*pack, "prefix", "--checkpoint", str(workplace / "model")])
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_damaged_or_missing_file_is_refused(workplace, tmp_path):
     index = ItemIndex.from_pretrained(workplace / "index")
     with pytest.raises(DataError, match="transrec index pack"):

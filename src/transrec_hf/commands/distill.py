@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ class DistillationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        for name in ("learning_rate", "tower_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}")
         if not self.output_dir:
             raise ValueError("there is no folder for the student: give output_dir")
         if not (self.num_blocks or self.text_model or self.vision_model):
@@ -100,6 +104,8 @@ def distill(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cosines = distill_items(
         student, teacher, source, own, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, **rates
     )
+    if not all(map(math.isfinite, cosines.values())):
+        raise DataError("the vectors of the student are not finite. Lower learning_rate and tower_learning_rate.")
     report: dict[str, Any] = {
         "teacher": Path(args.checkpoint).name,
         "parameters": {"teacher": teacher.num_parameters(), "student": student.num_parameters()},

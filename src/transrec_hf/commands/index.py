@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue, load_catalogue
 from ..errors import DataError, bad_input, shortened
 from ..items.codes import ItemQuantizer
-from ..publishing.checkpoint import check_place, read_config
+from ..publishing.checkpoint import check_place, load_checkpoint
 from ..serving.index import INDEX_NAME, ItemIndex
 from ..serving.journal import JOURNAL_NAME
 from ..serving.live import LiveItems
@@ -175,7 +175,15 @@ def _pack(args: IndexArguments) -> int:
     live = LiveItems.open(str(args.index))
     if live.snapshot.changes:
         raise DataError(f"{args.index}: was changed since it was encoded. Encode it again first with transrec encode.")
-    width, quantizer = read_config(args.checkpoint).hidden_size, None
+    if args.form == "prefix" and args.size is None:
+        raise DataError("--form prefix needs --size, how many numbers of each vector are kept")
+    model, processor = load_checkpoint(args.checkpoint)
+    if not live.base.belongs_to(model, processor):
+        raise DataError(
+            f"{args.index}: its vectors were made by another model than {args.checkpoint}. Give the model that made "
+            "them, or encode the items again with transrec encode."
+        )
+    width, quantizer = model.config.hidden_size, None
     vectors = live.base.item_embeds[:, :width]
     if args.form == "codes":
         with bad_input("bad options"):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import json
+import math
 import os
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
 from ..data.interactions import Split
-from ..errors import DataError, bad_input
+from ..errors import DataError, HubError, bad_input
 from ..files import write_json, written_whole
 from ..items.encoding import content_vectors
 from ..model.modeling_transrec import TransRecModel
@@ -76,7 +77,7 @@ class RunArguments(TransRecTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("balance_every", "ckd_weight", "ckd_temperature"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if self.balance_references and self.balance_every is None:
             raise ValueError("balance_references need balance_every: set it, for example to 1")
@@ -84,9 +85,12 @@ class RunArguments(TransRecTrainingArguments):
         try:
             self.references = {name: float(value) for name, _, value in pairs}
         except ValueError:
+            self.references = {"": math.nan}
+        if len(self.references) < len(pairs) or not all(0 <= value <= 1 for value in self.references.values()):
             raise ValueError(
-                f"balance_references must be MODALITY=NUMBER, as text=0.051, not {self.balance_references}"
-            ) from None
+                "balance_references must be MODALITY=NUMBER, as text=0.051, each modality once and each number from "
+                f"0 to 1, not {self.balance_references}"
+            )
 
 
 @dataclass
@@ -399,7 +403,7 @@ def run_training(
                 balance = ModalityBalanceCallback(trainer, args.balance_every, args.references)
                 trainer.add_callback(balance)
             trainer.fill_store()
-    except DataError:
+    except (DataError, HubError):
         with suppress(OSError):
             Path(args.output_dir).rmdir()  # which `Trainer` has made, if it is empty
         raise

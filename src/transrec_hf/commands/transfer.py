@@ -241,19 +241,28 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: 
         [`DataError`]: If the source was trained on the target.
     """
     known = ItemStatistics.from_pretrained(checkpoint)
-    rows = np.full(len(catalogue), -1) if known is None else known.rows(catalogue.item_ids)
-    same = rows >= 0
-    is_source = False
-    if known is not None and same.mean() > 0.5:
-        theirs, ours = np.log1p(known.train_counts[rows[same]]), np.log1p(counts[same])
-        varied = theirs.std() > 0 and ours.std() > 0
-        is_source = not varied or np.corrcoef(theirs, ours)[0, 1] > LIKE_COUNTS
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
-    sources = [domain.get("source") for domain in told.get("domains") or [told]]
-    if is_source or (
+    domains = told.get("domains") or [told]
+    sources = [domain.get("source") for domain in domains]
+    ends = np.cumsum([domain.get("num_items", 0) for domain in domains])[:-1]
+    parts = (
+        [] if known is None else zip(np.split(known.item_ids, ends), np.split(known.train_counts, ends), strict=True)
+    )
+    if any(_is_alike(ItemStatistics(*part), catalogue, counts) for part in parts) or (
         catalogue.source in sources and not DataArguments(data=target).is_demo
     ):  # the demo data have one name
         raise DataError(f"{target}: the source {checkpoint} was trained on this data set. Leave out one of the two.")
+
+
+def _is_alike(known: ItemStatistics, catalogue: Catalogue, counts: np.ndarray) -> bool:
+    """Whether most items are known, and are chosen about as often."""
+    rows = known.rows(catalogue.item_ids)
+    same = rows >= 0
+    if same.mean() <= 0.5:
+        return False
+    theirs, ours = np.log1p(known.train_counts[rows[same]]), np.log1p(counts[same])
+    varied = theirs.std() > 0 and ours.std() > 0
+    return not varied or bool(np.corrcoef(theirs, ours)[0, 1] > LIKE_COUNTS)
 
 
 def file_name(cell: Cell) -> str:

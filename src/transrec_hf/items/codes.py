@@ -420,23 +420,34 @@ def start_code_table(model: TransRecModel, catalogue: Catalogue) -> None:
     Raises:
         [`DataError`]: If the quantizer does not fit the model.
     """
-    table, content = model.item_encoder.codes_table, catalogue.contents.get("codes")
-    if not table.is_new or not isinstance(content, Codes):
+    table = model.item_encoder.codes_table
+    if not table.is_new or not isinstance(catalogue.contents.get("codes"), Codes):
         return
+    quantizer = quantizer_of_start(model, catalogue)
     table.is_new.fill_(False)
-    if content.quantizer is None:
-        return
+    if quantizer is not None:
+        table.vectors.weight.copy_(quantizer.code_vectors())
+        model.config.quantizer_hash = quantizer.hash
+
+
+def quantizer_of_start(model: TransRecModel, catalogue: Catalogue) -> ItemQuantizer | None:
+    """
+    The quantizer beside the items if the code table of the model will start as its codebooks. Raises [`DataError`] if
+    they have other sizes.
+    """
+    content: Any = catalogue.contents.get("codes")
+    weight = model.item_encoder.codes_table.vectors.weight
+    if not model.item_encoder.codes_table.is_new or content.quantizer is None:
+        return None
     quantizer = ItemQuantizer.from_pretrained(content.quantizer.parent)
-    vectors = quantizer.code_vectors()
-    if vectors.shape != table.vectors.weight.shape:
+    num, size, _ = quantizer.codebooks.shape
+    if weight.shape != (num * size, quantizer.size):
         raise DataError(
-            f"{content.quantizer}: has {vectors.shape[0]} codes of {vectors.shape[1]} numbers, but the model has "
-            f"{table.vectors.weight.shape[0]} of {table.vectors.weight.shape[1]}. Make a model with --hidden_size "
-            f"{vectors.shape[1]} --num_codebooks {len(quantizer.codebooks)} --codebook_size "
-            f"{quantizer.codebooks.shape[1]}."
+            f"{content.quantizer}: has {num * size} codes of {quantizer.size} numbers, but the model has "
+            f"{weight.shape[0]} of {weight.shape[1]}. Make a model with --hidden_size {quantizer.size} "
+            f"--num_codebooks {num} --codebook_size {size}."
         )
-    table.vectors.weight.copy_(vectors)
-    model.config.quantizer_hash = quantizer.hash
+    return quantizer
 
 
 def check_codebooks(num_items: int, width: int, num_codebooks: int, codebook_size: int, method: str) -> None:

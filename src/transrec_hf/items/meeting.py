@@ -284,7 +284,8 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
         return False
     if fitted:
         logger.info_once(
-            "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again", said
+            "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again",
+            said,
         )
     standardize_projections(model, source, seed=seed)
     return True

@@ -70,7 +70,9 @@ def load_semantic_ids(file: str | os.PathLike) -> tuple[np.ndarray, Tensor]:
     """
     try:
         rows = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). Check the path.") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({one_line(error)}). Write it again.") from error
     if not isinstance(rows, dict) or not rows:
         raise DataError(f'{file}: holds no {{"item id": ["<a_1>", "<b_2>"]}}')

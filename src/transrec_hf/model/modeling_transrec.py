@@ -176,7 +176,8 @@ class TransRecModel(TransRecPreTrainedModel):
         # otherwise the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
         if towers and "hidden_size" not in kwargs:
-            kwargs["hidden_size"] = default_width(cls.config_class(**configs, **kwargs), towers)
+            free = cls.config_class(**configs, **{**kwargs, "matryoshka_dims": None})  # the width is their limit
+            kwargs["hidden_size"] = default_width(free, towers)
         return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:

@@ -18,7 +18,7 @@ from ..data.catalogue import Catalogue
 from ..data.statistics import save_statistics
 from ..errors import DataError, bad_input, hub_errors
 from ..files import PARTIAL, read_whole, recover, written_whole
-from ..items.codes import check_quantizer
+from ..items.codes import check_quantizer, quantizer_of_start
 from ..model.configuration_transrec import MAX_SIDE, TransRecConfig
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
@@ -248,6 +248,7 @@ def check_fits(model: TransRecModel, catalogue: Catalogue) -> None:
         codes: Any = catalogue.contents["codes"]
         catalogue.check_codes(model.config.num_codebooks or 0, model.config.codebook_size)
         check_quantizer(model.config.quantizer_hash, codes.quantizer)
+        quantizer_of_start(model, catalogue)
     if model.config.num_items not in (None, len(catalogue)):
         raise DataError(
             f"{catalogue.source}: has {len(catalogue)} items, but this ID baseline knows {model.config.num_items} and "

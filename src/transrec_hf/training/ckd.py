@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,8 @@ class BalancedTrainer(TransRecTrainer):
             raise DataError(
                 f"{found[-1].place}: is a second teacher of {found[-1].modality}: give one teacher for each modality"
             )
+        if not (0 < distillation < math.inf and 0 < temperature < math.inf):
+            raise ValueError(f"distillation and temperature must be above 0, got {distillation} and {temperature}")
         self.distillation, self.temperature = distillation, temperature
         self.distilled: list[Tensor] = []  # since the last log
 
