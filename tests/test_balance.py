@@ -317,13 +317,13 @@ def test_the_command_measures_and_learns_from_teachers(tmp_path, capsys):
     assert any("ckd" in entry for entry in history)
     with pytest.raises(DataError, match="leave out more_data"):
         pretrain([*common, "--more_data", "demo:source", "--output_dir", str(tmp_path / "two"), *options[:2]])
-    for wrong in (["text"], ["text=nan"], ["text=-1"], ["text=.1", "text=.2"]):
+    for references in (["text"], ["text=nan"], ["text=-1"], ["text=.1", "text=.2"]):
         with pytest.raises(DataError, match="must be MODALITY=NUMBER"):
-            pretrain([*common, "--balance_every", "1", "--balance_references", *wrong])
+            pretrain([*common, "--balance_every", "1", "--balance_references", *references])
     for option in ("--ckd_weight", "--ckd_temperature"):
-        for wrong in ("0", "nan", "inf"):
+        for value in ("0", "nan", "inf"):
             with pytest.raises(DataError, match=f"{option[2:]} must be above 0"):
-                pretrain([*common, option, wrong])
+                pretrain([*common, option, value])
     with pytest.raises(HubError):
         pretrain([*common, "--output_dir", str(tmp_path / "two"), "--ckd_teachers", "me/nobody"])
     assert not (tmp_path / "two").exists()
