@@ -299,6 +299,28 @@ def plot_balance(output: Path) -> None:
     save(figure, output / "balance.svg")
 
 
+def plot_sources(output: Path) -> None:
+    """Draws how far each start is from one without sources, with its interval, in one panel for each target."""
+    with open(ROOT / "examples" / "results" / "meta_transfer.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "hit_rate@10" and row["difference"]]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    figure, all_axes = plt.subplots(len(targets), figsize=(7, 4.4 * len(targets)), sharex=True, squeeze=False)
+    for target, axes in zip(targets, all_axes[:, 0], strict=True):
+        mine = [row for row in rows if row["target"] == target][::-1]
+        for height, row in enumerate(mine):
+            middle, low, high = (float(row[name]) for name in ("difference", "low", "high"))
+            colour = GREEN if "guarded" in row["strategy"] else ORANGE if high < 0 else BLUE
+            axes.plot((low, high), (height, height), color=colour, linewidth=2)
+            axes.plot(middle, height, "o", color=colour, markersize=6)
+        axes.axvline(0, color="grey", linewidth=1)
+        axes.set_yticks(range(len(mine)), [row["strategy"] for row in mine], fontsize=13)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=13)
+        axes.set_title(f"to {target}", fontsize=14)
+    all_axes[-1, 0].set_xlabel("test hit_rate@10, less that of a start on the target", fontsize=13)
+    save(figure, output / "meta_transfer.svg")
+
+
 def plot_quickstart(output: Path) -> None:
     """Draws the comparison with its intervals, and below it the learning curves."""
     with open(ROOT / "examples" / "results" / "quickstart.csv", newline="", encoding="utf-8") as file:
@@ -354,6 +376,7 @@ def main() -> None:
     for plot in (plot_speedups, plot_ablation, plot_quality, plot_compression):
         plot(options.results, options.output)
     plot_balance(ROOT / "examples" / "results")
+    plot_sources(ROOT / "examples" / "results")
     plot_quickstart(ROOT / "docs")
     for page in PAGES:
         page.write_text(fill_tables(page.read_text(encoding="utf-8"), options.results), encoding="utf-8")

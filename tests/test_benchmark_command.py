@@ -81,6 +81,16 @@ def test_targets_are_prepared_compared_and_not_computed_again(capsys, monkeypatc
     assert [cell.model for cell in ran] == ["id_baseline"]
 
 
+def test_a_target_that_cannot_be_split_is_named_before_any_model_is_trained(tmp_path):
+    write_target(tmp_path, "DY", 2)
+    write_target(tmp_path, "KU", 3)
+    log = tmp_path / "KU_pair.csv"
+    log.write_text("".join(line for line in log.open() if int(line.split(",")[2]) % 100 < 3))
+    with pytest.raises(DataError, match=r"KU: no user has 5 interactions \(the longest history has 3\)"):
+        benchmark(["ninerec", "--folder", str(tmp_path), "--output_dir", str(tmp_path / "out"), *CELLS])
+    assert not (tmp_path / "out" / "cells").exists()
+
+
 def test_every_source_has_its_own_numbers_and_verdict():
     shared = {"target": "data/TN", "fraction": 1}
     rows = [{**shared, "model": "id_baseline", "source": None, "hit_rate@10": 0.1}]

@@ -48,7 +48,7 @@ def test_the_plots_are_drawn_for_light_and_dark(tmp_path):
     module = importlib.import_module("page")
     for plot in (module.plot_speedups, module.plot_ablation, module.plot_compression):
         plot(FOLDER / "results.csv", tmp_path)
-    for plot in (module.plot_balance, module.plot_quickstart):
+    for plot in (module.plot_balance, module.plot_sources, module.plot_quickstart):
         plot(tmp_path)
     shown = {"speedups": "x", "ablation": "x", "compression": "student, 1 block", "balance": ".0594"}
     for name, text in {**shown, "quickstart": "0.407"}.items():

@@ -109,7 +109,7 @@ def benchmark(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (args,) = parse_arguments((BenchmarkArguments,), words, benchmark)
     output = Path(args.output_dir)
     check_settings(output, args)
-    names = list(args.targets)
+    names = list(dict.fromkeys(args.targets))
     published = {name: open_published("ninerec", args.folder, name, args.language) for name in names}
     for name in names:
         if not (output / "data" / name / "interactions.parquet").exists():

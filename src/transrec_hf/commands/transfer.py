@@ -165,7 +165,7 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
     if hybrids and not all(source.model.config.objective == "in_batch" for source in sources.values()):
         logger.warning("The models with ID vectors are left out: they need sources with the objective 'in_batch'")
         models = [model for model in models if model not in hybrids]
-    loaded = {}
+    loaded, first = {}, next(iter(sources.values()))
     for name in dict.fromkeys(args.targets):
         catalogue, sequences = DataArguments(data=name).load()
         if args.modality:
@@ -174,16 +174,18 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
         for source in sources.values():
             check_fits(source.model, catalogue)
             check_no_source(source.name, name, catalogue, counts)
-        loaded[name] = catalogue, sequences
+        try:
+            with bad_input("cannot be split"):
+                split = PROTOCOLS[args.protocol].split(sequences, first.model.config.max_position_embeddings)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        loaded[name] = catalogue, split
     cells = cells_of(list(loaded), list(sources), models, args.shares, args.draws)
     write_json(folder / "settings.json", settings_of(args))
 
     results: dict[Cell, tuple[torch.Tensor, dict[str, Any]]] = {}
-    first = next(iter(sources.values()))
     with logging.tqdm(total=len(cells), desc="Cells", unit="cell") as progress:
-        for name, (catalogue, sequences) in loaded.items():
-            with bad_input(f"{name}: cannot be split"):
-                split = PROTOCOLS[args.protocol].split(sequences, first.model.config.max_position_embeddings)
+        for name, (catalogue, split) in loaded.items():
             target = Target(catalogue, split, args.training(), args.protocol, args.init_epochs)
             for cell in (cell for cell in cells if cell.target == name):
                 file = folder / "cells" / f"{file_name(cell)}.safetensors"
