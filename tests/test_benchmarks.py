@@ -51,6 +51,7 @@ def test_the_plots_are_drawn_for_light_and_dark(tmp_path):
     for plot in (module.plot_balance, module.plot_sources, module.plot_quickstart):
         plot(tmp_path)
     shown = {"speedups": "x", "ablation": "x", "compression": "student, 1 block", "balance": ".0594"}
+    shown["meta_transfer"] = "gradient similarity, guarded"
     for name, text in {**shown, "quickstart": "0.407"}.items():
         drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert "prefers-color-scheme: dark" in drawn and f"{text}</text>" in drawn
