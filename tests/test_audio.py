@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from testing_utils import (
     TEXT_TOWERS,
     USER_ENCODER,
@@ -157,11 +158,13 @@ def wav(samples: np.ndarray, rate: int = RATE) -> bytes:
     return file.getvalue()
 
 
-def encoded(samples: np.ndarray, container: str, codec: str, rate: int = RATE) -> bytes:
+def encoded(samples: np.ndarray, container: str, codec: str, rate: int = RATE, layout: str = "mono") -> bytes:
+    """Samples `(length,)`, the same in all channels."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        stream = output.add_stream(codec, rate=rate, layout=layout)
+        packed = np.repeat((samples * 32767).astype(np.int16), 1 if layout == "mono" else 2)
+        frame = av.AudioFrame.from_ndarray(packed[None], format="s16", layout=layout)
         frame.sample_rate = rate
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             output.mux(packet)
@@ -328,6 +331,10 @@ def test_odd_sounds_are_read_right(tmp_path):
     sounds = {
         "silence": (wav(np.zeros(1600)), 1600),
         "one sample": (wav(np.ones(1)), 1),
+        "one sample in FLAC": (encoded(np.ones(1), "flac", "flac"), 1),
+        "32 bits": (encoded(tone(), "wav", "pcm_s32le"), 1600),
+        "8 bits": (encoded(tone(), "wav", "pcm_u8"), 1600),
+        "then stereo": (encoded(tone(1), "mp3", "mp3") + encoded(tone(1), "mp3", "mp3", layout="stereo"), 2 * RATE),
         "192 kHz": (wav(tone(0.1, rate=192_000), 192_000), 1600),
         "64 channels": (wav(np.stack([tone()] * 64, axis=1)), 1600),
         "broken frames": (bytes(broken), 3 * RATE),
@@ -343,11 +350,24 @@ def test_odd_sounds_are_read_right(tmp_path):
         samples = catalogue.read(row)["audio"]
         assert abs(len(samples) - length) <= 0.1 * length + 2
         assert abs(len(catalogue.read(row, sampling_rate=48_000)["audio"]) - 3 * length) <= 0.3 * length + 2
-    np.testing.assert_allclose(catalogue.read(3)["audio"], tone(), atol=1e-3)
+    for name, precision in {"64 channels": 1e-3, "32 bits": 1e-3, "8 bits": 2e-2}.items():
+        np.testing.assert_allclose(catalogue.read(list(sounds).index(name))["audio"], tone(), atol=precision)
     assert encode_catalogue(make_model(), source).isfinite().all()
     assert sounds_of("a.wav", image_folder=str(tmp_path)).read(0)["audio"].shape == (1600,)
     with pytest.raises(DataError, match="leaves the folder"):
         sounds_of("../a.wav", image_folder=str(tmp_path / "inner"))
+
+
+def test_the_picture_of_an_album_is_no_video():
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(picture, "JPEG")
+    frame = b"\0image/jpeg\0\3\0" + picture.getvalue()
+    tag = b"APIC" + struct.pack(">I", len(frame)) + b"\0\0" + frame
+    sizes = bytes((len(tag) >> 7 * place) & 127 for place in (3, 2, 1, 0))
+    album = b"ID3\3\0\0" + sizes + tag + encoded(tone(1), "mp3", "libmp3lame")
+    assert len(sounds_of(album).read(0)["audio"]) > 15_000
+    with pytest.raises(DataError, match="the file has no video stream"):
+        catalogue_of("video", album)
 
 
 def test_bad_sounds_take_little_time():

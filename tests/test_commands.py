@@ -435,7 +435,7 @@ def test_prepare_leaves_out_damaged_files_if_it_is_told(tmp_path: Path, capsys: 
 
 
 def test_prepare_reads_frames_of_videos_and_refuses_columns_without_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.png").write_bytes(png())
     frames = [["a.png", "a.png"], [], ["a.png", "gone.png"]]
@@ -446,7 +446,9 @@ def test_prepare_reads_frames_of_videos_and_refuses_columns_without_files(
     assert command("prepare", *files) == 2 and "no file" in capsys.readouterr().err
     assert command("prepare", *files, "--image", "price") == 2
     assert "('price'): column 'image' holds int64. Write image bytes" in capsys.readouterr().err
+    monkeypatch.setattr("transrec_hf.commands.prepare.BYTES_AT_A_TIME", 2 * len(png()))
     run("prepare", *files, "--drop", "missing_videos")
+    assert pq.ParquetFile(tmp_path / "a" / "items.parquet").num_row_groups == 2  # the first item has two files
     catalogue = load_domain(tmp_path / "a")[0]
     assert catalogue.has("video").tolist() == [True, False, False] and len(catalogue.read(0, ["video"])["video"]) == 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -49,6 +49,7 @@ from transrec_hf import (
     encode_catalogue,
     load_catalogue,
 )
+from transrec_hf.data import sounds
 from transrec_hf.data.clips import evenly
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 from transrec_hf.items.store import ActivationStore
@@ -195,6 +196,67 @@ def test_no_more_frames_of_a_large_animated_image_are_decoded_than_take_a_bounde
     absurd[6:10] = struct.pack("<HH", 65535, 65535)
     with pytest.raises(DataError, match="decompression bomb"):
         clips_of(bytes(absurd))
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("matroska", "libx264")])
+def test_a_frame_is_decoded_once_if_no_key_frame_is_nearer(container, codec, monkeypatch):
+    decoded = []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        for frame in sounds.frames_of(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr("transrec_hf.data.clips.frames_of", counted)
+    catalogue = clips_of(
+        mp4([frame.resize((64, 48)) for frame in pictures() for _ in range(10)], None, container, codec)
+    )
+    found = lightness(catalogue.read(0, num_frames=10)["video"])
+    assert found == list(range(10)) and len(decoded) == len(set(decoded)) <= 100
+
+
+def test_a_video_that_is_cut_off_is_named():
+    whole = mp4([frame.resize((64, 48)) for frame in pictures() * 6], container="webm", codec="libvpx-vp9")
+    with pytest.raises(DataError, match=r"unusable video.*truncated: [12].\d of 6.0 seconds can be decoded"):
+        clips_of(whole[: 2 * len(whole) // 5]).check_contents()
+    still = mp4(pictures(3), [0, 100, 200])  # the last picture is seen for most of the time
+    clips_of(whole, still, mp4(pictures(2), [0, 3000]), with_sound(0.3, 2.0)).check_contents()
+
+
+def with_sound(seconds: float, seconds_of_sound: float, container: str = "matroska") -> bytes:
+    """A video and a sound, which comes first."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        heard, seen = output.add_stream("aac", rate=16_000, layout="mono"), output.add_stream("mpeg4", rate=10)
+        seen.width, seen.height, seen.pix_fmt = 32, 16, "yuv420p"
+        silence = np.zeros((1, int(16_000 * seconds_of_sound)), dtype=np.int16)
+        frame = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        output.mux([*heard.encode(frame), *heard.encode(None)])
+        for image in pictures(int(10 * seconds)):
+            output.mux(seen.encode(av.VideoFrame.from_image(image)))
+        output.mux(seen.encode(None))
+    return file.getvalue()
+
+
+def test_frames_that_change_their_size_are_read_up_to_the_limit():
+    def motion(sizes: list[tuple[int, int]]) -> bytes:
+        file = io.BytesIO()
+        with av.open(file, "w", format="avi") as output:
+            stream = output.add_stream("mjpeg", rate=10)
+            stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuvj420p"
+            for place, size in enumerate(sizes):
+                picture = io.BytesIO()
+                Image.new("RGB", size, "red").save(picture, "JPEG")
+                packet = av.Packet(picture.getvalue())
+                packet.stream, packet.pts, packet.dts = stream, place, place
+                output.mux(packet)
+        return file.getvalue()
+
+    small, large = [(32, 16), (64, 64), (16, 128)], (9000, 9000)
+    assert [frame.size for frame in clips_of(motion(small)).read(0)["video"]] == small
+    found = clips_of(motion([*small, large])).read(0)["video"]
+    assert [frame.size for frame in found] == small
 
 
 def test_a_video_without_pictures_is_refused():

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
+from transformers.utils import logging
 
 from ..data.interactions import load_domain
 from ..data.layouts import LAYOUTS, open_published
 from ..data.media import KINDS, typed_files
 from ..data.published import LeftOut, media_of
-from ..data.writing import damaged, write_published
+from ..data.writing import BYTES_AT_A_TIME, ITEMS_AT_A_TIME, blocks, damaged, items_writer, write_published
 from ..errors import DataError, describe, printable, raise_defects
 from ..files import written_whole
 from .options import option
@@ -28,7 +29,6 @@ from .parsing import parse_arguments
 from .tables import as_ids, as_times, read_table
 
 
-ROW_GROUP = 1000  # items written at a time, with their files
 CONTENTS = {"text": "text", "image": "an image", "audio": "a sound", "video": "a video"}
 DROPS = {
     "guests": "interactions without a user",
@@ -279,11 +279,12 @@ def _sift_damaged(sieve: Sieve, items: Mapping[str, Any]) -> None:
     for name, kind in KINDS.items():
         rows = [row for row in np.flatnonzero(sieve.keep).tolist() if items[name][row] is not None]
         bad: dict[int, str] = {}
-        for start in range(0, len(rows), ROW_GROUP):
-            block = rows[start : start + ROW_GROUP]
-            files = [items[name][row] for row in block]
-            column = pa.array([_each(file, _as_struct) for file in files], _of_files(files, FILE))
-            bad |= {block[place]: reason for place, reason in damaged(name, column).items()}
+        column = _of_files(items[name], FILE)
+        for block in blocks(
+            ({"row": row, "file": items[name][row]} for row in rows), ITEMS_AT_A_TIME, BYTES_AT_A_TIME
+        ):
+            files = pa.array([_each(row["file"], _as_struct) for row in block], column)
+            bad |= {block[place]["row"]: reason for place, reason in damaged(name, files).items()}
         sieve.sift_files(f"damaged_{kind}", kind, items[name], bad, items["item_id"])
     _sift_empty(sieve, items)
 
@@ -371,20 +372,22 @@ def _as_bytes(file: Path | bytes | None) -> bytes | None:
 
 
 def _write_items(path: Path, items: Mapping[str, Any], rows: Sequence[int]) -> None:
-    """Write the items at `rows` in row groups; the files of a group are read when it is written."""
+    """Write the items at `rows` part by part; the files of a part are read when it is written."""
     columns = {name: [values[row] for row in rows] for name, values in items.items()}
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    media = {name: columns.pop(name) for name in KINDS if name in columns}
-    table = pa.table({name: pa.array(values) for name, values in columns.items()})
-    kinds = {name: _of_files(files, pa.binary()) for name, files in media.items()}
-    schema = pa.schema([*table.schema, *kinds.items()])
-    with pa.parquet.ParquetWriter(path, schema) as writer:
-        for start in range(0, len(table), ROW_GROUP):
-            part = table.slice(start, ROW_GROUP)
-            for name, files in media.items():
-                contents = [_each(file, _as_bytes) for file in files[start : start + ROW_GROUP]]
-                part = part.append_column(name, pa.array(contents, kinds[name]))
-            writer.write_table(part)
+    kinds = {
+        name: _of_files(values, pa.binary()) if name in KINDS else pa.array(values).type
+        for name, values in columns.items()
+    }
+    schema = pa.schema(list(kinds.items()))
+    bar = logging.tqdm(zip(*columns.values(), strict=True), desc="Writing items", total=len(rows), delay=2)
+
+    def read(values: Iterable[Any]) -> dict[str, Any]:
+        return {name: _each(value, _as_bytes) for name, value in zip(columns, values, strict=True)}
+
+    with items_writer(path, schema) as writer:
+        for block in blocks(map(read, bar), ITEMS_AT_A_TIME, BYTES_AT_A_TIME):
+            writer.write_table(pa.Table.from_pylist(block, schema))
 
 
 def _describe(done: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -85,32 +86,62 @@ def _at_times(
     """
     first = float((stream.start_time or 0) * stream.time_base)
     chosen: dict[int | None, VideoFrame] = {}
+    frames: Iterator[VideoFrame] | None = None
+    seen = later = None
     for part in range(num_frames):
-        time, seen = first + length * (part + at) / num_frames, None
+        time, has_ended = first + length * (part + at) / num_frames, False
         try:
-            container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
-            for frame in islice(frames_of(container, stream), MAX_DECODED):
-                if seen is not None and frame.time is not None and frame.time > time:
+            if frames is None or not _is_next(stream, seen, time):
+                frames, seen, later = frames_of(container, stream), None, None
+                container.seek(int(time / stream.time_base), stream=stream)  # to the key frame before
+            for _ in range(MAX_DECODED):
+                later = later or next(frames, None)
+                has_ended = later is None
+                if later is None or (seen is not None and later.time is not None and later.time > time):
                     break
-                seen = frame
+                seen, later = later, None
         except (BadContent, OSError):
             if is_check:
                 raise
+            frames = None
         if seen is not None:
             chosen[seen.pts] = seen
+    if is_check and has_ended and (stream.duration or len(container.streams) == 1):
+        end = max((frame.time or 0.0) + float(frame.duration * stream.time_base) for frame in chosen.values()) - first
+        if 2 * end < length:
+            raise BadContent(f"truncated: {end:.1f} of {length:.1f} seconds can be decoded. Get the file again")
     return list(chosen.values())
+
+
+def _is_next(stream: Any, seen: VideoFrame | None, time: float) -> bool:
+    """Whether decoding reaches a time sooner from the frame `seen` on than from the key frame before the time."""
+    if seen is None or seen.pts is None or (time - float(seen.pts * stream.time_base)) * _rate(stream) > MAX_DECODED:
+        return False
+    key = stream.index_entries.search_timestamp(int(time / stream.time_base))
+    return key >= 0 and stream.index_entries[key].timestamp <= seen.pts
+
+
+def _rate(stream: Any) -> float:
+    """Frames per second, about."""
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _stream(container: InputContainer) -> Any:
     """The first video stream. Raises [`BadContent`] if there is none, or its header is absurd."""
-    if not container.streams.video:
-        raise BadContent("the file has no video stream")
-    stream = container.streams.video[0]
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise BadContent("the file has no video stream")  # the picture of an album is none
+    context = streams[0].codec_context
+    if context is None:
+        raise BadContent("its codec is not known: save it as MP4")
     try:
-        check_image_size(stream.codec_context.width, stream.codec_context.height)
+        check_image_size(context.width, context.height)
     except UnusableImage as error:
         raise BadContent(str(error)) from error
-    return stream
+    context.options = {"max_pixels": str(MAX_IMAGE_PIXELS)}  # some videos change their size
+    return streams[0]
 
 
 def _image(frame: VideoFrame) -> PIL.Image.Image:

@@ -31,8 +31,8 @@ MAX_JUMPS = 100_000
 """Most jumps within one file."""
 MAX_BROKEN = 100
 """Most damaged packets of a stream; they are left out, as players do."""
-PIECE = 2**14
-"""Samples that are resampled at a time."""
+PIECE = 2**16
+"""Samples of all channels that are mixed and resampled at a time."""
 CHECKED_SECONDS = 30.0
 """Seconds that are decoded to check a sound."""
 
@@ -127,7 +127,7 @@ def frames_of(container: InputContainer, stream: Any) -> Iterator[Any]:
             yield from next(packets).decode()
         except (StopIteration, EOFError):
             return
-        except av.InvalidDataError as error:
+        except (av.InvalidDataError, av.ArgumentError) as error:  # the second if a packet changes the format
             broken += 1
             if broken > MAX_BROKEN:
                 raise BadContent(f"more than {MAX_BROKEN} packets are damaged") from error
@@ -155,15 +155,16 @@ def decode_sound(
     Raises:
         [`BadContent`]: If the sound cannot be used.
     """
-    wanted = round(sampling_rate * seconds)
+    wanted, starts = round(sampling_rate * seconds), [0.0]
     with opened(source, AUDIO_FORMATS) as container:
         stream = _stream(container)
-        length, samples = seconds_of(container, stream), np.empty(0, dtype=np.float32)
+        length = seconds_of(container, stream)
         if windows > 1 and length > seconds:
             starts = window_starts(length, seconds / windows, windows, at)
-            samples = _samples(container, stream, sampling_rate, wanted, starts, seconds / windows)
-        if 2 * len(samples) < wanted:  # it is short, or shorter than its header says
-            samples = _samples(container, stream, sampling_rate, wanted, [0.0], seconds)
+        samples = _samples(container, stream, sampling_rate, wanted, starts, seconds / len(starts))
+    if len(starts) > 1 and 2 * len(samples) < wanted:  # it is shorter than its header says
+        with opened(source, AUDIO_FORMATS) as container:
+            samples = _samples(container, _stream(container), sampling_rate, wanted, [0.0], seconds)
     found = len(samples)
     if not found:
         raise BadContent("it has no samples")
@@ -182,7 +183,8 @@ def _samples(
     container: InputContainer, stream: Any, sampling_rate: int, wanted: int, starts: Iterable[float], seconds: float
 ) -> np.ndarray:
     """At most `wanted` samples: `seconds` from each start on."""
-    pieces = _joined(chain.from_iterable(_piece(container, stream, start, seconds) for start in starts))
+    frames = chain.from_iterable(_piece(container, stream, start, seconds) for start in starts)
+    pieces = map(_mono, _joined(frames))
     sounds = pieces if stream.rate == sampling_rate else _resampled(pieces, stream.rate, sampling_rate)
     parts, found = [np.empty(0, dtype=np.float32)], 0
     for samples in sounds:
@@ -194,38 +196,42 @@ def _samples(
 
 
 def _piece(container: InputContainer, stream: Any, start: float, seconds: float) -> Iterator[np.ndarray]:
-    """The samples of `seconds` from the time `start` on, at the rate of the stream."""
+    """`seconds` from the time `start` on, frame by frame: `(channels, samples)` at the rate of the stream."""
     import av
 
-    start += float((stream.start_time or 0) * stream.time_base)
+    first = float((stream.start_time or 0) * stream.time_base)
     left = math.ceil(seconds * stream.rate) + 1
-    with suppress(av.FFmpegError):  # if seeking fails, read on
-        container.seek(int(start / stream.time_base), stream=stream)
+    if start > 0:
+        with suppress(av.FFmpegError):  # if seeking fails, read on
+            container.seek(int((first + start) / stream.time_base), stream=stream)
     for frame in frames_of(container, stream):
-        samples = _mono(frame)[_before(frame, start) :][:left]
-        left -= len(samples)
-        yield samples
+        before = 0 if frame.time is None else max(0, round((first + start - frame.time) * frame.sample_rate))
+        if before < frame.samples:
+            samples = _channels(frame)[:, before:][:, :left]
+            left -= samples.shape[1]
+            yield samples
         if left <= 0:
             return
 
 
-def _before(frame: AudioFrame, start: float) -> int:
-    """The number of samples of a frame before a time."""
-    return 0 if frame.time is None else max(0, round((start - frame.time) * frame.sample_rate))
+def _channels(frame: AudioFrame) -> np.ndarray:
+    """The samples of a frame: `(channels, samples)`."""
+    samples = frame.to_ndarray()
+    return samples if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels).T
 
 
-def _joined(sounds: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces of a sound, joined into larger pieces."""
+def _joined(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Frames of `(channels, samples)`, joined to larger ones if they are of one kind."""
     parts: list[np.ndarray] = []
     found = 0
-    for samples in sounds:
-        parts.append(samples)
-        found += len(samples)
-        if found >= PIECE:
-            yield np.concatenate(parts)
+    for samples in frames:
+        if parts and (found >= PIECE or (samples.dtype, len(samples)) != (parts[0].dtype, len(parts[0]))):
+            yield np.concatenate(parts, axis=1)
             parts, found = [], 0
-    if found:
-        yield np.concatenate(parts)
+        parts.append(samples)
+        found += samples.size
+    if parts:
+        yield np.concatenate(parts, axis=1)
 
 
 def _stream(container: InputContainer) -> Any:
@@ -254,15 +260,14 @@ def seconds_of(container: InputContainer, stream: Any) -> float:
     return max(0.0, (container.duration or 0) / 1_000_000 - max(0.0, first))  # in Matroska, whose clock starts at 0
 
 
-def _mono(frame: AudioFrame) -> np.ndarray:
+def _mono(samples: np.ndarray) -> np.ndarray:
     """The mean of all channels, however many there are: `(samples,)`, float32."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, len(frame.layout.channels)).T
+    scale, middle = 1 / len(samples), np.float32(0)
     if samples.dtype.kind in "iu":
-        middle = 128 if samples.dtype == np.uint8 else 0
-        samples = (samples.astype(np.float32) - middle) / 2.0 ** (8 * samples.dtype.itemsize - 1)
-    return samples[0].astype(np.float32) if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
+        scale /= 2.0 ** (8 * samples.dtype.itemsize - 1)
+        middle = np.float32(samples.dtype == np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite samples are refused later
+        return np.full(len(samples), scale, np.float32) @ samples.astype(np.float32) - middle
 
 
 def _resampled(sounds: Iterable[np.ndarray], rate: int, wanted: int) -> Iterator[np.ndarray]:

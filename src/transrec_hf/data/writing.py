@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from .reading import BLOCK
 
 
 ITEMS_AT_A_TIME = 1000
-BYTES_AT_A_TIME = 2**28
+BYTES_AT_A_TIME = 2**27
 
 
 def write_published(
@@ -136,7 +137,7 @@ class _Log:
         fields = (("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64()))
         schema, rows = pa.schema(list(fields)), 0
         with pa.parquet.ParquetWriter(path, schema) as writer:
-            for block in _blocks(self._kept(known, users), BLOCK):
+            for block in blocks(self._kept(known, users), BLOCK):
                 columns = zip(*block, strict=True)
                 arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
                 writer.write_table(pa.table(arrays, schema=schema))
@@ -174,8 +175,8 @@ class _Items:
         kinds = [("item_id", pa.string()), *([("text", pa.string())] if self.fields else [])]
         kinds += [(name, pa.binary()) for name in self.media]
         schema, written = pa.schema(kinds), set()
-        with pa.parquet.ParquetWriter(path, schema) as writer:
-            for block in _blocks(self._read(), ITEMS_AT_A_TIME, BYTES_AT_A_TIME):
+        with items_writer(path, schema) as writer:
+            for block in blocks(self._read(), ITEMS_AT_A_TIME, BYTES_AT_A_TIME):
                 table = pa.Table.from_pylist(block, schema=schema)
                 for name in self.media:
                     table = table.set_column(table.schema.get_field_index(name), name, self._sound(table, name))
@@ -237,6 +238,12 @@ class _Items:
         return pc.if_else(pa.array(keep), column, None)
 
 
+def items_writer(file: str | os.PathLike, schema: pa.Schema) -> pa.parquet.ParquetWriter:
+    """A Parquet writer without dictionaries and statistics of files, for which it would copy them several times."""
+    plain = [name for name in schema.names if name not in KINDS]
+    return pa.parquet.ParquetWriter(file, schema, use_dictionary=plain, write_statistics=plain)
+
+
 def damaged(name: str, files: pa.Array) -> dict[int, str]:
     """
     Which files of a modality cannot be decoded, and why. `files` are structs of `bytes` and `path`, or lists of them.
@@ -251,16 +258,23 @@ def _is_missing(name: str) -> bool:
     return not name or name == "NA" or name.lower() in MISSING_WORDS
 
 
-def _blocks(rows: Iterable[Any], most: int, most_bytes: int | None = None) -> Iterator[list[Any]]:
+def blocks(rows: Iterable[Any], most: int, most_bytes: int | None = None) -> Iterator[list[Any]]:
     """Rows in lists of at most `most` rows, or of files of about `most_bytes` in total."""
     block: list[Any] = []
     size = 0
     for row in rows:
         block.append(row)
         if most_bytes is not None:
-            size += sum(len(value) for value in row.values() if isinstance(value, bytes))
+            size += _bytes_in(row)
         if len(block) == most or (most_bytes is not None and size >= most_bytes):
             yield block
             block, size = [], 0
     if block:
         yield block
+
+
+def _bytes_in(value: Any) -> int:
+    """The size of all files in a row."""
+    if isinstance(value, (dict, list)):
+        return sum(map(_bytes_in, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, bytes) else 0

@@ -19,6 +19,7 @@ from ..data.columns import is_list
 from ..data.interactions import Sequences
 from ..data.media import FEATURES, file_feature
 from ..data.statistics import length_statistics, modality_shares, popularity_statistics
+from ..data.writing import items_writer
 from ..errors import DataError, hub_errors
 from ..model.modalities_transrec import MODALITIES
 from .facts import CARD_NAME
@@ -104,7 +105,7 @@ def write_items(catalogue: Catalogue, file: str | os.PathLike) -> None:
     features |= {name: file_feature(name) for name in FEATURES if name in features and name not in listed}
     features |= {name: datasets.List(file_feature("image")) for name in listed}
     schema, rows_as_arrow = features.arrow_schema, catalogue.items.with_format("arrow")
-    with pq.ParquetWriter(file, schema) as writer:
+    with items_writer(file, schema) as writer:
         bar = logging.tqdm(range(0, len(catalogue), ROWS), desc="Writing items", delay=2)
         for start in bar:
             rows = range(start, min(start + ROWS, len(catalogue)))
