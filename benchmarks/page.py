@@ -239,6 +239,7 @@ COMPRESSED = {
     "ml_student2": "student, 2 blocks",
     "ml_student1": "student, 1 block",
     "ml_student1_e0": "the same, map fitted only",
+    "ml_nested": "trained with prefixes",
 }
 
 
@@ -247,13 +248,13 @@ def plot_compression(path: str | Path, output: Path) -> None:
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for row in rows_of(path, "compression"):
         model, _, form = row["variant"].partition(", ")
-        if form:
+        if form and model != "ml_whole":  # a second training of the teacher, to compare with `ml_nested`
             models = found.setdefault(row["data"], {})
             models.setdefault(model, {}).setdefault(form, {})[row["metric"]] = float(row["value"])
     figure, all_axes = plt.subplots(len(found), 1, figsize=(7, 4.2 * len(found)), squeeze=False)
     for axes, (data, models) in zip(all_axes[:, 0], found.items(), strict=True):
         ordered = sorted(models, key=lambda model: [*COMPRESSED, model].index(model))
-        for model, colour in zip(ordered, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE)), strict=False):
+        for model, colour in zip(ordered, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GREY)), strict=False):
             points = {form: (each["size"], each["hit_rate@10"]) for form, each in models[model].items()}
             shorter = sorted(point for form, point in points.items() if form == "fp32" or "prefix" in form)
             others = sorted(point for form, point in points.items() if "prefix" not in form)
