@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from testing_utils import (
     TEXT_TOWERS,
     USER_ENCODER,
@@ -26,6 +27,7 @@ from testing_utils import (
     catalogue_of,
     make_catalogue,
     make_image_processor,
+    make_split,
     make_tokenizer,
     train_and_serve,
     weights_of,
@@ -56,6 +58,7 @@ from transrec_hf import (
     TransRecConfig,
     TransRecModel,
     TransRecProcessor,
+    TransRecTrainingArguments,
     encode_catalogue,
     load_catalogue,
 )
@@ -64,6 +67,7 @@ from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.windows_transrec import LogMelFeatureExtractor, reads_samples
 from transrec_hf.publishing.checkpoint import check_processor
 from transrec_hf.publishing.dataset import write_items
+from transrec_hf.training.planning import plan_run
 
 
 av = pytest.importorskip("av")
@@ -460,8 +464,12 @@ def test_whisper_and_clap_are_taken_out_of_their_checkpoints(tmp_path):
         assert_same_weights(model.item_encoder.audio_model, part)
         processor = TransRecProcessor.from_towers(audio_model=str(tmp_path / name))
         assert model.get_item_features(**processor(audio=[tone()])).isfinite().all()
-        model.save_pretrained(tmp_path / "own")
-        assert_same_weights(TransRecModel.from_pretrained(tmp_path / "own"), model)
+        for thin in (False, True):
+            place = tmp_path / f"{name}-{thin}"
+            model.save_pretrained(place, thin=thin)
+            has_tower = any("audio_model." in key for key in load_file(place / "model.safetensors"))
+            assert has_tower is not thin
+            assert_same_weights(TransRecModel.from_pretrained(place), model)
 
 
 @pytest.mark.parametrize("name", ["bert", "resnet"])
@@ -548,6 +556,20 @@ def test_stored_states_give_the_same_vectors(tmp_path, name, trained):
             ActivationStore(tmp_path, model, source)
         return
     assert_stored_alike(tmp_path, model, source)
+
+
+@pytest.mark.parametrize("name", ["ast", "wav2vec2"])
+def test_a_run_is_planned_with_a_store_if_the_tower_can_have_one(tmp_path, name):
+    catalogue = sounds_of(*[wav(tone(0.1, 300 + 10 * row)) for row in range(12)])
+    settings = {"catalogue": catalogue, "split": make_split(), "processing_class": make_processor(name)}
+    args = TransRecTrainingArguments(str(tmp_path), trainable_blocks=1, per_device_train_batch_size=4, report_to=[])
+    plan = plan_run(make_model(name), args, **settings, seconds=0.1)
+    assert (plan.with_store is None) is (name == "wav2vec2") and plan.step.units["audio"] > 0
+    if name == "wav2vec2":
+        assert "cannot continue from stored states" in plan.advice[0]
+        args.activation_store = str(tmp_path / "store")
+        with pytest.raises(ValueError, match="leave out activation_store"):
+            plan_run(make_model(name), args, **settings, seconds=0.1)
 
 
 def test_they_are_published_and_read_again(tmp_path, source):

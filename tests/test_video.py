@@ -30,6 +30,7 @@ from testing_utils import (
     train_and_serve,
 )
 from transformers import (
+    AutoModel,
     AutoProcessor,
     PreTrainedConfig,
     TimesformerConfig,
@@ -453,6 +454,9 @@ def test_towers_are_loaded_from_checkpoints_of_images(tmp_path):
     model = TransRecModel.from_text_vision_pretrained(video_model=str(tmp_path), **USER_ENCODER)
     assert_same_weights(model.item_encoder.video_model, tower)
     assert TransRecProcessor.from_towers(video_model=str(tmp_path)).num_frames == 8
+    AutoModel.from_config(CLIP_TOWERS["videomae"]()).save_pretrained(tmp_path)
+    for given, found in (({}, FRAMES), ({"num_frames": 6}, 6)):
+        assert TransRecProcessor.from_towers(video_model=str(tmp_path), **given).num_frames == found
 
 
 def test_they_are_published_and_read_again(tmp_path, source):

@@ -194,8 +194,7 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
             features_size,
             feature_extractor=feature_extractor_of(audio_model) if audio_model else None,
             frame_image_processor=AutoImageProcessor.from_pretrained(video_model) if video_model else None,
-            num_frames=getattr(frames, "num_frames", 8),
-            **kwargs,
+            **{"num_frames": getattr(frames, "num_frames", 8), **kwargs},
         )
 
     @classmethod

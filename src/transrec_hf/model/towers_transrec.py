@@ -141,7 +141,9 @@ def load_tower(name_or_path: str, part: str, **kwargs: Any) -> PreTrainedModel:
         tower, found = cls.from_pretrained(name_or_path, config=read, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    tower = getattr(tower, WHOLES[config.model_type]) if is_part else tower
+    if is_part:
+        tower = getattr(tower, WHOLES[config.model_type])
+        tower.config._name_or_path, tower.config._commit_hash = name_or_path, getattr(whole, "_commit_hash", None)
     fresh = sorted(found["missing_keys"])
     if fresh:
         logger.warning(f"{name_or_path}: {len(fresh)} weights are missing and start at random, such as {fresh[0]}.")

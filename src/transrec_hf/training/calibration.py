@@ -404,17 +404,26 @@ class Calibration:
             ranking_seconds=ranking_seconds,
         )
 
+    def store(self, folder: str, rows: np.ndarray) -> ActivationStore | None:
+        """An empty store of some catalogue rows; `None` if this run has none, and a tower cannot have one."""
+        try:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            return ActivationStore(folder, self.model, self.source.select(rows), dtype=dtype)
+        except ValueError:
+            if self.args.activation_store is not None:
+                raise
+            return None
+
     def fill(
-        self, folder: str, rows: np.ndarray, units: dict[str, np.ndarray], pooled: Collection[str]
+        self, store: ActivationStore, rows: np.ndarray, units: dict[str, np.ndarray], pooled: Collection[str]
     ) -> tuple[ItemSource, float]:
-        """A source of some catalogue rows with stored states, and the bytes of a store of all items."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        """The items at `rows` with stored states, and the bytes of a store of all items."""
         with self.autocast():
-            store = ActivationStore(folder, self.model, self.source.select(rows), dtype=dtype)
             store.fill(batch_size=self.args.per_device_eval_batch_size)
         num_bytes = 0.0
-        for name, counts in units.items():
+        for name, of_modality in store.states.items():
+            counts = units[name]
             states = counts > 0 if name in pooled else counts
-            stored_bytes = sum(content_bytes(path) for path in Path(folder).glob(f"{name}-*/*"))
+            stored_bytes = sum(content_bytes(path) for path in of_modality.folder.glob("*"))
             num_bytes += stored_bytes * int(states.sum()) / max(int(states[rows].sum()), 1)
         return store.source, num_bytes

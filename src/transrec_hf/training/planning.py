@@ -220,7 +220,7 @@ def plan_run(
 
     Raises:
         [`DataError`]: If no training sequence has two items.
-        `ValueError`: If the run has a store, but no block is frozen.
+        `ValueError`: If the run has a store, but no block is frozen or a tower cannot continue from stored states.
     """
     config, processor = model.config, processing_class if model.config.modalities else None
     windows = TrainingWindows(split.train, config.max_position_embeddings, config.num_targets)
@@ -266,10 +266,10 @@ def plan_run(
             costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
         bar.update()
         pooled = [name for name in depths if name in units and model.item_encoder.is_stored_pooled(name)]
-        if depths and all(depths.values()):
-            store, store_bytes = calibration.fill(folder, rows, units, pooled)
+        if depths and all(depths.values()) and (store := calibration.store(folder, rows)) is not None:
+            stored, store_bytes = calibration.fill(store, rows, units, pooled)
             again = np.resize(np.arange(len(rows)), int(step.items))
-            prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, store), store)
+            prepare_seconds, towers = calibration.towers(calibration.affordable(again, 0.05, stored), stored)
             stored_costs = replace(costs, prepare_seconds=prepare_seconds, towers=towers)
         calibration.update()  # so that gradients and optimizer states exist, as between two steps
         base_bytes, free_bytes = memory_of(args.device)
@@ -324,7 +324,10 @@ def epoch_seconds(way: Forecast, args: TransRecTrainingArguments) -> float:
 def advise_store(plan: Plan, args: TransRecTrainingArguments) -> str:
     """Whether the states of the frozen blocks are worth storing."""
     if plan.with_store is None:
-        return "activation_store: no, a tower is trained whole; lower trainable_blocks to store frozen states."
+        return (
+            "activation_store: no, a tower is trained whole, or cannot continue from stored states; those of a tower "
+            "that is frozen as a whole (trainable_blocks=0) can be stored."
+        )
     without, stored = (epoch_seconds(way, args) for way in (plan.without_store, plan.with_store))
     facts = f"an epoch takes {stored:.0f} s instead of {without:.0f} s"
     facts += f", and filling it {plan.fill_seconds:.0f} s and {plan.store_gb:.2f} GB"
