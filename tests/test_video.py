@@ -55,6 +55,7 @@ from transrec_hf.data.clips import evenly
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
 from transrec_hf.items.store import ActivationStore
 from transrec_hf.publishing.dataset import write_items
+from transrec_hf.serving.raw import encode_raw, read_raw
 
 
 av = pytest.importorskip("av")
@@ -318,6 +319,18 @@ def test_a_video_may_be_a_list_of_images(tmp_path):
         write_items(catalogue, tmp_path / "items.parquet")
         again = load_catalogue(tmp_path / "items.parquet")
         assert again.content_hash() == catalogue.content_hash()
+
+
+def test_a_raw_list_of_images_is_read_as_that_of_a_catalogue(monkeypatch):
+    decoded = []
+    monkeypatch.setattr("transrec_hf.serving.raw.to_rgb", lambda image: decoded.append(1) or image.convert("RGB"))
+    model, processor, many = make_model(), make_processor(), pictures() * 100
+    vectors, _ = encode_raw(model, processor, [read_raw({"video": many}, ["video"])])
+    source = ItemSource(listed([png(frame) for frame in many]), processor)
+    torch.testing.assert_close(vectors, encode_catalogue(model, source), atol=1e-5, rtol=1e-4)
+    assert len(decoded) == FRAMES
+    with pytest.raises(DataError, match="the image of a raw item is int"):
+        encode_raw(model, processor, [read_raw({"video": [1]}, ["video"])])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..data.clips import decode_clip
+from ..data.clips import decode_clip, evenly
 from ..data.images import decode_image
 from ..data.sounds import decode_sound
 from ..errors import BadContent, DataError, one_line, shortened
@@ -128,7 +128,7 @@ def _video(video: Any) -> Any:
         return bytes(video)
     if not isinstance(video, Sequence) or not video:
         raise DataError("the video of a raw item must be the bytes of a file, or a list of images")
-    return [_image(frame) for frame in video]
+    return list(video)  # decoded later, since a model reads few of them
 
 
 def without_ids(model: TransRecModel) -> TransRecModel:
@@ -142,7 +142,9 @@ def without_ids(model: TransRecModel) -> TransRecModel:
 
 
 def _decoded(processor: TransRecProcessor, name: str, content: Any) -> Any:
-    """The samples or frames of a content, decoded if it is the bytes of a file. Raises [`DataError`]."""
+    """The samples or frames of a content, which may be the bytes of a file. Raises [`DataError`]."""
+    if isinstance(content, list):
+        return [_image(content[place]) for place in evenly(len(content), processor.num_frames)]
     if not isinstance(content, bytes):
         return content
     decode: Any = {"audio": decode_sound, "video": decode_clip}[name]
