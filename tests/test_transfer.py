@@ -320,6 +320,16 @@ def test_a_source_has_to_be_worth_more_than_chance(tmp_path, monkeypatch, half, 
     assert start.init == best and start.values == {"none": 0.5, "half": half}
 
 
+def test_the_guard_ranks_all_validation_users(tmp_path):
+    model = trained(tmp_path)
+
+    def value(**few):
+        options = {"model": model, "num_train_epochs": 0, **few}
+        return choose_start(model, lambda folder: make_trainer(folder, **options), ("all",)).values["all"]
+
+    assert value(max_eval_users=2) == value()
+
+
 @pytest.mark.parametrize(
     ("values", "is_start"), [([0.5, 0.4, 0.3], True), ([0.5, 0.5, 0.3], True), ([0.5, 0.6], False)]
 )
