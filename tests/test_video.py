@@ -323,7 +323,12 @@ def test_a_video_may_be_a_list_of_images(tmp_path):
 
 def test_a_raw_list_of_images_is_read_as_that_of_a_catalogue(monkeypatch):
     decoded = []
-    monkeypatch.setattr("transrec_hf.serving.raw.to_rgb", lambda image: decoded.append(1) or image.convert("RGB"))
+
+    def counted(image):
+        decoded.append(1)
+        return image.convert("RGB")
+
+    monkeypatch.setattr("transrec_hf.serving.raw.to_rgb", counted)
     model, processor, many = make_model(), make_processor(), pictures() * 100
     vectors, _ = encode_raw(model, processor, [read_raw({"video": many}, ["video"])])
     source = ItemSource(listed([png(frame) for frame in many]), processor)

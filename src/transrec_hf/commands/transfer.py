@@ -244,12 +244,14 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: 
     """
     known = ItemStatistics.from_pretrained(checkpoint)
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
-    domains = told.get("domains") or [told]
+    domains = [domain for domain in told.get("domains") or [told] if isinstance(domain, dict)]
     sources = [domain.get("source") for domain in domains]
-    ends = np.cumsum([domain.get("num_items", 0) for domain in domains])[:-1]
-    parts = (
-        [] if known is None else zip(np.split(known.item_ids, ends), np.split(known.train_counts, ends), strict=True)
-    )
+    sizes = [domain.get("num_items") for domain in domains]
+    parts = []
+    if known is not None:
+        is_split = all(isinstance(size, int) for size in sizes) and sum(sizes) == len(known.item_ids)
+        ends = np.cumsum(sizes)[:-1] if is_split else []
+        parts = list(zip(np.split(known.item_ids, ends), np.split(known.train_counts, ends), strict=True))
     if any(_is_alike(ItemStatistics(*part), catalogue, counts) for part in parts) or (
         catalogue.source in sources and not DataArguments(data=target).is_demo
     ):  # the demo data have one name
