@@ -246,11 +246,12 @@ def check_no_source(checkpoint: str, target: str, catalogue: Catalogue, counts: 
     told = read_json(Path(checkpoint) / STATISTICS_NAME) if Path(checkpoint).is_dir() else {}
     domains = [domain for domain in told.get("domains") or [told] if isinstance(domain, dict)]
     sources = [domain.get("source") for domain in domains]
-    sizes = [domain.get("num_items") for domain in domains]
+    sizes: list[Any] = [domain.get("num_items") for domain in domains]
     parts = []
     if known is not None:
-        is_split = all(isinstance(size, int) for size in sizes) and sum(sizes) == len(known.item_ids)
-        ends = np.cumsum(sizes)[:-1] if is_split else []
+        if not all(isinstance(size, int) for size in sizes) or sum(sizes) != len(known.item_ids):
+            sizes = [len(known.item_ids)]
+        ends = np.cumsum(sizes)[:-1]
         parts = list(zip(np.split(known.item_ids, ends), np.split(known.train_counts, ends), strict=True))
     if any(_is_alike(ItemStatistics(*part), catalogue, counts) for part in parts) or (
         catalogue.source in sources and not DataArguments(data=target).is_demo
