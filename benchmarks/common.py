@@ -29,7 +29,12 @@ COLUMNS = (
 Row = dict[str, str]
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """
     Measure the seconds that each variant takes. Every round runs all variants, so that a busy machine slows all of
     them alike.
@@ -38,13 +43,15 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, warm_up
         variants (`dict[str, Callable]`): What to measure, by name.
         repeats (`int`): Number of rounds that count.
         warm_up (`int`, *optional*, defaults to 1): Number of rounds before them, which do not count.
+        clock (`Callable`, *optional*): Returns seconds; `time.process_time` for those of the processor, which other
+            programs disturb less.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(-warm_up, repeats):
         for name, function in variants.items():
-            started = time.perf_counter()
+            started = clock()
             function()
-            elapsed = time.perf_counter() - started
+            elapsed = clock() - started
             if repeat >= 0:
                 seconds[name].append(elapsed)
                 print(f"  {name}: {elapsed:.2f} s", file=sys.stderr, flush=True)
