@@ -169,8 +169,10 @@ class WhitenedProjection(nn.Module):
     def whiten(self, states: Tensor) -> Tensor:
         """Whiten states `(n, width)`: `(n, hidden_size)`, fp32."""
         with torch.autocast(states.device.type, enabled=False):
-            # not by the product of both matrices, which costs more than the tower if there are few states
-            return (states.float() - self.mean.float()) @ self.axes.float() @ self.whitening.float()
+            centred, axes, whitening = states.float() - self.mean.float(), self.axes.float(), self.whitening.float()
+            if torch.compiler.is_exporting() or len(states) > len(axes):  # a graph takes any number of states
+                return centred @ (axes @ whitening)
+            return centred @ axes @ whitening  # cheaper for few states than the product of both matrices
 
     def forward(self, states: Tensor) -> Tensor:
         """Turn states `(n, width)` into item vectors `(n, hidden_size)`, which have length 1 before the correction."""
