@@ -704,6 +704,7 @@ BAD_INPUT: dict[str, Case] = {
     "policy without items": with_data("no item has image", "--modality_policy", "image", "--text_model", "bert"),
     "broken image": with_data(r"row 2 \(item_id 'b'.*truncated", "--vision_model", "vit", items=BROKEN_IMAGE),
     "k-core without items": with_data("9-core is empty", "--k_core", "9", "--text_model", "bert"),
+    "k-core of nothing": with_data("k_core must be 1 or more, got 0", "--k_core", "0", "--text_model", "bert"),
     "temporal split without bounds": with_data("needs validation_from and test_from", "--split", "temporal"),
     "temporal split out of range": with_data(
         "data run from 1 to 3",

@@ -418,6 +418,8 @@ def test_ratings_and_cores_leave_out_the_rest(tmp_path: Path) -> None:
     movielens_100k(tmp_path)
     log = [f"u{n % 4}\t{11 + n % 3}\t{1 + n % 5}\t{T + n}\n" for n in range(60)] + [f"u9\t11\t5\t{T}\n"]
     write(tmp_path, {"u.data": "".join(log)})
+    with pytest.raises(DataError, match="k_core must be 1 or more, got -1"):
+        prepared(tmp_path, "movielens", k_core=-1)
     done = prepared(tmp_path, "movielens", min_value=3, k_core=5)
     assert done["users"] == 4 and done["interactions"] == 36 and done["items"] == 3
 

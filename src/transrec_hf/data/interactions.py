@@ -337,8 +337,10 @@ def drop_unused(catalogue: Catalogue, sequences: Sequences) -> tuple[Catalogue, 
 def k_core(catalogue: Catalogue, sequences: Sequences, k: int) -> tuple[Catalogue, Sequences]:
     """Keep only users and items with at least `k` interactions each; repeated until nothing changes.
 
-    Repeats count as interactions. Raises [`DataError`] when nothing is left.
+    Repeats count as interactions. Raises [`DataError`] when nothing is left, or `k` is below 1.
     """
+    if k < 1:
+        raise DataError(f"k_core must be 1 or more, got {k}")
     view, place = sequences.expand()
     while len(place):
         items = sequences.items[place]

@@ -55,8 +55,10 @@ def write_published(
         `dict`: `dropped`, the number of things that were left out, by kind, and `notes`.
 
     Raises:
-        [`DataError`]: If nothing is left, or a field of the text does not exist.
+        [`DataError`]: If nothing is left, a field of the text does not exist, or `k_core` is below 1.
     """
+    if k_core < 1:
+        raise DataError(f"k_core must be 1 or more, got {k_core}")
     left_out, place = published.left_out, published.place
     has = (*(("text",) if published.text else ()), *published.media)
     if lacking := [name for name in modalities or () if name not in has]:
