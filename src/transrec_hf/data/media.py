@@ -105,7 +105,7 @@ class Files:
     mend: str
 
     def __init__(self, rows: datasets.Dataset, folder: str | None = None) -> None:
-        self.mend = f"Replace or delete them; transrec prepare --drop damaged_{KINDS[self.name]} leaves them out."
+        self.mend = f"Replace or delete them, or drop them with transrec prepare --drop damaged_{KINDS[self.name]}."
         self._rows, self._folder = rows, folder
         self._places = np.arange(len(rows))
         masks = []
