@@ -77,7 +77,7 @@ class TransferArguments:
     batch_size: int = option(128, "Users per step; at least 16, and fewer than this if there are few users.")
     learning_rate: float = option(1e-3, "Peak learning rate.")
     trainable_blocks: int = option(0, "Blocks trained at the top of each tower; 0 freezes them.")
-    max_eval_users: int | None = option(None, "Number of users drawn for validation [all].")
+    max_eval_users: int | None = option(None, "Number of users drawn to validate an epoch [all].")
     bf16: bool = option(False, "Compute in bf16.")
     use_cpu: bool = option(False, "Compute on the CPU, even if there is a GPU.")
     dataloader_num_workers: int = option(0, "Number of processes that read and decode items.")
