@@ -157,6 +157,7 @@ def choose_start(
 
 def value_of(trainer: TransRecTrainer) -> float:
     """The best validation metric of a short run or, with no epochs, that of the model as it is; of all users."""
+    trainer.args = copy.copy(trainer.args)  # which may be those of other runs too
     trainer.args.max_eval_users = None
     if trainer.args.num_train_epochs > 0:
         trainer.train()
