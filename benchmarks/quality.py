@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,7 +118,11 @@ def run(options: argparse.Namespace, results: Results) -> None:
                 zero_shot.fill_store()
                 zero_shot.prepare_model()
                 report(zero_shot, f"{variant}, zero-shot")
-                start = choose_start(model, partial(trainer_of, model, epochs=1), ("none", "half", "all"))
+
+                def short_run(place: str, init: str, model: TransRecModel = model) -> TransRecTrainer:
+                    return trainer_of(model, place, 1)
+
+                start = choose_start(model, short_run, ("none", "half", "all"))
                 print(f"{variant}: {start}", flush=True)
             trainer = trainer_of(model, folder, options.epochs)
             trainer.train()

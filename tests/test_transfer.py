@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 
 import numpy as np
@@ -23,7 +24,7 @@ from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfi
 from transrec_hf.items.encoding import standardize_projections
 from transrec_hf.items.meeting import fitted_decay, start_from_data
 from transrec_hf.model.item_encoder_transrec import WhitenedProjection
-from transrec_hf.training.transfer import AUTO_INITS, INITS, choose_start, start_from
+from transrec_hf.training.transfer import AUTO_INITS, INITS, choose_start, has_trained_towers, start_from
 
 
 DESIGN = {
@@ -249,6 +250,15 @@ def trained(tmp_path) -> TransRecModel:
     return model
 
 
+def trained_from(folder) -> tuple[TransRecModel, TransRecModel]:
+    """A model whose text tower comes from a folder, before and after training."""
+    before, after = fresh(), trained(folder)
+    before.item_encoder.text_model.save_pretrained(folder / "tower")
+    for model in (before, after):
+        model.item_encoder.text_model.config._name_or_path = str(folder / "tower")
+    return before, after
+
+
 @pytest.mark.parametrize("init", [init for init in INITS if init not in ("features", "audio", "video", "codes")])
 def test_a_start_keeps_the_part_that_it_names(tmp_path, init):
     model = trained(tmp_path)
@@ -273,6 +283,56 @@ def test_a_start_keeps_the_part_that_it_names(tmp_path, init):
     assert ("user_encoder" in start.loaded) == (init in ("all", "half", "user_encoder"))
 
 
+def test_from_scratch_the_towers_are_as_they_were(tmp_path):
+    before, model = trained_from(tmp_path)
+    assert has_trained_towers(model) and not has_trained_towers(before)
+    learned = {name: value.clone() for name, value in model.named_parameters()}
+    start = start_from(model, "scratch")
+    assert "item_encoder.text_model" in start.new and "item_encoder.vision_model" in start.loaded
+    start_from(before, "none")
+    for name, value in model.named_parameters():
+        expected = learned if ".vision_model." in name else dict(before.named_parameters())
+        assert torch.equal(value, expected[name]), name
+
+
+def test_towers_that_cannot_be_read_are_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    _, model = trained_from(tmp_path)
+    model.config._name_or_path = "someone/films"
+    assert not has_trained_towers(model) and "which is a folder of this machine" in caplog.text
+    model.config._name_or_path = ""
+    (tmp_path / "tower").rename(tmp_path / "moved")
+    caplog.clear()
+    assert not has_trained_towers(model) and "which cannot be read" in caplog.text
+    with pytest.raises(ValueError, match="the text tower comes from"):
+        start_from(model, "scratch")
+
+
+def test_a_source_whose_towers_do_harm_is_left(tmp_path):
+    before, model = trained_from(tmp_path)
+    with torch.no_grad():
+        for parameter in model.item_encoder.text_model.parameters():
+            parameter.zero_()  # all texts are alike
+
+    options = {"num_train_epochs": 0, "activation_store": str(tmp_path / "store"), "trainable_blocks": 0}
+    main = make_trainer(tmp_path / "run", model=model, **options)
+    main.fill_store()
+
+    def short_run(folder, init):
+        trainer = make_trainer(folder, model=model, **options)
+        if init != "scratch":
+            trainer.store, trainer.source = main.store, main.source
+        return trainer
+
+    start = choose_start(model, short_run)
+    assert set(start.values) == set(AUTO_INITS) and start.values["scratch"] != start.values["none"]
+    before.item_encoder.vision_model.load_state_dict(model.item_encoder.vision_model.state_dict())
+    alone = make_trainer(tmp_path / "alone", model=before, num_train_epochs=0)
+    start_from(before, "none")
+    alone.prepare_model()
+    assert start.values["scratch"] == pytest.approx(alone.evaluate()["eval_ndcg@10"])
+
+
 def test_half_is_half_way_to_a_new_model(tmp_path):
     model, other = trained(tmp_path), trained(tmp_path)
     other.load_state_dict(model.state_dict())
@@ -293,9 +353,9 @@ def test_the_start_that_validation_prefers_wins(tmp_path):
     with torch.no_grad():
         model.content_prior.output.weight.mul_(100)  # a source that does harm
     options = {"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1, "learning_rate": 1e-6}
-    start = choose_start(model, lambda folder: make_trainer(folder, model=model, **options))
+    start = choose_start(model, lambda folder, init: make_trainer(folder, model=model, **options))
     values, best = start.values, start.init
-    assert set(values) == set(AUTO_INITS)
+    assert set(values) == {*AUTO_INITS} - {"scratch"}
     assert (best == "none" or values[best] == max(values.values())) and best != "all"
     assert start.standardized == ["text", "image"] and f"On validation {best} {values[best]:.4f}, " in str(start)
     expected = trained(tmp_path)
@@ -309,7 +369,7 @@ def test_a_source_has_to_be_worth_more_than_chance(tmp_path, monkeypatch, half, 
     model = trained(tmp_path)
     said = {"none": 0.5, "half": half}
 
-    def compared(folder):
+    def compared(folder, init):
         trainer = make_trainer(folder, model=model, num_train_epochs=0)
         value = said.pop(next(iter(said)))
         monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_ndcg@10": value})
@@ -325,7 +385,7 @@ def test_the_guard_ranks_all_validation_users(tmp_path):
 
     def value(**few):
         options = {"model": model, "num_train_epochs": 0, **few}
-        return choose_start(model, lambda folder: make_trainer(folder, **options), ("all",)).values["all"]
+        return choose_start(model, lambda folder, init: make_trainer(folder, **options), ("all",)).values["all"]
 
     assert value(max_eval_users=2) == value()
 

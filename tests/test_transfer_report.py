@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from testing_utils import QUICK
+from testing_utils import QUICK, assert_same_weights
 
 from transrec_hf import Catalogue, DataError
-from transrec_hf.commands.runs import pretrain
+from transrec_hf.commands.runs import finetune, pretrain
 from transrec_hf.commands.transfer import check_no_source, compare, transfer_report, verdict
 from transrec_hf.evaluation.metrics import paired_bootstrap
 from transrec_hf.items.meeting import ItemStatistics
-from transrec_hf.publishing.checkpoint import load_checkpoint
+from transrec_hf.publishing.checkpoint import load_checkpoint, save_checkpoint
 from transrec_hf.training.transfer_cells import MODELS, Cell, Target, cells_of
 
 
@@ -83,6 +83,54 @@ def test_a_hybrid_is_a_source_without_its_item_vectors(workplace):
     ]
     rows = transfer_report(["--sources", "hybrid_source", *options])["rows"]
     assert [row["model"] for row in rows] == ["from_scratch", "fine_tuned"]
+
+
+@pytest.fixture
+def spoiled(workplace) -> str:
+    """The source, whose text tower has lost what it knew."""
+    model, processor = load_checkpoint("source")
+    tower = model.item_encoder.text_model
+    tower.save_pretrained("tower")
+    tower.config._name_or_path = "tower"
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    save_checkpoint("spoiled", model, processor)
+    return "spoiled"
+
+
+def test_scratch_has_the_towers_from_before_the_source(spoiled):
+    models = ["--models", "content_neighbours", "untrained", "untrained_popularity", "from_scratch", "fine_tuned"]
+    options = ["--targets", "demo:target", *REPORT, *models]
+    rows = {}
+    for source in ("source", spoiled):
+        report = transfer_report(["--sources", source, "--output_dir", f"of_{source}", *options])
+        rows[source] = {row["model"]: row["ndcg@10"] for row in report["rows"]}
+    for model in models[1:-1]:
+        assert rows[spoiled][model] == pytest.approx(rows["source"][model]), model
+    (cell,) = (cell for cell in report["cells"] if cell["model"] == "fine_tuned")
+    assert cell["starts"]["scratch"] != cell["starts"]["none"]
+
+
+def test_towers_from_before_that_are_gone_are_told(spoiled, tmp_path):
+    Path("tower").rename("moved")
+    with pytest.raises(DataError, match="the text tower comes from tower, which cannot be read"):
+        finetune(
+            [spoiled, "--data", "demo:target", "--output_dir", str(tmp_path / "gone"), "--init", "scratch", *QUICK]
+        )
+    assert not (tmp_path / "gone").exists()
+    Path("moved").rename("tower")
+
+
+def test_a_run_leaves_towers_that_do_harm(spoiled):
+    """And takes the same start when it is resumed."""
+    options = [spoiled, "--data", "demo:target", "--output_dir", "mended", "--init", "scratch", *QUICK]
+    report = finetune(options)
+    assert report["start"]["init"] == "scratch"
+    towers = [load_checkpoint(name)[0].item_encoder.text_model for name in ("source", "mended")]
+    assert_same_weights(*towers)
+    again = finetune([*options, "--resume"])
+    assert again["start"] == report["start"] and again["metrics"] == report["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def main() -> None:
 
         name = Path(target).name
         if strategy.endswith("guarded"):
-            start = choose_start(model, lambda place: trainer_of(place, 1, **never), seed=seed).init
+            start = choose_start(model, lambda place, init: trainer_of(place, 1, **never), seed=seed).init
             starts[name, strategy].append(start)
         else:
             start_from(model, "none" if strategy == "scratch" else "all", seed)

@@ -202,8 +202,9 @@ def finetune(argv: Sequence[str] | None = None) -> dict[str, Any]:
         transrec finetune run.yaml --seed 1                          # options from a file, one of them changed
         transrec finetune runs/my_source --data my_target --balance_every 1 --ckd_teachers runs/text runs/image
 
-    The checkpoint cannot do harm: short runs start from the whole checkpoint, from parts of it and from nothing but
-    its towers, and the run that is best on validation goes on. The report tells which one, and how much it gained.
+    The checkpoint cannot do harm: short runs start from the whole checkpoint, from parts of it, from nothing but its
+    towers, and from the towers as they were before its training, if that changed them. The run that is best on
+    validation goes on. The report tells which one, and how much it gained.
     Give --init to choose the start yourself. --hybrid adds a vector for the id of each item of the target; it starts
     from the content of the item's neighbours in histories.
 
@@ -303,13 +304,17 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
     """
     file = Path(args.output_dir) / START_NAME
     if file.exists() and (args.resume or args.resume_from_checkpoint):
-        return Start(**json.loads(file.read_text(encoding="utf-8")))
+        start = Start(**json.loads(file.read_text(encoding="utf-8")))
+        if start.init == "scratch":  # its towers are not those of the checkpoint
+            start_from(trainer.model, start.init, args.seed)
+            trainer.store, trainer.source = None, trainer.items
+        return start
 
     users = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of a step
     longest = args.max_steps * users / len(trainer.windows) if args.max_steps > 0 else args.num_train_epochs
     epochs = min(args.init_epochs, longest)
 
-    def short_run(folder: str) -> TransRecTrainer:
+    def short_run(folder: str, init: str) -> TransRecTrainer:
         short = copy.copy(args)
         short.output_dir, short.num_train_epochs, short.max_steps = folder, epochs, -1
         short.eval_strategy, short.save_strategy = IntervalStrategy.EPOCH, SaveStrategy.NO
@@ -323,7 +328,8 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
             processing_class=trainer.processing_class,
             protocol=trainer.protocol,
         )
-        tried.store, tried.source = trainer.store, trainer.source  # neither read nor encoded again
+        if init != "scratch":  # which has other towers
+            tried.store, tried.source = trainer.store, trainer.source  # neither read nor encoded again
         return tried
 
     if args.init == "auto":
@@ -331,6 +337,8 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
         set_seed(args.seed)
     else:
         start = start_from(trainer.model, args.init, args.seed)
+    if start.init == "scratch":
+        trainer.store, trainer.source = None, trainer.items  # which other towers have read
     logger.info("Starting from %s", start)
     if args.should_save:
         write_json(file, dataclasses.asdict(start))
@@ -383,6 +391,8 @@ def run_training(
         with bad_input("bad options"):
             if isinstance(args, FinetuneArguments) and args.init != "auto":
                 check_init(model, args.init)
+                if args.init == "scratch":
+                    model.original_towers()
             options: dict[str, Any] = {"processing_class": processor, "protocol": split_args.protocol}
             if args.ckd_teachers and len(domains) > 1:
                 raise ValueError("ckd_teachers need a single data set: leave out more_data")

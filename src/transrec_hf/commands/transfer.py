@@ -30,6 +30,7 @@ from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..publishing.facts import read_json
 from ..training.arguments import TransRecTrainingArguments
+from ..training.transfer import has_trained_towers
 from ..training.transfer_cells import MODELS, REFERENCES, WITH_POPULARITY, Cell, Source, Target, cells_of
 from .options import DataArguments, option
 from .parsing import parse_arguments
@@ -207,7 +208,7 @@ def load_source(checkpoint: str) -> Source:
     model, processor = load_checkpoint(checkpoint)
     if model.config.modalities:
         set_item_vectors(model, None)
-    return Source(checkpoint, model, processor)
+    return Source(checkpoint, model, processor, "scratch" if has_trained_towers(model) else "none")
 
 
 def check_settings(folder: Path, args: TransferArguments) -> None:

@@ -172,6 +172,36 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         tower = load_tower(name, part.config, **place)
         return {f"{prefix}{key}": weight for key, weight in tower.state_dict().items()}
 
+    def original_towers(self) -> dict[str, Tensor]:
+        """
+        Weights of the towers before any training, by their names in this model: those that differ now. A tower that
+        was not loaded from anywhere has none.
+
+        Raises:
+            `ValueError`: If they cannot be read. From a folder of this machine they are read only if the model itself
+                is not from the Hub.
+        """
+        is_local = not self.config._name_or_path or os.path.isdir(self.config._name_or_path)
+        own = self.state_dict()
+        found: dict[str, Tensor] = {}
+        for name, tower in self.item_encoder.towers.items():
+            origin, revision = tower.config._name_or_path, getattr(tower.config, "_commit_hash", None)
+            if not origin:
+                continue
+            if os.path.isdir(origin) and not is_local:
+                raise ValueError(f"the {name} tower comes from {origin}, which is a folder of this machine")
+            place = {} if os.path.isdir(origin) else {"revision": revision}
+            prefix = f"item_encoder.{MODALITIES[name].tower}."
+            try:
+                weights = self._weights_of(origin, prefix, place)
+            except (OSError, ValueError) as error:
+                message = str(error).strip().split("\n")[0]
+                raise ValueError(f"the {name} tower comes from {origin}, which cannot be read: {message}") from error
+            if any(key not in own or own[key].shape != weight.shape for key, weight in weights.items()):
+                raise ValueError(f"the {name} tower comes from {origin}, which has other weights now")
+            found |= {key: weight for key, weight in weights.items() if not torch.equal(weight.to(own[key]), own[key])}
+        return found
+
     def _candidates(self) -> Iterator[tuple[str, str | None, str]]:
         """Name, revision and prefix of the checkpoints that may hold some of these weights, the likeliest first."""
         for source in self.config.weights_from or []:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
+from ..errors import one_line
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-INITS = ("all", "half", "item_encoder", "user_encoder", *MODALITIES, "none")
+INITS = ("all", "half", "item_encoder", "user_encoder", *MODALITIES, "none", "scratch")
 """
 The part of a checkpoint from which a run starts: all of it; half way between it and a new model; its item encoder; its
-user encoder; or nothing but its towers. The name of a modality keeps only what was learned about this modality.
+user encoder; nothing but its towers; or nothing, with the towers as they were before the training of the source. The
+name of a modality keeps only what was learned about this modality.
 """
-AUTO_INITS = ("none", "half", "user_encoder", "item_encoder", "all")
+AUTO_INITS = ("scratch", "none", "half", "user_encoder", "item_encoder", "all")
 GAIN = 1.02
 """The least validation metric of a source, relative to a start without it; a smaller gain may be chance."""
 
@@ -61,7 +63,9 @@ class Start:
 
 
 def is_kept(name: str, init: str) -> bool:
-    """Whether a parameter keeps the values of the checkpoint. Towers always do."""
+    """Whether a parameter keeps the values of the checkpoint. Towers do, unless the run starts from scratch."""
+    if init == "scratch":
+        return False
     towers = [f"item_encoder.{modality.tower}." for modality in MODALITIES.values() if modality.tower]
     if init in ("all", "half") or name.startswith(tuple(towers)):
         return True
@@ -93,22 +97,28 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
         seed (`int`, *optional*, defaults to 0): Seed of the new weights.
 
     Raises:
-        `ValueError`: If `init` is not one of `INITS`, or is a modality that the model does not read.
+        `ValueError`: If `init` is not one of `INITS`, or is a modality that the model does not read; or if it is
+            `"scratch"`, and the towers from before cannot be read.
     """
     check_init(model, init)
+    towers = model.original_towers() if init == "scratch" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
     loaded, new = set(), set()
     for name, parameter in model.named_parameters():
         part = ".".join(name.split(".")[:2]) if name.startswith("item_encoder.") else name.split(".")[0]
-        if is_kept(name, init):
+        is_tower = is_kept(name, "none")
+        if is_kept(name, init) or (is_tower and name not in towers):
             loaded.add(part)
         else:
             new.add(part)
-            parameter.copy_(fresh[name])
-        if init == "half" and not is_kept(name, "none"):
+            parameter.copy_(towers[name] if is_tower else fresh[name])
+        if init == "half" and not is_tower:
             parameter.lerp_(fresh[name].to(parameter), 0.5)
+    for name, buffer in model.named_buffers():
+        if name in towers:
+            buffer.copy_(towers[name])
     if "item_encoder.codes_table" in new:
         model.item_encoder.codes_table.is_new.fill_(True)
     whitened = model.config.item_map == "whitened"
@@ -118,22 +128,36 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     return Start(init, sorted(loaded), sorted(new - loaded), standardized)
 
 
+def has_trained_towers(model: TransRecModel) -> bool:
+    """
+    Whether the towers differ from those with which the model was made. If these cannot be read, a warning says so.
+    """
+    try:
+        return bool(model.original_towers())
+    except ValueError as error:
+        logger.warning(
+            "The towers are taken as they are, since those from before the training of the source are not there: %s",
+            one_line(error),
+        )
+        return False
+
+
 def choose_start(
     model: TransRecModel,
-    make_trainer: Callable[[str], TransRecTrainer],
+    make_trainer: Callable[[str, str], TransRecTrainer],
     inits: Sequence[str] = AUTO_INITS,
     seed: int = 0,
 ) -> Start:
     """
     A guard against negative transfer: train from each start for a short while, and set the model to the start that is
-    best on validation. The metric before any training counts too. `"none"` wins unless another start is better by a
-    fiftieth. All validation users are ranked, whatever `max_eval_users` says: the differences are small, and on a few
-    thousand users chance is larger.
+    best on validation. The metric before any training counts too. The start that keeps nothing wins unless another one
+    is better by a fiftieth; it is `"scratch"` if the towers were trained, and `"none"` if not. All validation users
+    are ranked, whatever `max_eval_users` says: a few thousand users do not tell small differences from chance.
 
     Args:
         model ([`TransRecModel`]): A model loaded from a checkpoint; it is set to the best start.
-        make_trainer (`Callable`): Makes a trainer of this model for a short run in a given folder. With
-            `num_train_epochs=0` the starts are compared without training.
+        make_trainer (`Callable`): Makes a trainer of this model for a short run in a given folder from a given start.
+            With `num_train_epochs=0` the starts are compared without training.
         inits (`Sequence[str]`, *optional*): Some of `INITS`. If several are equal, the first one wins.
         seed (`int`, *optional*, defaults to 0): Seed of new weights.
 
@@ -142,16 +166,19 @@ def choose_start(
     """
     checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
     values: dict[str, float] = {}
+    if "scratch" in inits and not has_trained_towers(model):
+        inits = [init for init in inits if init != "scratch"]
     for init in inits:
         model.load_state_dict(checkpoint)
         start_from(model, init, seed)
         with tempfile.TemporaryDirectory() as folder:
-            values[init] = value_of(make_trainer(folder))
+            values[init] = value_of(make_trainer(folder, init))
         logger.info("Short run from %s: %.4f on validation", init, values[init])
     model.load_state_dict(checkpoint)
     best = max(values, key=values.__getitem__)
-    if "none" in values and values[best] < GAIN * values["none"]:
-        best = "none"
+    nothing = next((init for init in ("scratch", "none") if init in values), None)
+    if nothing is not None and values[best] < GAIN * values[nothing]:
+        best = nothing
     return replace(start_from(model, best, seed), values=values)
 
 
@@ -179,4 +206,4 @@ def learning_curve(trainer: TransRecTrainer) -> dict[float, float]:
     return {entry["epoch"]: entry[metric] for entry in trainer.state.log_history if metric in entry}
 
 
-__all__ = ["AUTO_INITS", "INITS", "Start", "check_init", "choose_start", "start_from"]
+__all__ = ["AUTO_INITS", "INITS", "Start", "check_init", "choose_start", "has_trained_towers", "start_from"]

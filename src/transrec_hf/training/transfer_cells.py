@@ -49,6 +49,8 @@ REFERENCES = {
     "hybrid": "scratch_hybrid",
 }
 """For each model, the reference that it must beat for the source to help."""
+SCRATCH = ("from_scratch", "scratch_hybrid", "content_neighbours")
+"""Models that know nothing of the source, beside the untrained ones."""
 WITHOUT_SOURCE = ("popularity", "co_occurrence", "id_baseline")
 WITHOUT_USERS = (
     "content_neighbours",
@@ -90,11 +92,21 @@ class Cell:
 
 @dataclass
 class Source:
-    """The checkpoint of a source; no cell changes it."""
+    """
+    The checkpoint of a source; no cell changes it.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        model ([`TransRecModel`]): The model.
+        processor ([`TransRecProcessor`]): The processor of the model.
+        scratch (`str`): The start of models that know nothing of the source: `"scratch"` if its towers were trained,
+            `"none"` if not.
+    """
 
     name: str
     model: TransRecModel
     processor: TransRecProcessor | None
+    scratch: str = "none"
 
 
 class Target:
@@ -119,7 +131,7 @@ class Target:
     ):
         self.catalogue, self.split, self.args, self.protocol = catalogue, split, args, protocol
         self.init_epochs = init_epochs
-        self.read: dict[str, tuple[ActivationStore | None, ItemSource]] = {}
+        self.read: dict[tuple[str, bool], tuple[ActivationStore | None, ItemSource]] = {}
 
     def run(self, cell: Cell, source: Source) -> tuple[torch.Tensor, dict[str, Any]]:
         """
@@ -143,7 +155,11 @@ class Target:
         model = copy.deepcopy(source.model)
         if cell.model.endswith("hybrid"):
             set_item_vectors(model, torch.zeros(len(self.catalogue), model.config.hidden_size))
-        trainer = self.trainer(model, source, split, folder, cell.seed)
+        seed = cell.seed or 0
+        init = "all"
+        if cell.model.startswith("untrained") or cell.model in SCRATCH:
+            init = start_from(model, source.scratch, seed).init
+        trainer = self.trainer(model, source, split, folder, cell.seed, init)
         if cell.model in ("popularity", "co_occurrence", "content_neighbours"):
             evaluator = trainer.ranking_evaluator(split.test)
             counts, num_items = split.train.item_counts(len(self.catalogue)), len(self.catalogue)
@@ -155,9 +171,6 @@ class Target:
                 scorer = ContentNeighbours(content_of(model, trainer.source))
             return evaluator.rank(scorer, max_history=model.config.max_position_embeddings).ranks, {}
         facts: dict[str, Any] = {}
-        seed = cell.seed or 0
-        if cell.model.startswith("untrained") or cell.model in ("from_scratch", "scratch_hybrid"):
-            start_from(model, "none", seed)
         is_trained = not cell.model.startswith(("untrained", "zero_shot"))
 
         def ready(trainer: TransRecTrainer) -> TransRecTrainer:
@@ -172,10 +185,11 @@ class Target:
         if cell.model in ("fine_tuned", "hybrid") or cell.model.startswith("zero_shot"):
             epochs = self.init_epochs if is_trained else 0
 
-            def short_run(place: str) -> TransRecTrainer:
-                return ready(self.trainer(model, source, split, place, seed, epochs))
+            def short_run(place: str, init: str) -> TransRecTrainer:
+                return ready(self.trainer(model, source, split, place, seed, init, epochs))
 
             start = choose_start(model, short_run, seed=seed)
+            trainer = self.trainer(model, source, split, folder, cell.seed, start.init)
             facts = {"start": start.init, "starts": start.values}
             set_seed(seed)
         ready(trainer)
@@ -193,7 +207,7 @@ class Target:
         for settings in ID_SEARCH:
             set_seed(cell.seed or 0)
             config = TransRecConfig.esasrec(len(self.catalogue), max_position_embeddings=length, **settings)
-            trainer = self.trainer(TransRecModel(config), None, split, folder, cell.seed)
+            trainer = self.trainer(TransRecModel(config), None, split, folder, cell.seed, "all")
             trainer.train()
             value = best_value(trainer)
             if best is None or value > best[0]:
@@ -208,11 +222,12 @@ class Target:
         split: Split,
         folder: str,
         seed: int | None,
+        init: str,
         epochs: float | None = None,
     ) -> TransRecTrainer:
         """
-        A trainer of a model on a part of the users, with items that are already read and encoded. With `epochs`, it is
-        for a short run that saves nothing.
+        A trainer of a model, set to the start `init`, on a part of the users, with items that are already read and
+        encoded. With `epochs`, it is for a short run that saves nothing.
         """
         args = copy.copy(self.args)
         args.output_dir, args.seed = folder, seed or 0
@@ -233,11 +248,12 @@ class Target:
         for callback in (PrinterCallback, CostCallback):  # their lines for each of many runs are of no use
             trainer.remove_callback(callback)
         if source is not None:
-            if source.name not in self.read:
+            read = source.name, init == "scratch"  # with which towers
+            if read not in self.read:
                 trainer.fill_store()
-                self.read[source.name] = trainer.store, trainer.source
+                self.read[read] = trainer.store, trainer.source
             popularity = trainer.source.log_popularity
-            trainer.store, shared = self.read[source.name]
+            trainer.store, shared = self.read[read]
             trainer.source = copy.copy(shared)
             trainer.source.log_popularity = popularity
         return trainer
