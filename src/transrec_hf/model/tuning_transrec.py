@@ -172,6 +172,13 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         tower = load_tower(name, part.config, **place)
         return {f"{prefix}{key}": weight for key, weight in tower.state_dict().items()}
 
+    def _tower_origins(self) -> Iterator[tuple[str, tuple[str, str | None, str]]]:
+        """For each modality, what its tower was loaded from: name, revision, and the prefix of its weights here."""
+        for name, tower in self.item_encoder.towers.items():
+            if tower.config._name_or_path:
+                prefix = f"item_encoder.{MODALITIES[name].tower}."
+                yield name, (tower.config._name_or_path, getattr(tower.config, "_commit_hash", None), prefix)
+
     def original_towers(self) -> dict[str, Tensor]:
         """
         Weights of the towers before any training, by their names in this model: those that differ now. A tower that
@@ -184,14 +191,10 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         is_local = not self.config._name_or_path or os.path.isdir(self.config._name_or_path)
         own = self.state_dict()
         found: dict[str, Tensor] = {}
-        for name, tower in self.item_encoder.towers.items():
-            origin, revision = tower.config._name_or_path, getattr(tower.config, "_commit_hash", None)
-            if not origin:
-                continue
+        for name, (origin, revision, prefix) in self._tower_origins():
             if os.path.isdir(origin) and not is_local:
                 raise ValueError(f"the {name} tower comes from {origin}, which is a folder of this machine")
             place = {} if os.path.isdir(origin) else {"revision": revision}
-            prefix = f"item_encoder.{MODALITIES[name].tower}."
             try:
                 weights = self._weights_of(origin, prefix, place)
             except (OSError, ValueError) as error:
@@ -206,10 +209,7 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         """Name, revision and prefix of the checkpoints that may hold some of these weights, the likeliest first."""
         for source in self.config.weights_from or []:
             yield source["name"], source["revision"], source["prefix"]
-        for name, tower in self.item_encoder.towers.items():
-            if tower.config._name_or_path:
-                prefix = f"item_encoder.{MODALITIES[name].tower}."
-                yield tower.config._name_or_path, getattr(tower.config, "_commit_hash", None), prefix
+        yield from (origin for _, origin in self._tower_origins())
         if self.config._name_or_path:
             yield self.config._name_or_path, getattr(self.config, "_commit_hash", None), ""
 

@@ -135,9 +135,9 @@ def has_trained_towers(model: TransRecModel) -> bool:
     try:
         return bool(model.original_towers())
     except ValueError as error:
-        logger.warning(
-            "The towers are taken as they are, since those from before the training of the source are not there: %s",
-            one_line(error),
+        logger.warning_once(  # and not for each cell of a report
+            "The towers are taken as they are, since those from before the training of the source are not there: "
+            f"{one_line(error)}"
         )
         return False
 

@@ -155,21 +155,7 @@ class Target:
         model = copy.deepcopy(source.model)
         if cell.model.endswith("hybrid"):
             set_item_vectors(model, torch.zeros(len(self.catalogue), model.config.hidden_size))
-        seed = cell.seed or 0
-        init = "all"
-        if cell.model.startswith("untrained") or cell.model in SCRATCH:
-            init = start_from(model, source.scratch, seed).init
-        trainer = self.trainer(model, source, split, folder, cell.seed, init)
-        if cell.model in ("popularity", "co_occurrence", "content_neighbours"):
-            evaluator = trainer.ranking_evaluator(split.test)
-            counts, num_items = split.train.item_counts(len(self.catalogue)), len(self.catalogue)
-            if cell.model == "popularity":
-                scorer: Any = Popularity(counts)
-            elif cell.model == "co_occurrence":
-                scorer = CoOccurrence(split.train, num_items)
-            else:
-                scorer = ContentNeighbours(content_of(model, trainer.source))
-            return evaluator.rank(scorer, max_history=model.config.max_position_embeddings).ranks, {}
+        seed, init = cell.seed or 0, "all"
         facts: dict[str, Any] = {}
         is_trained = not cell.model.startswith(("untrained", "zero_shot"))
 
@@ -182,16 +168,28 @@ class Target:
                 trainer.prepare_model()
             return trainer
 
-        if cell.model in ("fine_tuned", "hybrid") or cell.model.startswith("zero_shot"):
+        if cell.model.startswith("untrained") or cell.model in SCRATCH:
+            init = start_from(model, source.scratch, seed).init
+        elif cell.model in ("fine_tuned", "hybrid") or cell.model.startswith("zero_shot"):
             epochs = self.init_epochs if is_trained else 0
 
             def short_run(place: str, init: str) -> TransRecTrainer:
                 return ready(self.trainer(model, source, split, place, seed, init, epochs))
 
             start = choose_start(model, short_run, seed=seed)
-            trainer = self.trainer(model, source, split, folder, cell.seed, start.init)
-            facts = {"start": start.init, "starts": start.values}
-            set_seed(seed)
+            init, facts = start.init, {"start": start.init, "starts": start.values}
+        trainer = self.trainer(model, source, split, folder, cell.seed, init)
+        set_seed(seed)
+        if cell.model in ("popularity", "co_occurrence", "content_neighbours"):
+            evaluator = trainer.ranking_evaluator(split.test)
+            counts, num_items = split.train.item_counts(len(self.catalogue)), len(self.catalogue)
+            if cell.model == "popularity":
+                scorer: Any = Popularity(counts)
+            elif cell.model == "co_occurrence":
+                scorer = CoOccurrence(split.train, num_items)
+            else:
+                scorer = ContentNeighbours(content_of(model, trainer.source))
+            return evaluator.rank(scorer, max_history=model.config.max_position_embeddings).ranks, {}
         ready(trainer)
         if is_trained:
             trainer.train()
