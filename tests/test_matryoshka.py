@@ -65,6 +65,11 @@ def test_prefixes_that_are_none_are_refused(dims):
         TransRecConfig(**{**USER_ENCODER, "features_size": 4, "matryoshka_dims": dims})
 
 
+def test_a_prefix_that_stands_twice_is_refused():
+    with pytest.raises(Exception, match=r"matryoshka_dims must differ from each other, got \[4, 8, 4\]"):
+        TransRecConfig(**{**USER_ENCODER, "features_size": 4, "matryoshka_dims": [4, 8, 4]})
+
+
 def test_they_are_below_the_width_that_the_towers_give(tmp_path):
     sizes = {"hidden_size": 400, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)

@@ -303,13 +303,7 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
     read from its folder.
     """
     file = Path(args.output_dir) / START_NAME
-    if file.exists() and (args.resume or args.resume_from_checkpoint):
-        start = Start(**json.loads(file.read_text(encoding="utf-8")))
-        if start.init == "scratch":  # its towers are not those of the checkpoint
-            start_from(trainer.model, start.init, args.seed)
-            trainer.store, trainer.source = None, trainer.items
-        return start
-
+    is_resumed = file.exists() and (args.resume or args.resume_from_checkpoint)
     users = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # of a step
     longest = args.max_steps * users / len(trainer.windows) if args.max_steps > 0 else args.num_train_epochs
     epochs = min(args.init_epochs, longest)
@@ -332,16 +326,21 @@ def find_start(trainer: TransRecTrainer, args: FinetuneArguments) -> Start:
             tried.store, tried.source = trainer.store, trainer.source  # neither read nor encoded again
         return tried
 
-    if args.init == "auto":
+    if is_resumed:
+        start = Start(**json.loads(file.read_text(encoding="utf-8")))
+        if start.init == "scratch":  # its towers are not those of the checkpoint
+            start_from(trainer.model, start.init, args.seed)
+    elif args.init == "auto":
         start = choose_start(trainer.model, short_run, seed=args.seed)
         set_seed(args.seed)
     else:
         start = start_from(trainer.model, args.init, args.seed)
     if start.init == "scratch":
         trainer.store, trainer.source = None, trainer.items  # which other towers have read
-    logger.info("Starting from %s", start)
-    if args.should_save:
-        write_json(file, dataclasses.asdict(start))
+    if not is_resumed:
+        logger.info("Starting from %s", start)
+        if args.should_save:
+            write_json(file, dataclasses.asdict(start))
     return start
 
 

@@ -469,6 +469,8 @@ class TransRecConfig(PreTrainedConfig):
         for size in self.matryoshka_dims or []:
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < self.hidden_size:
                 raise ValueError(f"matryoshka_dims must be whole numbers below {self.hidden_size}, got {size!r}")
+        if len(set(self.matryoshka_dims or [])) < len(self.matryoshka_dims or []):
+            raise ValueError(f"matryoshka_dims must differ from each other, got {self.matryoshka_dims}")
         if self.side is not None:
             check_side(self.side)
         for source in self.weights_from or []:
