@@ -21,10 +21,19 @@ from testing_utils import (
 )
 
 from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfig, TransRecModel, encode_catalogue
+from transrec_hf.evaluation.metrics import metric_values
 from transrec_hf.items.encoding import standardize_projections
 from transrec_hf.items.meeting import fitted_decay, start_from_data
 from transrec_hf.model.item_encoder_transrec import WhitenedProjection
-from transrec_hf.training.transfer import AUTO_INITS, INITS, choose_start, has_trained_towers, start_from
+from transrec_hf.training.transfer import (
+    AUTO_INITS,
+    INITS,
+    best_evaluation,
+    choose_start,
+    has_trained_towers,
+    learning_curve,
+    start_from,
+)
 
 
 DESIGN = {
@@ -363,21 +372,62 @@ def test_the_start_that_validation_prefers_wins(tmp_path):
     assert_same_weights(model, expected)
 
 
-@pytest.mark.parametrize(("half", "best"), [(0.51, "half"), (0.509, "none"), (0.4, "none")])
-def test_a_source_has_to_be_worth_more_than_chance(tmp_path, monkeypatch, half, best):
-    """One per cent on validation is not enough; and with no epochs the starts are compared as they are."""
+@pytest.mark.parametrize(
+    ("half", "ranks", "best"),
+    [
+        (0.51, [1.0] * 8, "half"),
+        (0.509, [1.0] * 8, "none"),
+        (0.4, [1.0] * 8, "none"),
+        (0.6, [1.0] * 3 + [3.0] * 5, "none"),  # .056 in ndcg@10, and three quarters of a standard error are .069
+        (0.6, [1.0] * 6 + [3.0] * 10, "half"),  # the same for twice as many users: .047
+        (0.6, [1.0], "none"),
+    ],
+)
+def test_a_source_has_to_be_worth_more_than_chance(tmp_path, monkeypatch, half, ranks, best):
+    """
+    One per cent on validation is not enough, nor the luck of few users; and with no epochs the starts are compared as
+    they are.
+    """
     model = trained(tmp_path)
-    said = {"none": 0.5, "half": half}
+    said = {"none": (0.5, [2.0] * len(ranks)), "half": (half, ranks)}
 
     def compared(folder, init):
         trainer = make_trainer(folder, model=model, num_train_epochs=0)
-        value = said.pop(next(iter(said)))
-        monkeypatch.setattr(trainer, "evaluate", lambda: {"eval_ndcg@10": value})
+        value, trainer.ranks = said[init][0], torch.tensor(said[init][1])
+
+        def evaluate():
+            of_run = trainer.args, trainer.state, trainer.control
+            trainer.callback_handler.on_evaluate(*of_run, {"eval_ndcg@10": value})
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
         monkeypatch.setattr(trainer, "train", None)
         return trainer
 
     start = choose_start(model, compared, ("none", "half"))
     assert start.init == best and start.values == {"none": 0.5, "half": half}
+
+
+def test_a_metric_of_ones_own_decides_too(tmp_path):
+    """It has no values of single users, so that chance cannot be told from a gain."""
+    model, values = trained(tmp_path), iter([0.5, 0.6])
+    options = {"num_train_epochs": 0, "metric_for_best_model": "mine"}
+
+    def compared(folder, init):
+        value = next(values)
+        trainer = make_trainer(folder, model=model, **options)
+        trainer.compute_metrics = lambda _: {"mine": value}
+        return trainer
+
+    assert choose_start(model, compared, ("none", "half")).init == "half"
+
+
+def test_the_ranks_of_the_best_epoch_are_compared(tmp_path):
+    model = fresh()
+    trainer = make_trainer(tmp_path, model=model, num_train_epochs=2, eval_strategy="epoch", eval_on_start=True)
+    best = best_evaluation(trainer)
+    curve = learning_curve(trainer)
+    assert len(curve) == 3 and best.value == max(curve.values())
+    assert metric_values(best.ranks, "ndcg@10").double().mean().item() == pytest.approx(best.value)
 
 
 def test_the_guard_ranks_all_validation_users(tmp_path):

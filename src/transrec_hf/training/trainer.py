@@ -98,6 +98,7 @@ class TransRecTrainer(TrainerBase):
         self.args: Any = args
         self.catalogue, self.split, self.protocol = catalogue, split, protocol
         self.reports: dict[str, dict[str, Any]] = {}  # the last report of each split, for the card
+        self.ranks = torch.empty(0)  # of the targets in the last evaluation
         self.metadata: dict[str, Any] = {}  # facts for the card that only a person can tell
         self.train_seconds, self.train_started = 0.0, 0.0
         self.item_ids, self.train_counts = catalogue.item_ids, split.train.item_counts(len(catalogue))
@@ -365,6 +366,7 @@ class TransRecTrainer(TrainerBase):
         check_kind("what is evaluated", sequences, "Sequences", "take split.validation or split.test")
         evaluator, ranking = self._ranking(sequences, False, max_users)
         report = self.reports[split] = evaluator.report(ranking)
+        self.ranks = ranking.ranks
         recommended, targets = ranking.lists.numpy(), evaluator.targets
         values = {**report["metrics"], COVERAGE: report["recommendations"][COVERAGE]}
         if self.compute_metrics is not None:

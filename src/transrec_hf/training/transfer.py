@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import one_line
+from ..evaluation.metrics import metric_values
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 
@@ -28,8 +31,11 @@ user encoder; nothing but its towers; or nothing, with the towers as they were b
 name of a modality keeps only what was learned about this modality.
 """
 AUTO_INITS = ("scratch", "none", "half", "user_encoder", "item_encoder", "all")
-GAIN = 1.02
-"""The least validation metric of a source, relative to a start without it; a smaller gain may be chance."""
+GAIN, ERRORS = 1.02, 0.75
+"""
+The least validation metric of a source, relative to a start without it, and the least gain in standard errors of the
+difference, which counts where users are few: a smaller gain may be chance.
+"""
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,9 @@ def choose_start(
     """
     A guard against negative transfer: train from each start for a short while, and set the model to the start that is
     best on validation. The metric before any training counts too. The start that keeps nothing wins unless another one
-    is better by a fiftieth; it is `"scratch"` if the towers were trained, and `"none"` if not. All validation users
-    are ranked, whatever `max_eval_users` says: a few thousand users do not tell small differences from chance.
+    is better by a fiftieth, and by three quarters of the standard error of the difference; it is `"scratch"` if the
+    towers were trained, and `"none"` if not. All validation users are ranked, whatever `max_eval_users` says: a few
+    thousand users do not tell small differences from chance.
 
     Args:
         model ([`TransRecModel`]): A model loaded from a checkpoint; it is set to the best start.
@@ -165,34 +172,69 @@ def choose_start(
         [`Start`]: The best start, with the best validation metric of each start in `values`.
     """
     checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
-    values: dict[str, float] = {}
+    tried: dict[str, BestEvaluation] = {}
     if "scratch" in inits and not has_trained_towers(model):
         inits = [init for init in inits if init != "scratch"]
     for init in inits:
         model.load_state_dict(checkpoint)
         start_from(model, init, seed)
         with tempfile.TemporaryDirectory() as folder:
-            values[init] = value_of(make_trainer(folder, init))
-        logger.info("Short run from %s: %.4f on validation", init, values[init])
+            tried[init] = best_evaluation(make_trainer(folder, init))
+        logger.info("Short run from %s: %.4f on validation", init, tried[init].value)
     model.load_state_dict(checkpoint)
-    best = max(values, key=values.__getitem__)
-    nothing = next((init for init in ("scratch", "none") if init in values), None)
-    if nothing is not None and values[best] < GAIN * values[nothing]:
-        best = nothing
-    return replace(start_from(model, best, seed), values=values)
+    nothing = next((init for init in ("scratch", "none") if init in tried), None)
+    helping = [init for init in tried if nothing in (None, init) or tried[init].is_above(tried[nothing])]
+    best = max(helping, key=lambda init: tried[init].value)
+    return replace(start_from(model, best, seed), values={init: run.value for init, run in tried.items()})
 
 
-def value_of(trainer: TransRecTrainer) -> float:
-    """The best validation metric of a short run or, with no epochs, that of the model as it is; of all users."""
+class BestEvaluation(TrainerCallback):
+    """
+    The best evaluation of a run on validation, its start included.
+
+    Args:
+        trainer ([`TransRecTrainer`]): The trainer of the run.
+    """
+
+    def __init__(self, trainer: TransRecTrainer):
+        self.trainer, self.metric = trainer, trainer.args.best_metric
+        self.value, self.ranks = -math.inf, trainer.ranks
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if metrics[self.metric] > self.value:
+            self.value, self.ranks = metrics[self.metric], self.trainer.ranks
+
+    def is_above(self, other: BestEvaluation) -> bool:
+        """
+        Whether the metric is above that of another run on the same users, by more than may be chance. A metric of
+        `compute_metrics` has no values of single users, hence no standard error.
+        """
+        if self.value < GAIN * other.value:
+            return False
+        try:
+            values, others = (metric_values(run.ranks, self.metric.removeprefix("eval_")) for run in (self, other))
+        except ValueError:
+            return True
+        differences = (values - others).double()
+        if len(differences) == 1:
+            return False
+        return bool(differences.mean() > ERRORS * differences.std() / math.sqrt(len(differences)))
+
+
+def best_evaluation(trainer: TransRecTrainer) -> BestEvaluation:
+    """The best evaluation of a short run or, with no epochs, that of the model as it is; of all users."""
     trainer.args = copy.copy(trainer.args)  # which may be those of other runs too
     trainer.args.max_eval_users = None
+    best = BestEvaluation(trainer)
+    trainer.add_callback(best)
     if trainer.args.num_train_epochs > 0:
         trainer.train()
-        return best_value(trainer)
+        return best
     if not trainer.is_prepared:
         trainer.fill_store()
         trainer.prepare_model()
-    return trainer.evaluate()[trainer.args.best_metric]
+    trainer.evaluate()
+    return best
 
 
 def best_value(trainer: TransRecTrainer) -> float:
