@@ -18,7 +18,7 @@ from common import FOLDER, Results
 BENCHMARKS = (
     *("throughput", "time_to_quality", "ablation", "id_baseline", "encoding", "matmul_peak", "data_size", "ranking"),
     *("large_catalogue", "plan_accuracy", "item_cache", "import_time", "quality", "nearest", "service", "versions"),
-    *("compression", "tuning", "media"),
+    *("compression", "tuning", "media", "published_sasrec"),
 )
 
 

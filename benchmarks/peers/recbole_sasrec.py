@@ -1,4 +1,4 @@
-"""Train and test RecBole's SASRec: leave-one-out, ranking the whole catalogue with nothing masked."""
+"""Train and test RecBole's SASRec: leave-one-out, ranking the whole catalogue, with or without the history."""
 
 from __future__ import annotations
 
@@ -25,17 +25,29 @@ METRICS = {"hit@10": "hit_rate@10", "ndcg@10": "ndcg@10"}
 
 
 class TimedTrainer(Trainer):
-    """Notes the seconds that each training epoch takes, without evaluation."""
+    """
+    Notes the seconds that each training epoch takes, without evaluation.
 
-    def __init__(self, config: Config, model: SASRec):
+    Args:
+        mask_history (`bool`): Whether the items of a history are not ranked.
+    """
+
+    def __init__(self, config: Config, model: SASRec, mask_history: bool):
         super().__init__(config, model)
         self.seconds: list[float] = []
+        self.mask_history = mask_history
 
     def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         loss = super()._train_epoch(*args, **kwargs)
         self.seconds.append(time.perf_counter() - started)
         return loss
+
+    def _full_sort_batch_eval(self, batched_data: Any) -> Any:
+        interaction, scores, *positives = super()._full_sort_batch_eval(batched_data)
+        if self.mask_history:
+            scores.scatter_(1, interaction["item_id_list"], -np.inf)
+        return interaction, scores, *positives
 
 
 def write_interactions(data: Path, folder: Path) -> None:
@@ -54,13 +66,14 @@ def targets(dataset: Any) -> dict[str, Any]:
     return {"count": len(users), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
-def train(data: str, seed: int, **settings: Any) -> dict[str, Any]:
+def train(data: str, seed: int, mask_history: bool = False, **settings: Any) -> dict[str, Any]:
     """
     Train, keep the epoch with the best validation ndcg@10, and test it.
 
     Args:
         data (`str`): Folder of the data set.
         seed (`int`): Seed of weights, batches and dropout.
+        mask_history (`bool`): Whether the items of a history, as long as the model reads it, are not ranked.
         settings: Settings of RecBole, for example `epochs`, `learning_rate` and `hidden_size`.
 
     Returns:
@@ -96,7 +109,7 @@ def train(data: str, seed: int, **settings: Any) -> dict[str, Any]:
         seen = {split: targets(loader._dataset) for split, loader in loaders.items()}
         init_seed(seed, reproducibility=True)
         model = SASRec(config, loaders["train"]._dataset)
-        trainer = TimedTrainer(config, model)
+        trainer = TimedTrainer(config, model, mask_history)
         validation: list[float] = []
         best: dict[str, Any] = {}
 
