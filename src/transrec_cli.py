@@ -150,15 +150,19 @@ def push(
     The processor, the statistics, the index and the model card are pushed too. The card is written again for the new
     name, unless somebody has edited it.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    from transrec_hf.errors import hub_errors
+    from transrec_hf.errors import DataError, bad_input, hub_errors
+    from transrec_hf.model.tuning_transrec import refuse_local
     from transrec_hf.publishing.card import model_card, update_model_card
     from transrec_hf.publishing.checkpoint import read_config
     from transrec_hf.publishing.facts import CARD_NAME
     from transrec_hf.publishing.hub import upload_checkpoint
 
-    read_config(path)
+    with bad_input(str(path)):
+        refuse_local(read_config(path).weights_from or [])
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(f"{repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again")
     card = path / CARD_NAME
     if not os.path.lexists(card) or (card.is_file() and card.read_bytes() == str(model_card(path)).encode()):
         update_model_card(path, model_id=repo_id)

@@ -163,6 +163,24 @@ def test_a_push_with_the_statistics_of_items_is_silent(transrec: Run, checkpoint
     assert ITEM_STATISTICS_NAME in hub.files("me/pushed")
 
 
+def test_a_push_that_is_refused_leaves_no_repository(
+    transrec: Run, tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thin checkpoint whose other weights are in a folder of this machine; and any, without a network."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "whole")
+    TransRecModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "thin", thin=True)
+    code, _, err = transrec("push", tmp_path / "thin", "me/thin")
+    assert code == 2 and err.startswith(f"error: {tmp_path / 'thin'}: a thin checkpoint") and not hub.repos
+    assert not (tmp_path / "thin" / "README.md").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = transrec("push", tmp_path / "whole", "me/whole")
+    assert (code, err) == (
+        2,
+        "error: me/whole: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again\n",
+    )
+
+
 @pytest.mark.parametrize("verb", ["info", "evaluate --data demo:target", "recommend --data demo:target --history a"])
 def test_what_the_hub_has_not_ends_alike(transrec: Run, hub: LocalHub, verb: str) -> None:
     name, *options = verb.split()
