@@ -2,10 +2,10 @@
 Train the SASRec of RecTools and of RecBole until it no longer improves, and test it as `quality` tests this package.
 
 The protocol is `full`: leave-one-out, every item of the catalogue is ranked but those of the user's history. The best
-epoch by validation `ndcg@10` is tested once. RecTools has the settings that arXiv 2508.06450 publishes for it, but the
-softmax over the catalogue instead of 256 sampled items, which takes seconds a step on a CPU. RecBole has its own
-defaults. The two need different versions of their libraries, so each has an environment of its own: `pip install
-torch==2.13.0`, then `rectools[torch]==0.19.0` or `-r benchmarks/requirements-peers.txt`.
+epoch by validation `ndcg@10` is tested once. Both have the settings that arXiv 2508.06450 publishes for RecTools, but
+the softmax over the catalogue instead of 256 sampled items, which takes seconds a step on a CPU. The two need different
+versions of their libraries, so each has an environment of its own: `pip install torch==2.13.0`, then
+`rectools[torch]==0.19.0` or `-r benchmarks/requirements-peers.txt`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ SETTINGS = {
         "lr": 1e-3,
         "batch_size": 128,
     },
-    "RecBole": {"test": True, "mask_history": True},
+    "RecBole": {
+        "hidden_size": 256,
+        "inner_size": 256,
+        "n_layers": 1,
+        "n_heads": 1,
+        "hidden_dropout_prob": 0.2,
+        "attn_dropout_prob": 0.2,
+        "learning_rate": 1e-3,
+        "train_batch_size": 256,
+        "mask_history": True,
+        "test": True,
+    },
 }
 
 
