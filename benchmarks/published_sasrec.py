@@ -3,7 +3,7 @@ Train the SASRec of RecTools and of RecBole until it no longer improves, and tes
 
 The protocol is `full`: leave-one-out, every item of the catalogue is ranked but those of the user's history. The best
 epoch by validation `ndcg@10` is tested once. Both have the settings that arXiv 2508.06450 publishes for RecTools, but
-the softmax over the catalogue instead of 256 sampled items, which takes seconds a step on a CPU. The two need different
+the softmax over the catalogue instead of 256 sampled items, which takes seconds a step on a CPU. The two need other
 versions of their libraries, so each has an environment of its own: `pip install torch==2.13.0`, then
 `rectools[torch]==0.19.0` or `-r benchmarks/requirements-peers.txt`.
 """
