@@ -105,7 +105,11 @@ def quality_table(path: str | Path) -> str:
             values.setdefault((row["model"], short(row["data"])), {})[row["metric"]] = float(row["value"])
     best = {
         domain: [
-            max(found[metric] for (_, data), found in values.items() if data == domain and metric in found)
+            max(
+                found[metric]
+                for (variant, data), found in values.items()
+                if variant in names and data == domain and metric in found
+            )
             for metric in METRICS
         ]
         for domain in DOMAINS

@@ -172,7 +172,7 @@ def choose_start(
         [`Start`]: The best start, with the best validation metric of each start in `values`.
     """
     checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
-    tried: dict[str, BestEvaluation] = {}
+    tried: dict[str, Evaluation] = {}
     if "scratch" in inits and not has_trained_towers(model):
         inits = [init for init in inits if init != "scratch"]
     for init in inits:
@@ -185,34 +185,33 @@ def choose_start(
     nothing = next((init for init in ("scratch", "none") if init in tried), None)
     helping = [init for init in tried if nothing in (None, init) or tried[init].is_above(tried[nothing])]
     best = max(helping, key=lambda init: tried[init].value)
-    return replace(start_from(model, best, seed), values={init: run.value for init, run in tried.items()})
+    return replace(start_from(model, best, seed), values={init: of.value for init, of in tried.items()})
 
 
-class BestEvaluation(TrainerCallback):
+@dataclass(frozen=True)
+class Evaluation:
     """
-    The best evaluation of a run on validation, its start included.
+    An evaluation on validation.
 
     Args:
-        trainer ([`TransRecTrainer`]): The trainer of the run.
+        metric (`str`): Name of the metric that decides.
+        value (`float`): Its value.
+        ranks (`torch.Tensor` of shape `(num_users,)`): Ranks of the targets.
     """
 
-    def __init__(self, trainer: TransRecTrainer):
-        self.trainer, self.metric = trainer, trainer.args.best_metric
-        self.value, self.ranks = -math.inf, trainer.ranks
+    metric: str
+    value: float
+    ranks: torch.Tensor
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if metrics[self.metric] > self.value:
-            self.value, self.ranks = metrics[self.metric], self.trainer.ranks
-
-    def is_above(self, other: BestEvaluation) -> bool:
+    def is_above(self, other: Evaluation) -> bool:
         """
-        Whether the metric is above that of another run on the same users, by more than may be chance. A metric of
-        `compute_metrics` has no values of single users, hence no standard error.
+        Whether the metric is above that of another evaluation of the same users, by more than may be chance. A metric
+        of `compute_metrics` has no values of single users, hence no standard error.
         """
         if self.value < GAIN * other.value:
             return False
         try:
-            values, others = (metric_values(run.ranks, self.metric.removeprefix("eval_")) for run in (self, other))
+            values, others = (metric_values(of.ranks, self.metric.removeprefix("eval_")) for of in (self, other))
         except ValueError:
             return True
         differences = (values - others).double()
@@ -221,20 +220,37 @@ class BestEvaluation(TrainerCallback):
         return bool(differences.mean() > ERRORS * differences.std() / math.sqrt(len(differences)))
 
 
-def best_evaluation(trainer: TransRecTrainer) -> BestEvaluation:
+class KeepBest(TrainerCallback):
+    """
+    Keeps the best evaluation of a run, its start included.
+
+    Args:
+        trainer ([`TransRecTrainer`]): The trainer of the run.
+    """
+
+    def __init__(self, trainer: TransRecTrainer):
+        self.trainer = trainer
+        self.best = Evaluation(trainer.args.best_metric, -math.inf, trainer.ranks)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if metrics[self.best.metric] > self.best.value:
+            self.best = replace(self.best, value=metrics[self.best.metric], ranks=self.trainer.ranks)
+
+
+def best_evaluation(trainer: TransRecTrainer) -> Evaluation:
     """The best evaluation of a short run or, with no epochs, that of the model as it is; of all users."""
     trainer.args = copy.copy(trainer.args)  # which may be those of other runs too
     trainer.args.max_eval_users = None
-    best = BestEvaluation(trainer)
-    trainer.add_callback(best)
+    keeper = KeepBest(trainer)
+    trainer.add_callback(keeper)
     if trainer.args.num_train_epochs > 0:
         trainer.train()
-        return best
-    if not trainer.is_prepared:
-        trainer.fill_store()
-        trainer.prepare_model()
-    trainer.evaluate()
-    return best
+    else:
+        if not trainer.is_prepared:
+            trainer.fill_store()
+            trainer.prepare_model()
+        trainer.evaluate()
+    return keeper.best
 
 
 def best_value(trainer: TransRecTrainer) -> float:
