@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from testing_utils import QUICK
 
-from transrec_hf import DataError, TransRecTrainer
+from transrec_hf import DataError, ItemSource, TransRecTrainer
+from transrec_hf.commands.evaluate import evaluate
 from transrec_hf.commands.runs import finetune
+from transrec_hf.commands.transfer import transfer_report
+from transrec_hf.data.demo import demo_world
+from transrec_hf.items.encoding import standardize_projections
+from transrec_hf.items.meeting import MAX_SHIFT, catalogue_shift, standardize_for
 from transrec_hf.publishing.checkpoint import load_checkpoint
 from transrec_hf.training.transfer import AUTO_INITS
 
@@ -85,6 +91,45 @@ def test_starts_of_a_model_with_adapters(tuning, starts):
     options = [option for option in QUICK if option not in ("--trainable_blocks", "0", "--activation_store", "store")]
     report = finetune(["source", "--data", "demo:target", "--tuning", tuning, "--output_dir", tuning, *options])
     assert len(report["start"]["values"]) == starts
+
+
+def test_a_model_with_trained_towers_is_evaluated_as_it_was_reported(tmp_path):
+    """Though its towers have moved its items from the statistics of their whitening."""
+    target, run = ["--data", "demo:target"], ["--output_dir", str(tmp_path / "moved")]
+    few = ["--num_train_epochs", "4", "--tower_learning_rate", "0.02", "--load_best_model_at_end", "no"]
+    first = finetune(["source", *target, "--tuning", "full", "--init", "all", *few, *run])
+    model, processor = load_checkpoint(str(tmp_path / "moved"))
+    own, other = (ItemSource(world.catalogue, processor) for world in (demo_world().target, demo_world().source))
+    assert model.config.catalogue_shift > MAX_SHIFT
+    assert evaluate([str(tmp_path / "moved"), *target])["metrics"] == pytest.approx(first["metrics"])
+    assert not standardize_for(model, own)
+    means = model.item_encoder.text_projection.mean.clone()
+    shift = catalogue_shift(model, other)
+    renewed = standardize_for(model, other)
+    assert renewed == (shift > MAX_SHIFT + load_checkpoint(str(tmp_path / "moved"))[0].config.catalogue_shift)
+    standardize_projections(model, other)
+    assert model.config.catalogue_shift == 0 and not torch.equal(means, model.item_encoder.text_projection.mean)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora", "ia3", "ln_tuning"])
+def test_a_checkpoint_that_is_an_adapter(tuning, tmp_path, monkeypatch):
+    """It is evaluated; it goes on as an adapter from all of itself, as a model from other starts and in a report."""
+    source = str(Path("source").resolve())
+    monkeypatch.chdir(tmp_path)
+    few = ["--max_steps", "2", "--report_to", "none", "--disable_tqdm"]
+    target = ["--data", "demo:target"]
+    first = finetune([source, *target, "--tuning", tuning, "--output_dir", "adapter", *few])
+    found = evaluate(["adapter", *target])
+    assert found["metrics"] == pytest.approx(first["metrics"])
+    again = finetune(["adapter", *target, "--init", "all", "--output_dir", "again", *few])
+    assert again["start"]["values"] == {} and (Path("again") / "adapter_model.safetensors").exists()
+    options = ["--tuning", "frozen", "--num_train_epochs", "0"]
+    chosen = finetune(["adapter", *target, *options, "--output_dir", "whole", "--report_to", "none"])
+    assert {"none", "half", "all"} <= set(chosen["start"]["values"])
+    assert (Path("whole") / "model.safetensors").exists()
+    sources = ["--sources", "adapter", "--targets", "demo:source", "--models", "untrained", "zero_shot"]
+    report = transfer_report([*sources, "--fractions", "1", "--seeds", "0", "--output_dir", "report"])
+    assert {row["model"] for row in report["rows"]} == {"untrained", "zero_shot"}
 
 
 @pytest.mark.parametrize(

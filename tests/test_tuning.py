@@ -35,6 +35,7 @@ from transrec_hf.items.store import ActivationStore
 from transrec_hf.model.towers_transrec import tower_blocks
 from transrec_hf.model.tuning_transrec import sub_layers
 from transrec_hf.serving.index import encoder_hash
+from transrec_hf.training.adapters import has_adapter, merge_adapter
 from transrec_hf.training.tuning import PEFT_TUNINGS, TUNINGS, adapter_config, resolve_tuning, target_modules, tune
 
 
@@ -173,6 +174,22 @@ def test_merged_equals_unmerged(tmp_path, tuning, image):
     after = outputs(model)
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(old, new, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", PEFT_TUNINGS)
+@pytest.mark.parametrize("image", ["vit", "resnet", "mobilenet_v1"])
+def test_a_model_with_its_adapter_in_its_weights_computes_the_same(tmp_path, tuning, image):
+    plain = design(image=image)
+    names = set(plain.state_dict())
+    model = shaken(tuned(design(image=image), tuning, tmp_path))
+    before = outputs(model)
+    merge_adapter(model)
+    assert set(model.state_dict()) == names and not has_adapter(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for old, new in zip(before, outputs(model), strict=True):
+        torch.testing.assert_close(old, new, atol=2e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "whole")
+    assert_same_weights(TransRecModel.from_pretrained(tmp_path / "whole"), model)
 
 
 @pytest.mark.parametrize("tuning", ADAPTERS)

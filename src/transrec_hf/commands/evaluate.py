@@ -13,6 +13,7 @@ from ..files import write_json
 from ..items.encoding import content_vectors
 from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import load_checkpoint
+from ..training.adapters import merge_adapter
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
 from .options import DataArguments, SplitArguments, fit_to, option
@@ -66,6 +67,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.checkpoint:
         raise DataError("there is no model: give the folder or Hub id of a TransRec model as the first argument")
     model, processor = load_checkpoint(args.checkpoint)
+    merge_adapter(model)
     catalogue, sequences = data_args.load()
     known = fit_to(catalogue, model, args.checkpoint)
     with tempfile.TemporaryDirectory() as scratch, bad_input("bad options"):

@@ -40,7 +40,10 @@ def option(default: Any, text: str, **kwargs: Any) -> Any:
 
 
 # Towers and num_items have their own options below; fields that a checkpoint does not hold are not settings.
-OTHERS = (*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "side", "weights_from", "quantizer_hash")
+OTHERS = (
+    *(*TransRecConfig.sub_configs_defaults, "num_items", "bottleneck", "side"),
+    *("weights_from", "quantizer_hash", "catalogue_shift"),
+)
 CONFIG_FIELDS = tuple(
     field.name
     for field in fields(TransRecConfig)

@@ -32,6 +32,7 @@ from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import is_frozen
 from ..publishing.checkpoint import check_fits
 from ..publishing.results import append_results, describe_device
+from ..training.adapters import merge_adapter
 from ..training.arguments import TransRecTrainingArguments
 from ..training.balance import ModalityBalanceCallback
 from ..training.ckd import BalancedTrainer
@@ -381,6 +382,8 @@ def run_training(
     check_output_dir(args.output_dir, resumes=args.resume or args.resume_from_checkpoint is not None)
     with args.main_process_first(desc="reading the data"):  # the others find it in the cache
         catalogue, split, model, processor = prepare_run(model_args, data_args, split_args, args.seed)
+        if isinstance(args, FinetuneArguments) and args.init != "all":
+            merge_adapter(model)  # other starts change what is under the adapter
         domains = {data_args.name: (catalogue, split)}
         for name in (args.more_data or []) if isinstance(args, PretrainArguments) else []:
             if name in domains:

@@ -29,6 +29,7 @@ from ..items.meeting import ItemStatistics, set_item_vectors
 from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import check_fits, load_checkpoint
 from ..publishing.facts import read_json
+from ..training.adapters import merge_adapter
 from ..training.arguments import TransRecTrainingArguments
 from ..training.transfer import has_trained_towers
 from ..training.transfer_cells import MODELS, REFERENCES, WITH_POPULARITY, Cell, Source, Target, cells_of
@@ -204,8 +205,12 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
 
 
 def load_source(checkpoint: str) -> Source:
-    """A source as another platform sees it: the ID vectors of a hybrid stay behind. Raises [`DataError`]."""
+    """
+    A source as another platform sees it: the ID vectors of a hybrid stay behind, and an adapter is a part of the
+    weights. Raises [`DataError`].
+    """
     model, processor = load_checkpoint(checkpoint)
+    merge_adapter(model)
     if model.config.modalities:
         set_item_vectors(model, None)
     return Source(checkpoint, model, processor, "scratch" if has_trained_towers(model) else "none")

@@ -198,6 +198,7 @@ def standardize_projections(model: TransRecModel, source: ItemSource, *, num_ite
         seed (`int`, *optional*, defaults to 0): Of the sample.
     """
     rng = np.random.default_rng(seed)
+    model.config.catalogue_shift = 0
     for name in model.config.modalities:
         if name == "codes":
             start_code_table(model, source.catalogue)

@@ -20,6 +20,7 @@ from ..data.interactions import Sequences
 from ..data.statistics import co_occurrences, log_popularity
 from ..errors import MAX_EXAMPLES, DataError, one_line
 from ..files import whole_file
+from ..model.modalities_transrec import COLUMNS
 from ..model.modeling_transrec import DECAY, TransRecModel
 from .encoding import encode_catalogue, item_states, standardize_projections
 from .preparing import ItemSource
@@ -245,26 +246,27 @@ def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
 
 
 @torch.no_grad()
-def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> dict[str, float]:
+def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> float:
     """
-    The distance of the items from the catalogue whose statistics a whitened item map has: for each modality, the share
-    of the mean in the second moment of the whitened states of a sample, minus the share that such a sample has by
-    chance.
+    The distance of the items from the catalogue whose statistics a whitened item map has: the share of the mean in the
+    second moment of the whitened states of a sample, minus the share that such a sample has by chance, from 0 to 1;
+    of several modalities, the largest.
     """
-    shifts = {}
+    shifts = [0.0]
     for name in model.config.modalities:
         states = item_states(model, source, name, SAMPLE, seed)
         if len(states) > 1:
             white = model.item_encoder.projection(name).whiten(states).double()  # type: ignore[operator]
             share = white.mean(dim=0).square().sum() / white.square().sum(dim=1).mean().clamp(min=1e-12)
-            shifts[name] = float(share) - 1 / len(states)
-    return shifts
+            shifts.append(float(share) - 1 / len(states))
+    return max(shifts)
 
 
 def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> bool:
     """
     Prepare a model for a catalogue on which it is not trained: if its item map is whitened, and its statistics belong
-    to another catalogue, compute the statistics of this one. A few new items do not make another catalogue.
+    to another catalogue, compute the statistics of this one. A few new items do not make another catalogue. Neither do
+    towers that were trained: how far they have moved the catalogue of the training is a field of the configuration.
 
     Args:
         model ([`TransRecModel`]): The model; changed in place.
@@ -276,19 +278,29 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     """
     if model.config.item_map != "whitened" or source.processor is None:
         return False
-    shifts = catalogue_shift(model, source, seed)
-    said = ", ".join(f"{name} {shift:.3f}" for name, shift in shifts.items())
-    fitted = all(model.item_encoder.projection(name).num_fitted for name in shifts)
-    if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT:
-        logger.debug("The statistics of the model fit these items (shift of the mean: %s)", said)
+    fitted = all(
+        model.item_encoder.projection(name).num_fitted
+        for name in model.config.modalities
+        if source.present[:, COLUMNS[name]].sum() > 1
+    )
+    shift = catalogue_shift(model, source, seed) if fitted else 0.0
+    if fitted and shift <= MAX_SHIFT + model.config.catalogue_shift:
+        logger.debug("The statistics of the model fit these items (shift of the mean: %.3f)", shift)
         return False
     if fitted:
         logger.info_once(
-            "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again",
-            said,
+            f"This is another catalogue (shift of the mean: {shift:.3f}), so the statistics of the model are computed "
+            "again"
         )
     standardize_projections(model, source, seed=seed)
     return True
 
 
-__all__ = ["ItemStatistics", "match_items", "set_item_vectors", "standardize_for", "start_from_data"]
+__all__ = [
+    "ItemStatistics",
+    "catalogue_shift",
+    "match_items",
+    "set_item_vectors",
+    "standardize_for",
+    "start_from_data",
+]

@@ -23,6 +23,8 @@ OBJECTIVES = ("in_batch", "cpc", "bce", "bpr", "full_softmax", "sampled_softmax"
 SIMILARITIES = ("dot", "cosine")
 ITEM_MAPS = ("linear", "whitened")
 USER_ENCODERS = ("transformer", "gru", "hstu", "mean")
+CHOICES = {"user_encoder": USER_ENCODERS, "text_pooling": TEXT_POOLINGS, "window_pooling": WINDOW_POOLINGS}
+CHOICES |= {"item_map": ITEM_MAPS, "similarity": SIMILARITIES, "objective": OBJECTIVES}
 FORMAT_1 = {
     "item_map": "linear",
     "similarity": "dot",
@@ -64,6 +66,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_positives": (1, MAX_WIDTH),
     "num_negatives": (0, MAX_SIZE),
     "mask_probability": (0, 1),
+    "catalogue_shift": (0, 1),
 }
 """Least and largest values of numbers, which are checked before memory is taken for them."""
 STOCK = (
@@ -260,6 +263,9 @@ class TransRecConfig(PreTrainedConfig):
             Side networks, see [`~TransRecModel.add_side`]: `size`, and the `depths` that they read, with their widths.
         weights_from (`list[dict]`, *optional*):
             In a thin checkpoint, the other checkpoints from which weights are read; `save_pretrained` writes it.
+        catalogue_shift (`float`, *optional*, defaults to 0):
+            How far trained towers have moved the catalogue of the training from the statistics of a `"whitened"` item
+            map, see [`standardize_for`]; training writes it. A catalogue that is farther away is another one.
 
     Raises:
         `StrictDataclassClassValidationError`: If the values contradict each other.
@@ -327,6 +333,7 @@ class TransRecConfig(PreTrainedConfig):
     bottleneck: dict | None = None
     side: dict | None = None
     weights_from: list | None = None
+    catalogue_shift: float | int = 0
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "TransRecConfig":
@@ -479,8 +486,9 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(f"objective {self.objective!r} needs num_negatives of 1 or more, got 0")
         for name in self.sub_configs_defaults:
             check_sizes(getattr(self, name), name)
-        if self.user_encoder not in USER_ENCODERS:
-            raise ValueError(f"user_encoder must be one of {USER_ENCODERS}, got {self.user_encoder!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.user_encoder != "transformer" and not self.is_causal:
             raise ValueError(f"user_encoder {self.user_encoder!r} reads histories forwards only: set is_causal=True")
         if self.time_buckets and self.user_encoder != "hstu":
@@ -490,21 +498,11 @@ class TransRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"{name} ({self.user_width}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
             )
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {SIMILARITIES}, got {self.similarity!r}")
-        if self.item_map not in ITEM_MAPS:
-            raise ValueError(f"item_map must be one of {ITEM_MAPS}, got {self.item_map!r}")
         if self.is_hybrid and self.objective != "in_batch":
             raise ValueError(
                 f"a hybrid (num_items with {' and '.join(self.modalities)}) needs objective 'in_batch': "
                 f"{self.objective!r} would train ID vectors of items that nobody chose"
             )
-        if self.text_pooling not in TEXT_POOLINGS:
-            raise ValueError(f"text_pooling must be one of {TEXT_POOLINGS}, got {self.text_pooling!r}")
-        if self.window_pooling not in WINDOW_POOLINGS:
-            raise ValueError(f"window_pooling must be one of {WINDOW_POOLINGS}, got {self.window_pooling!r}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if self.objective == "masked" and (self.is_causal or not self.mask_probability):
             raise ValueError(
                 "objective 'masked' predicts hidden items from the items on both sides: set is_causal=False "

@@ -24,6 +24,7 @@ from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from .facts import (
     ADAPTER_NAME,
+    EVALUATION_NAME,
     UNREADABLE,
     count_parameters,
     read_json,
@@ -126,6 +127,9 @@ def load_model_and_processor(
             f"{checkpoint}: is a checkpoint of architecture {fields.get('model_type')!r}, not 'transrec'. Pass a text "
             "or vision encoder as --text_model or --vision_model; a recommender is made by `transrec pretrain`."
         )
+    if base:
+        beside = cached_file(checkpoint, EVALUATION_NAME, _raise_exceptions_for_missing_entries=False, **place)
+        fields["catalogue_shift"] = read_json(Path(beside)).get("catalogue_shift", 0) if beside else 0
     config = TransRecConfig.from_dict({**fields, **overrides})
     if folder is not None and not base:
         check_room(TransRecConfig.from_dict(fields), folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,6 +32,29 @@ def active_adapter(model: nn.Module) -> str:
             f"only one adapter can be trained at a time, but {names} are active: choose one with set_adapter(...)"
         )
     return names[0]
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """
+    Write the adapter of `add_adapter`, if a model has one, into its weights, which changes the model in place. It then
+    computes the same, and is a model without adapters.
+
+    PEFT itself cannot do that if modules without a weight of their own were trained whole.
+    """
+    if not has_adapter(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    adapter, model_with_adapter = active_adapter(model), cast(Any, model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[adapter])
+    model_with_adapter.peft_config, model_with_adapter._hf_peft_config_loaded = {}, False
+    model.requires_grad_(True)
 
 
 def check_adapters(model: nn.Module, saves: bool) -> None:

@@ -366,8 +366,7 @@ class TransRecTrainer(TrainerBase):
         check_kind("what is evaluated", sequences, "Sequences", "take split.validation or split.test")
         evaluator, ranking = self._ranking(sequences, False, max_users)
         report = self.reports[split] = evaluator.report(ranking)
-        self.ranks = ranking.ranks
-        recommended, targets = ranking.lists.numpy(), evaluator.targets
+        recommended, targets, self.ranks = ranking.lists.numpy(), evaluator.targets, ranking.ranks
         values = {**report["metrics"], COVERAGE: report["recommendations"][COVERAGE]}
         if self.compute_metrics is not None:
             values |= self.compute_metrics(EvalPrediction(predictions=recommended, label_ids=targets))
@@ -501,6 +500,7 @@ class TransRecTrainer(TrainerBase):
         }
         evaluation = {
             "reports": self.reports,
+            "catalogue_shift": model.config.catalogue_shift,  # an adapter has no configuration of its own
             "towers": towers_of_run(model.config),
             "finetuned_from": named_source(parent) if parent else None,
             "run": run,

@@ -22,8 +22,10 @@ from transformers.utils import logging
 
 from ..errors import DataError, NotFinite, one_line
 from ..files import written_whole
+from ..items.meeting import catalogue_shift
+from ..model.towers_transrec import is_frozen
 from ..publishing.facts import load_evaluation
-from .adapters import check_base, has_adapter, lift_adapter, load_adapter_weights
+from .adapters import base_of, check_base, has_adapter, lift_adapter, load_adapter_weights
 from .resuming import NEW_RUN
 from .saving import WholeCheckpoints
 from .sharding import copy_of, load_whole_weights, one_unit, own_class
@@ -237,6 +239,15 @@ class TrainerBase(WholeCheckpoints):
                 )
         load_whole_weights(self.model, there)
 
+    def note_shift(self) -> None:
+        """Note in the configuration how far trained towers have moved the items; not under FSDP, which shards them."""
+        model: Any = base_of(self.accelerator.unwrap_model(self.model))
+        towers = model.item_encoder.towers.values()
+        if model.config.item_map != "whitened" or all(map(is_frozen, towers)) or self.is_fsdp_enabled:
+            return
+        with self.quiet(), self.autocast_smart_context_manager():
+            model.config.catalogue_shift = round(catalogue_shift(model, self.source, self.args.seed), 4)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         weights: dict[str, Any] = self.model.state_dict() if state_dict is None else state_dict
         for name, weight in weights.items():
@@ -244,6 +255,7 @@ class TrainerBase(WholeCheckpoints):
                 raise NotFinite(f"{name} is not finite after {self.state.global_step} steps: the model is not saved")
         if has_adapter(self.model):
             check_base(self.model)
+        self.note_shift()
         with written_whole(output_dir or self.args.output_dir, writes=self.args.should_save) as folder:
             with own_class(self.model):
                 super()._save(str(folder), state_dict)
