@@ -20,7 +20,6 @@ from ..data.interactions import Sequences
 from ..data.statistics import co_occurrences, log_popularity
 from ..errors import MAX_EXAMPLES, DataError, one_line
 from ..files import whole_file
-from ..model.modalities_transrec import COLUMNS
 from ..model.modeling_transrec import DECAY, TransRecModel
 from .encoding import encode_catalogue, item_states, standardize_projections
 from .preparing import ItemSource
@@ -246,20 +245,20 @@ def neighbour_vectors(content: torch.Tensor, train: Sequences) -> torch.Tensor:
 
 
 @torch.no_grad()
-def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> float:
+def catalogue_shift(model: TransRecModel, source: ItemSource, seed: int = 0) -> dict[str, float]:
     """
-    The distance of the items from the catalogue whose statistics a whitened item map has: the share of the mean in the
-    second moment of the whitened states of a sample, minus the share that such a sample has by chance, from 0 to 1;
-    of several modalities, the largest.
+    The distance of the items from the catalogue whose statistics a whitened item map has: for each modality, the share
+    of the mean in the second moment of the whitened states of a sample, minus the share that such a sample has by
+    chance.
     """
-    shifts = [0.0]
+    shifts = {}
     for name in model.config.modalities:
         states = item_states(model, source, name, SAMPLE, seed)
         if len(states) > 1:
             white = model.item_encoder.projection(name).whiten(states).double()  # type: ignore[operator]
             share = white.mean(dim=0).square().sum() / white.square().sum(dim=1).mean().clamp(min=1e-12)
-            shifts.append(float(share) - 1 / len(states))
-    return max(shifts)
+            shifts[name] = float(share) - 1 / len(states)
+    return shifts
 
 
 def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> bool:
@@ -278,19 +277,16 @@ def standardize_for(model: TransRecModel, source: ItemSource, seed: int = 0) -> 
     """
     if model.config.item_map != "whitened" or source.processor is None:
         return False
-    fitted = all(
-        model.item_encoder.projection(name).num_fitted
-        for name in model.config.modalities
-        if source.present[:, COLUMNS[name]].sum() > 1
-    )
-    shift = catalogue_shift(model, source, seed) if fitted else 0.0
-    if fitted and shift <= MAX_SHIFT + model.config.catalogue_shift:
-        logger.debug("The statistics of the model fit these items (shift of the mean: %.3f)", shift)
+    shifts = catalogue_shift(model, source, seed)
+    said = ", ".join(f"{name} {shift:.3f}" for name, shift in shifts.items())
+    fitted = all(model.item_encoder.projection(name).num_fitted for name in shifts)
+    if fitted and max(shifts.values(), default=0.0) <= MAX_SHIFT + model.config.catalogue_shift:
+        logger.debug("The statistics of the model fit these items (shift of the mean: %s)", said)
         return False
     if fitted:
         logger.info_once(
-            f"This is another catalogue (shift of the mean: {shift:.3f}), so the statistics of the model are computed "
-            "again"
+            "This is another catalogue (shift of the mean: %s), so the statistics of the model are computed again",
+            said,
         )
     standardize_projections(model, source, seed=seed)
     return True

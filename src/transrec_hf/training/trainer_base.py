@@ -246,7 +246,8 @@ class TrainerBase(WholeCheckpoints):
         if model.config.item_map != "whitened" or all(map(is_frozen, towers)) or self.is_fsdp_enabled:
             return
         with self.quiet(), self.autocast_smart_context_manager():
-            model.config.catalogue_shift = round(catalogue_shift(model, self.source, self.args.seed), 4)
+            shifts = catalogue_shift(model, self.source, self.args.seed)
+            model.config.catalogue_shift = round(max([0.0, *shifts.values()]), 4)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         weights: dict[str, Any] = self.model.state_dict() if state_dict is None else state_dict
