@@ -50,8 +50,7 @@ def train(data: str, seed: int, epochs: int, patience: int, **settings: Any) -> 
         settings: Settings of `SASRecModel`.
 
     Returns:
-        `dict`: The `seconds` of each epoch, the `validation` ndcg@10 of each, the `best_epoch` counted from 1, the
-        number of `users`, and the `test` metrics.
+        `dict`: The `seconds` of each epoch, the `best_epoch` counted from 1, and the `test` metrics.
     """
     seed_everything(seed)
     seen, validation, longer, test = splits(Path(data))
@@ -77,9 +76,7 @@ def train(data: str, seed: int, epochs: int, patience: int, **settings: Any) -> 
     model.lightning_model.torch_model.load_state_dict(best)
     return {
         "seconds": seconds,
-        "validation": values,
         "best_epoch": int(np.argmax(values)) + 1,
-        "users": len(test),
         "test": metrics(model, longer, test),
     }
 

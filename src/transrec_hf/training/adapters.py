@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +34,7 @@ def active_adapter(model: nn.Module) -> str:
     return names[0]
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(model: Any) -> None:
     """
     Write the adapter of `add_adapter`, if a model has one, into its weights, which changes the model in place. It then
     computes the same, and is a model without adapters.
@@ -46,14 +46,14 @@ def merge_adapter(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    adapter, model_with_adapter = active_adapter(model), cast(Any, model)
+    adapter = active_adapter(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[adapter])
-    model_with_adapter.peft_config, model_with_adapter._hf_peft_config_loaded = {}, False
+    model.peft_config, model._hf_peft_config_loaded = {}, False
     model.requires_grad_(True)
 
 
