@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,7 @@ from transrec_hf.commands.recommend import read_histories
 from transrec_hf.commands.tables import read_table
 from transrec_hf.data import demo
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
-from transrec_hf.items.encoding import content_vectors
+from transrec_hf.items.store import content_vectors
 from transrec_hf.publishing.checkpoint import load_checkpoint
 
 
@@ -605,7 +606,7 @@ def test_configurations_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_content_vectors_are_the_towers_own_words(workplace: Path) -> None:
     catalogue = load_catalogue(workplace / "target")
     towers = {"text_model": str(workplace / "bert"), "vision_model": str(workplace / "vit")}
-    vectors = content_vectors(towers, catalogue)
+    vectors = content_vectors(towers, catalogue, text_depths=1)
     text, image = vectors.split(64, dim=1)
     for part, has in ((text, catalogue.has_text), (image, catalogue.has_image)):
         assert torch.allclose(part.norm(dim=1), torch.from_numpy(has).float(), atol=1e-5)
@@ -614,6 +615,25 @@ def test_content_vectors_are_the_towers_own_words(workplace: Path) -> None:
     states = AutoModel.from_pretrained(workplace / "bert", add_pooling_layer=False)(**tokens).last_hidden_state
     expected = torch.nn.functional.normalize(states.mean(dim=1), dim=1)[0]
     assert torch.allclose(text[row], expected, atol=1e-5)
+
+
+def test_content_neighbours_read_the_store_of_the_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = [
+        (f"--{name}", str(workplace / tower)) for name, tower in (("text_model", "bert"), ("vision_model", "vit"))
+    ]
+    data = ("--data", workplace / "target", *itertools.chain(*towers))
+    store = ("--activation_store", tmp_path / "store")
+    trained = run("pretrain", *data, *store, "--tuning", "frozen", "--output_dir", tmp_path / "run", *QUICK)
+    files = sorted((tmp_path / "store").rglob("*.safetensors"))
+    without = run("evaluate", tmp_path / "run", *data)
+    monkeypatch.setattr("transrec_hf.model.item_encoder_transrec.run_tower", None)  # it must not run
+    again = run("evaluate", tmp_path / "run", *data, *store)
+    assert files and sorted((tmp_path / "store").rglob("*.safetensors")) == files
+    expected = pytest.approx(without["baselines"]["content_neighbours"]["metrics"])
+    for report in (trained, again):
+        assert report["baselines"]["content_neighbours"]["metrics"] == expected
 
 
 @pytest.mark.slow

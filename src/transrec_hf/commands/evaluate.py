@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 from ..errors import DataError, bad_input
 from ..files import write_json
-from ..items.encoding import content_vectors
 from ..model.modalities_transrec import MODALITIES
 from ..publishing.checkpoint import load_checkpoint
 from ..training.adapters import merge_adapter
 from ..training.arguments import TransRecTrainingArguments
 from ..training.trainer import TransRecTrainer
-from .options import DataArguments, SplitArguments, fit_to, option
+from .options import DataArguments, SplitArguments, content_baseline, fit_to, option
 from .parsing import parse_arguments
 from .reporting import format_report
 
@@ -92,17 +91,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         if known is not None:
             trainer.source.log_popularity = known.log_popularity
-        vectors = None
         towers = {modality.tower: getattr(args, modality.tower) for modality in MODALITIES.values() if modality.tower}
-        if any(towers.values()):
-            vectors = content_vectors(
-                towers,
-                catalogue,
-                device=trainer.args.device,
-                batch_size=args.batch_size,
-                num_workers=args.num_workers,
-                accelerator=trainer.accelerator,
-            )
+        vectors = content_baseline(trainer, towers)
         targets = getattr(split, args.part)
         report = trainer.report(targets, args.part, content_vectors=vectors, max_users=args.max_users)
     report["model"] = {"checkpoint": args.checkpoint, "data": data_args.name, "part": args.part}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
@@ -20,11 +21,13 @@ from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
 from ..items.codes import ItemQuantizer
 from ..items.meeting import ItemStatistics, match_items, needs_item_statistics, set_item_vectors
+from ..items.store import content_vectors
 from ..model.configuration_transrec import TransRecConfig
 from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits, check_place, load_checkpoint
+from ..training.trainer import TransRecTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -307,3 +310,23 @@ def as_time(value: Any) -> int:
     except ValueError:
         raise DataError(f"{value!r} is neither an integer nor a date such as 2024-01-31") from None
     return int((date.tz_localize("UTC") if date.tzinfo is None else date).timestamp())
+
+
+def content_baseline(trainer: TransRecTrainer, towers: Mapping[str, str | None]) -> torch.Tensor | None:
+    """
+    Item vectors for the baseline of content neighbours, or `None` if no tower is named. They are read from the
+    activation store of the run, if it has the states of these towers.
+    """
+    if not any(towers.values()):
+        return None
+    args, processor = trainer.args, trainer.source.processor
+    with trainer.quiet(), trainer.autocast_smart_context_manager():
+        return content_vectors(
+            towers,
+            trainer.source.catalogue,
+            args.device,
+            text_depths=trainer.model.config.text_depths,
+            max_text_length=64 if processor is None else processor.max_text_length,
+            store=args.activation_store,
+            dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        )

@@ -62,9 +62,11 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
     drawn = f" drawn from {protocol['drawn_from']}" if protocol.get("drawn_from") else ""
     facts = (
         f"{protocol['num_users']} users{drawn}, {protocol['num_items']} items ranked, history masked: "
-        f"{protocol['mask_history']}; targets chosen before: {repeats['share']:.1%}, "
-        f"so that no hit rate exceeds {repeats['hit_rate_ceiling']:.4f}"
+        f"{protocol['mask_history']}"
     )
+    if repeats["share"]:
+        ceiling = repeats["hit_rate_ceiling"]
+        facts += f"; targets chosen before: {repeats['share']:.1%}, so that no hit rate exceeds {ceiling:.4f}"
     above = verdict(report).replace("*", "").replace("`", "")
     return "\n\n".join(filter(None, [format_table(rows), above, format_table(slices), facts]))
 

@@ -26,7 +26,6 @@ from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..errors import DataError, HubError, bad_input
 from ..files import write_json, written_whole
-from ..items.encoding import content_vectors
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import is_frozen
@@ -44,7 +43,7 @@ from ..training.stages import UserEncoderFirst
 from ..training.trainer import TransRecTrainer
 from ..training.transfer import INITS, Start, check_init, choose_start, start_from
 from ..training.tuning import PEFT_TUNINGS
-from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, option
+from .options import CONFIG_FIELDS, DataArguments, ModelArguments, SplitArguments, content_baseline, option
 from .parsing import parse_arguments
 from .reporting import format_cosines, format_plan, format_report, plot_balance, plot_learning_curve
 
@@ -437,15 +436,7 @@ def run_training(
         balance.measure()
     trainer.save_model()
 
-    vectors = None
-    if any(model_args.towers.values()) and len(domains) == 1:
-        vectors = content_vectors(
-            model_args.towers,
-            catalogue,
-            device=args.device,
-            batch_size=args.per_device_eval_batch_size,
-            accelerator=trainer.accelerator,
-        )
+    vectors = content_baseline(trainer, model_args.towers) if len(domains) == 1 else None
     report, data = trainer.report(content_vectors=vectors), " and ".join(domains)
     if start is not None:
         report["start"] = dataclasses.asdict(start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from ..data.catalogue import Catalogue
-from ..model.configuration_transrec import FORMAT_1
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch
 from ..model.modeling_transrec import TransRecModel
-from ..model.processing_transrec import TransRecProcessor
-from ..model.towers_transrec import in_evaluation, tower_width
+from ..model.towers_transrec import in_evaluation
 from .codes import start_code_table
 from .preparing import ItemSource
 
@@ -246,34 +243,16 @@ def item_states(
     return torch.cat(states) if states else torch.empty(0)
 
 
-def content_vectors(
-    towers: Mapping[str, str | None],
-    catalogue: Catalogue,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> torch.Tensor:
+def content_of(model: TransRecModel, source: ItemSource) -> torch.Tensor:
     """
-    The outputs of pre-trained towers for the items, for the zero-shot baseline: `(len(catalogue), sum of widths)`. The
-    part of each tower is scaled to length 1, and is zero if an item lacks its modality.
-
-    Args:
-        towers (`dict[str, str]`): Folders or Hub ids, by names such as `"text_model"`; at least one.
-        catalogue ([`Catalogue`]): The items.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device of the computation.
-        kwargs: Further arguments of [`encode_catalogue`].
+    The outputs of the towers for all items, side by side: `(len(source), sum of widths)`, in float32, on the CPU. The
+    part of each modality has length 1, or is zero if an item lacks the modality.
     """
-    named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}
-    model = TransRecModel.from_text_vision_pretrained(**{**named, **FORMAT_1})
-    source = ItemSource(catalogue, TransRecProcessor.from_towers(**named))
-    encoder = model.item_encoder
-    widths = [tower_width(tower) for tower in encoder.towers.values()]
-    for name, columns in zip(encoder.towers, torch.eye(sum(widths)).split(widths, dim=1), strict=True):
-        # the output of each tower goes unchanged into its own columns
-        projection = torch.nn.Linear(columns.shape[1], columns.shape[0], bias=False)
-        projection.weight = torch.nn.Parameter(columns.contiguous())
-        setattr(encoder, MODALITIES[name].projection, projection)
-    if len(widths) > 1:
-        encoder.missing_embeds = torch.nn.Parameter(torch.zeros(len(widths), sum(widths)))
-    model.config.hidden_size = sum(widths)
-    vectors = encode_catalogue(model.to(device), source, **kwargs).cpu()
-    return torch.cat([torch.nn.functional.normalize(part, dim=1) for part in vectors.split(widths, dim=1)], dim=1)
+    parts = []
+    for name in model.config.modalities:
+        states = item_states(model, source, name, len(source))
+        rows = source.present[:, COLUMNS[name]].nonzero().squeeze(1)
+        if len(rows):
+            part = torch.zeros(len(source), states.shape[1])
+            parts.append(part.index_copy(0, rows, nn.functional.normalize(states.cpu(), dim=1)))
+    return torch.cat(parts, dim=1)

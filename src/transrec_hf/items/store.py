@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.catalogue import Catalogue
 from ..errors import InputError, one_line
 from ..files import whole_file
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
+from ..model.processing_transrec import TransRecProcessor
 from ..model.towers_transrec import (
     frozen_depth,
     in_evaluation,
@@ -37,7 +39,7 @@ from ..model.towers_transrec import (
     tower_blocks,
 )
 from ..model.windows_transrec import has_states_in_time
-from .encoding import fit_texts, item_loader, packed_linears, sort_by_length
+from .encoding import content_of, fit_texts, item_loader, packed_linears, sort_by_length
 from .fingerprints import adapter_settings, hash_weight, tower_settings
 from .preparing import ItemSource, bucket_by_tokens
 
@@ -409,4 +411,40 @@ class ActivationStore:
         return found
 
 
-__all__ = ["ActivationStore"]
+def content_vectors(
+    towers: Mapping[str, str | None],
+    catalogue: Catalogue,
+    device: torch.device | str = "cpu",
+    *,
+    text_depths: int | None = None,
+    max_text_length: int = 64,
+    store: str | os.PathLike | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """
+    The outputs of pre-trained towers for the items, for the baseline of content neighbours: what [`content_of`]
+    returns for a model of these towers, as they were published.
+
+    Args:
+        towers (`dict[str, str]`): Folders or Hub ids, by names such as `"text_model"`; at least one.
+        catalogue ([`Catalogue`]): The items.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device of the computation.
+        text_depths (`int`, *optional*): Number of depths of the text tower that are read, as in the configuration.
+        max_text_length (`int`, *optional*, defaults to 64): Most tokens that are read of a text.
+        store (`str`, *optional*): Folder of an [`ActivationStore`]. States of the same towers, frozen, are read from
+            it, and new ones are written to it.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the stored states.
+    """
+    named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}
+    design = {} if text_depths is None else {"text_depths": text_depths}
+    model = TransRecModel.from_text_vision_pretrained(**named, **design).to(device)  # type: ignore[arg-type]
+    model.freeze_towers(0)
+    source = ItemSource(catalogue, TransRecProcessor.from_towers(**named, max_text_length=max_text_length))
+    if store is not None:
+        stored = ActivationStore(store, model, source, dtype)
+        stored.fill()
+        source = stored.source
+    return content_of(model, source)
+
+
+__all__ = ["ActivationStore", "content_vectors"]

@@ -19,12 +19,11 @@ from transformers.utils import logging
 from ..data.catalogue import Catalogue
 from ..data.interactions import Split
 from ..evaluation.baselines import ContentNeighbours, CoOccurrence, Popularity
-from ..items.encoding import item_states, standardize_projections
+from ..items.encoding import content_of, standardize_projections
 from ..items.meeting import set_item_vectors
 from ..items.preparing import ItemSource
 from ..items.store import ActivationStore
 from ..model.configuration_transrec import TransRecConfig
-from ..model.modalities_transrec import COLUMNS
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from .arguments import TransRecTrainingArguments
@@ -266,20 +265,6 @@ def few_users(split: Split, fraction: float, seed: int) -> Split:
     drawn = np.random.default_rng(seed).permutation(len(split.train))
     kept = np.sort(drawn[: max(1, round(fraction * len(drawn)))])
     return split if fraction == 1 else dataclasses.replace(split, train=split.train.select(kept))
-
-
-def content_of(model: TransRecModel, source: ItemSource) -> torch.Tensor:
-    """
-    The outputs of the towers for all items, side by side; each part has length 1, or is zero if an item lacks it.
-    """
-    parts = []
-    for name in model.config.modalities:
-        states = item_states(model, source, name, len(source))
-        rows = source.present[:, COLUMNS[name]].nonzero().squeeze(1)
-        if len(rows):
-            part = torch.zeros(len(source), states.shape[1])
-            parts.append(part.index_copy(0, rows, torch.nn.functional.normalize(states.cpu(), dim=1)))
-    return torch.cat(parts, dim=1)
 
 
 def cells_of(
