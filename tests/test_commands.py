@@ -636,6 +636,28 @@ def test_content_neighbours_read_the_store_of_the_run(
         assert report["baselines"]["content_neighbours"]["metrics"] == expected
 
 
+def test_two_models_are_compared_on_the_same_users(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", workplace / "target")
+    run("pretrain", *data, "--id_baseline", "--output_dir", tmp_path / "ids", *QUICK)
+    file = tmp_path / "report.json"
+    capsys.readouterr()
+    others = ("--against", workplace / "source", tmp_path / "ids")
+    report = run("evaluate", workplace / "source", *data, *others, "--output_file", file, "--max_users", 20)
+    itself, ids = report["against"].values()
+    assert set(itself["differences"]) == set(report["intervals"])
+    assert all(value == 0 for row in itself["differences"].values() for value in row.values())
+    found = ids["differences"]["ndcg@10"]
+    assert found["difference"] == pytest.approx(report["metrics"]["ndcg@10"] - ids["metrics"]["ndcg@10"])
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert json.loads(file.read_text())["against"] == report["against"]
+    printed = capsys.readouterr().out
+    assert f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" in printed
+    with pytest.raises(DataError, match="no-such-model"):
+        run("evaluate", workplace / "source", *data, "--against", tmp_path / "no-such-model")
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_same_report(workplace: Path, tmp_path: Path) -> None:
     trainer = tmp_path / "trainer"

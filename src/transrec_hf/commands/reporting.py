@@ -68,7 +68,15 @@ def format_report(report: Mapping[str, Any], name: str = "model") -> str:
         ceiling = repeats["hit_rate_ceiling"]
         facts += f"; targets chosen before: {repeats['share']:.1%}, so that no hit rate exceeds {ceiling:.4f}"
     above = verdict(report).replace("*", "").replace("`", "")
-    return "\n\n".join(filter(None, [format_table(rows), above, format_table(slices), facts]))
+    parts = [format_table(rows), above, format_table(slices), facts]
+    if report.get("against"):
+        differences = [["minus (an interval without 0 is more than chance)", *metrics]]
+        for other, row in report["against"].items():
+            found = [row["differences"][metric] for metric in metrics]
+            cells = [f"{of['difference']:+.4f} [{of['low']:+.4f}, {of['high']:+.4f}]" for of in found]
+            differences.append([other, *cells])
+        parts.insert(2, format_table(differences))
+    return "\n\n".join(filter(None, parts))
 
 
 def format_cosines(cosines: Mapping[str, Mapping[str, float]]) -> str:

@@ -321,9 +321,7 @@ class TransRecTrainer(TrainerBase):
         if isinstance(sequences, str):
             sequences = self.eval_dataset[sequences]
         if isinstance(sequences, dict):
-            each = [
-                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in sequences.items()
-            ]
+            each = [self.evaluate(of, ignore_keys, f"{metric_key_prefix}_{name}") for name, of in sequences.items()]
             return {name: value for metrics in each for name, value in metrics.items()}
         self._memory_tracker.start()
         of_run = sequences is self.split.validation and eval_dataset is None
@@ -366,7 +364,7 @@ class TransRecTrainer(TrainerBase):
         check_kind("what is evaluated", sequences, "Sequences", "take split.validation or split.test")
         evaluator, ranking = self._ranking(sequences, False, max_users)
         report = self.reports[split] = evaluator.report(ranking)
-        recommended, targets, self.ranks = ranking.lists.numpy(), evaluator.targets, ranking.ranks
+        recommended, targets = ranking.lists.numpy(), evaluator.targets
         values = {**report["metrics"], COVERAGE: report["recommendations"][COVERAGE]}
         if self.compute_metrics is not None:
             values |= self.compute_metrics(EvalPrediction(predictions=recommended, label_ids=targets))
@@ -420,7 +418,9 @@ class TransRecTrainer(TrainerBase):
             if not self.is_prepared:
                 standardize_for(model, self.source, seed=self.args.seed)
                 self.is_prepared = True
-            return evaluator, evaluator.rank_model(model, accelerator=self.accelerator)
+            ranking = evaluator.rank_model(model, accelerator=self.accelerator)
+        self.ranks = ranking.ranks
+        return evaluator, ranking
 
     def ranking_evaluator(
         self,
