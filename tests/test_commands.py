@@ -46,6 +46,7 @@ from transrec_hf.commands.recommend import read_histories
 from transrec_hf.commands.tables import read_table
 from transrec_hf.data import demo
 from transrec_hf.data.demo import demo_config, demo_processor, demo_world
+from transrec_hf.data.interactions import of_modality
 from transrec_hf.items.store import content_vectors
 from transrec_hf.publishing.checkpoint import load_checkpoint
 
@@ -634,6 +635,22 @@ def test_content_neighbours_read_the_store_of_the_run(
     expected = pytest.approx(without["baselines"]["content_neighbours"]["metrics"])
     for report in (trained, again):
         assert report["baselines"]["content_neighbours"]["metrics"] == expected
+
+
+def test_one_modality_of_mixed_data(workplace: Path, tmp_path: Path) -> None:
+    data = ("--data", workplace / "target")
+    catalogue, sequences = load_domain(workplace / "target")
+    images, _ = of_modality(catalogue, sequences, "image")
+    options = (*data, "--vision_model", workplace / "vit", "--output_dir", tmp_path / "images", *QUICK)
+    with pytest.raises(DataError, match=r"Leave them out \(--modality image;"):
+        run("pretrain", *options)
+    report = run("pretrain", *options, "--modality", "image")
+    assert report["protocol"]["num_items"] == len(images) < len(catalogue)
+    again = run("evaluate", tmp_path / "images", *data, "--modality", "image")
+    assert again["metrics"] == pytest.approx(report["metrics"], abs=1e-6)
+    history = next(str(row) for row in catalogue.item_ids[catalogue.has_image])
+    items = ("--items", workplace / "target", "--modality", "image", "--history", history)
+    assert run("recommend", tmp_path / "images", *items, "--top_k", str(len(catalogue))) == 1
 
 
 def test_two_models_are_compared_on_the_same_users(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..data.catalogue import MODALITY_POLICIES, Catalogue, load_catalogue
 from ..data.demo import demo_config, demo_processor, demo_world
-from ..data.interactions import Sequences, Split, k_core, load_interactions, temporal_split
+from ..data.interactions import Sequences, Split, k_core, load_interactions, of_modality, temporal_split
 from ..errors import DataError, bad_input
 from ..evaluation.protocol import PROTOCOLS
 from ..items.codes import ItemQuantizer
@@ -205,6 +205,9 @@ class DataArguments:
         choices=MODALITY_POLICIES,
     )
     modality_seed: int = option(0, "Seed for one_per_item.")
+    modality: str | None = option(
+        None, "Keep only the items that have this modality, and only this content of them.", choices=tuple(MODALITIES)
+    )
     k_core: int | None = option(None, "Keep only users and items with at least this many interactions [all].")
 
     @property
@@ -219,16 +222,10 @@ class DataArguments:
 
     def load_items(self) -> Catalogue:
         """Read and check the items. Raises [`DataError`]."""
-        if self.is_demo:
-            return self._draw_demo()[0]
-        if not (self.items or self.data):
-            raise DataError("there are no data: give --data, or --items and --interactions")
-        return load_catalogue(
-            self.items or self.data,
-            revision=self.revision,
-            modality_policy=self.modality_policy,
-            seed=self.modality_seed,
-        )
+        catalogue = self._draw_demo()[0] if self.is_demo else self._read_items()
+        if self.modality is None:
+            return catalogue
+        return catalogue.select(catalogue.has(self.modality)).with_policy(self.modality)
 
     def load(self) -> tuple[Catalogue, Sequences]:
         """Read and check items and interactions. Raises [`DataError`]."""
@@ -237,12 +234,24 @@ class DataArguments:
         if self.is_demo:
             catalogue, sequences = self._draw_demo()
         else:
-            catalogue = self.load_items()
+            catalogue = self._read_items()
             sequences = load_interactions(self.interactions or self.data, catalogue, revision=self.revision)
+        if self.modality is not None:
+            catalogue, sequences = of_modality(catalogue, sequences, self.modality)
         if self.k_core is not None:
             catalogue, sequences = k_core(catalogue, sequences, self.k_core)
         logger.info("%r, %r", catalogue, sequences)
         return catalogue, sequences
+
+    def _read_items(self) -> Catalogue:
+        if not (self.items or self.data):
+            raise DataError("there are no data: give --data, or --items and --interactions")
+        return load_catalogue(
+            self.items or self.data,
+            revision=self.revision,
+            modality_policy=self.modality_policy,
+            seed=self.modality_seed,
+        )
 
     def _draw_demo(self) -> tuple[Catalogue, Sequences]:
         name = str(self.data).removeprefix(DEMO)

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
-from ..data.interactions import of_modality
 from ..errors import DataError, bad_input, one_line
 from ..evaluation.metrics import metric_values, paired_bootstrap
 from ..evaluation.protocol import PROTOCOLS
@@ -169,9 +168,7 @@ def report_on(args: TransferArguments) -> dict[str, Any]:
         models = [model for model in models if model not in hybrids]
     loaded, first = {}, next(iter(sources.values()))
     for name in dict.fromkeys(args.targets):
-        catalogue, sequences = DataArguments(data=name).load()
-        if args.modality:
-            catalogue, sequences = of_modality(catalogue, sequences, args.modality)
+        catalogue, sequences = DataArguments(data=name, modality=args.modality).load()
         counts = sequences.item_counts(len(catalogue))
         for source in sources.values():
             check_fits(source.model, catalogue)
