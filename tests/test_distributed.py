@@ -159,7 +159,7 @@ def owned_items(item_ids: torch.Tensor) -> list[int]:
 
 
 def train_batch_norm(folder: Path) -> dict[str, float]:
-    """Metrics of a model whose averages of batch norm are other ones in each process; process 0 saves its own."""
+    """Metrics of a model with batch norms; process 0 saves its own."""
     trainer = make_trainer(folder, make_config("image", vision_config=VISION_TOWERS["mobilenet_v1"]()), **IMAGES)
     trainer.train()
     trainer.save_model()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,10 +41,8 @@ from .modalities_transrec import MODALITIES, ItemBatch, ItemPart, combinations, 
 from .towers_transrec import (
     compile_each,
     evaluate_frozen,
-    keep_running_statistics,
     load_tower,
     tower_blocks,
-    training_batch_norms,
 )
 from .tuning_transrec import TunableModel
 from .user_encoder_transrec import (
@@ -181,7 +178,7 @@ class TransRecModel(TransRecPreTrainedModel):
         return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:
-        """Like in torch, but frozen parts stay in evaluation mode, without dropout and batch-norm updates."""
+        """Like in torch, but frozen parts stay in evaluation mode, and batch norms keep their averages."""
         super().train(mode)
         if mode:
             evaluate_frozen(self.item_encoder)
@@ -231,13 +228,7 @@ class TransRecModel(TransRecPreTrainedModel):
             [None if values is None else values[start : start + size] for values in inputs]
             for start in range(0, num_items, size)
         )
-        again = partial(keep_running_statistics, self.item_encoder)
-        return torch.cat(
-            [
-                checkpoint(encode, *chunk, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-                for chunk in chunks
-            ]
-        )
+        return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
 
     @can_return_tuple
     def get_text_features(
@@ -285,14 +276,13 @@ class TransRecModel(TransRecPreTrainedModel):
     def pass_size(self, name: str) -> int:
         """
         The number of images or windows that are encoded at a time: `images_per_pass` or, without it, on a CPU as many
-        as fit into its cache, elsewhere all. Batch norms in training see all contents of the batch.
+        as fit into its cache, elsewhere all.
         """
-        tower = self.item_encoder.towers.get(name)
-        if tower is None or MODALITIES[name].has_tokens:
+        if name not in self.item_encoder.towers or MODALITIES[name].has_tokens:
             return 2**31  # texts already come in buckets of the right size
         if self.images_per_pass is not None:
             return self.images_per_pass
-        return 2**31 if self.device.type != "cpu" or training_batch_norms(tower) else 32
+        return 32 if self.device.type == "cpu" else 2**31
 
     def get_item_features(self, items: ItemBatch | None = None, **inputs: Any) -> Tensor:
         """

@@ -434,34 +434,18 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def training_batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The batch norms of a module that are in training mode: their output depends on the batch, which updates them."""
-    norms = (part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
-    return [norm for norm in norms if norm.training]
-
-
-@contextmanager
-def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """A context in which batch norms in training mode do not update their running statistics, for a second pass."""
-    norms = training_batch_norms(module)
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches
-
-
 def evaluate_frozen(item_encoder: nn.Module) -> None:
     """
-    Put the frozen modules of an item encoder into evaluation mode: no dropout, no batch-norm updates. This includes
-    modules without parameters below the first trained one, such as the rotation of positions in DINOv3, which is
-    random in training mode.
+    Put the frozen modules of an item encoder into evaluation mode, without dropout. This includes modules without
+    parameters below the first trained one, such as the rotation of positions in DINOv3, which is random in training
+    mode; and all batch norms: with the averages of their batch, towers would be others than in evaluation, and than
+    those whose outputs were whitened.
     """
     for part in item_encoder.children():
         _evaluate_frozen(part)
+    for module in item_encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | None:

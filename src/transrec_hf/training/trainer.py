@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction
@@ -413,7 +412,6 @@ class TransRecTrainer(TrainerBase):
         self.fill_store()
         evaluator = self.ranking_evaluator(sequences, baselines, max_users, content_vectors)
         model = self.accelerator.unwrap_model(self.model)
-        broadcast(list(model.buffers()))  # averages of batch norms; those of the first process are saved
         with self.quiet(), self.autocast_smart_context_manager(), whole_weights(model):
             if not self.is_prepared:
                 standardize_for(model, self.source, seed=self.args.seed)
