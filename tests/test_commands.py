@@ -637,6 +637,19 @@ def test_content_neighbours_read_the_store_of_the_run(
         assert report["baselines"]["content_neighbours"]["metrics"] == expected
 
 
+def test_towers_of_other_models_become_those_of_a_new_one(workplace: Path, tmp_path: Path) -> None:
+    source = ("--text_model", workplace / "source", "--vision_model", workplace / "vit")
+    run("pretrain", "--data", workplace / "target", *source, "--output_dir", tmp_path / "new", *QUICK)
+    _, processor = load_checkpoint(str(tmp_path / "new"))
+    _, known = load_checkpoint(str(workplace / "source"))
+    assert processor is not None and known is not None
+    assert processor.tokenizer.get_vocab() == known.tokenizer.get_vocab()
+    tuned = ("--tuning", "bottleneck", "--output_dir", tmp_path / "tuned", *QUICK)
+    run("finetune", workplace / "source", "--data", workplace / "target", "--init", "all", *tuned)
+    with pytest.raises(DataError, match="adapters in its towers"):
+        run("pretrain", "--data", workplace / "target", "--text_model", tmp_path / "tuned", *QUICK)
+
+
 def test_one_modality_of_mixed_data(workplace: Path, tmp_path: Path) -> None:
     data = ("--data", workplace / "target")
     catalogue, sequences = load_domain(workplace / "target")

@@ -304,6 +304,24 @@ def test_from_scratch_the_towers_are_as_they_were(tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
+def test_a_new_model_can_have_the_towers_of_others(tmp_path):
+    before, after = trained_from(tmp_path)
+    other = TransRecModel(make_config("image"))
+    other.save_pretrained(tmp_path / "other")
+    after.save_pretrained(tmp_path / "trained")
+    named = {"text_model": str(tmp_path / "trained"), "vision_model": str(tmp_path / "other")}
+    model = TransRecModel.from_text_vision_pretrained(**named)
+    for tower, source in (("text_model", after), ("vision_model", other)):
+        expected = getattr(source.item_encoder, tower).state_dict()
+        torch.testing.assert_close(getattr(model.item_encoder, tower).state_dict(), expected, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "both")
+    model = TransRecModel.from_pretrained(tmp_path / "both")
+    start_from(model, "scratch")  # the text tower as it was before all training
+    assert torch.equal(*(next(of.item_encoder.text_model.parameters()) for of in (model, before)))
+    with pytest.raises(ValueError, match="has no text_model: name another encoder"):
+        TransRecModel.from_text_vision_pretrained(text_model=str(tmp_path / "other"))
+
+
 def test_towers_that_cannot_be_read_are_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     _, model = trained_from(tmp_path)

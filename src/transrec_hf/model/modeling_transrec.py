@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -160,15 +160,16 @@ class TransRecModel(TransRecPreTrainedModel):
         Make a model with pre-trained towers and a new user encoder.
 
         Args:
-            text_model (`str`, *optional*): Hub id or folder of a text encoder; `None` for no text tower.
-            vision_model (`str`, *optional*): Hub id or folder of an image encoder; `None` for no vision tower.
+            text_model (`str`, *optional*): Hub id or folder of a text encoder, or of a model of this class, whose text
+                tower is taken; `None` for no text tower.
+            vision_model (`str`, *optional*): The same for an image encoder.
             kwargs: `audio_model` and `video_model`, and fields of [`TransRecConfig`], e.g. `features_size=512`.
                 Without `hidden_size`, whitened item vectors are as wide as the outputs of the towers, up to 1024.
         """
         fields = {modality.tower: modality.config for modality in MODALITIES.values() if modality.tower}
         names = {"text_model": text_model, "vision_model": vision_model}
         names |= {name: kwargs.pop(name) for name in fields if name in kwargs}
-        towers = {tower: load_tower(name, fields[tower]) for tower, name in names.items() if name}
+        towers = {tower: cls._read_tower(name, tower, fields[tower]) for tower, name in names.items() if name}
         configs = {fields[name]: tower.config for name, tower in towers.items()}
         # otherwise the composite configuration would reset the choice that each tower made when it was loaded
         kwargs.setdefault("attn_implementation", {name: part._attn_implementation for name, part in configs.items()})
@@ -176,6 +177,18 @@ class TransRecModel(TransRecPreTrainedModel):
             free = cls.config_class(**configs, **{**kwargs, "matryoshka_dims": None})  # the width is their limit
             kwargs["hidden_size"] = default_width(free, towers)
         return cls(cls.config_class(**configs, **kwargs), **towers)
+
+    @classmethod
+    def _read_tower(cls, name: str, tower: str, field: str) -> PreTrainedModel:
+        """A tower from a checkpoint of its own, or from one of this class."""
+        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") != cls.config_class.model_type:
+            return load_tower(name, field)
+        model = cls.from_pretrained(name)
+        if not hasattr(model.item_encoder, tower):
+            raise ValueError(f"{name} has no {tower}: name another encoder")
+        if model.config.bottleneck:
+            raise ValueError(f"{name} has adapters in its towers, which are no part of them: name another encoder")
+        return getattr(model.item_encoder, tower)
 
     def train(self, mode: bool = True) -> TransRecModel:
         """Like in torch, but frozen parts stay in evaluation mode, and batch norms keep their averages."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
@@ -186,15 +186,24 @@ class TransRecProcessor(WholeFolders, ProcessorMixin):
         Make the processor for a model of [`TransRecModel.from_text_vision_pretrained`] with the same towers; `kwargs`
         are further arguments of this class.
         """
-        frames = AutoConfig.from_pretrained(video_model, trust_remote_code=False) if video_model else None
+
+        def read(place: str | None, part: str, load: Callable[..., Any], **options: Any) -> Any:
+            """A part for a tower; from a checkpoint with several towers, the part of its processor."""
+            if place is None:
+                return None
+            if PreTrainedConfig.get_config_dict(place)[0].get("model_type") == "transrec":
+                return getattr(cls.from_pretrained(place), part)
+            return load(place, **options)
+
+        frames = read(video_model, "num_frames", AutoConfig.from_pretrained, trust_remote_code=False)
         return cls(
-            AutoTokenizer.from_pretrained(text_model, trust_remote_code=False) if text_model else None,
-            AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False) if vision_model else None,
+            read(text_model, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False),
+            read(vision_model, "image_processor", AutoImageProcessor.from_pretrained, trust_remote_code=False),
             max_text_length,
             features_size,
-            feature_extractor=feature_extractor_of(audio_model) if audio_model else None,
-            frame_image_processor=AutoImageProcessor.from_pretrained(video_model) if video_model else None,
-            **{"num_frames": getattr(frames, "num_frames", 8), **kwargs},
+            feature_extractor=read(audio_model, "feature_extractor", feature_extractor_of),
+            frame_image_processor=read(video_model, "frame_image_processor", AutoImageProcessor.from_pretrained),
+            **{"num_frames": frames if isinstance(frames, int) else getattr(frames, "num_frames", 8), **kwargs},
         )
 
     @classmethod
