@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -41,7 +41,6 @@ from .modalities_transrec import MODALITIES, ItemBatch, ItemPart, combinations, 
 from .towers_transrec import (
     compile_each,
     evaluate_frozen,
-    load_tower,
     tower_blocks,
 )
 from .tuning_transrec import TunableModel
@@ -177,18 +176,6 @@ class TransRecModel(TransRecPreTrainedModel):
             free = cls.config_class(**configs, **{**kwargs, "matryoshka_dims": None})  # the width is their limit
             kwargs["hidden_size"] = default_width(free, towers)
         return cls(cls.config_class(**configs, **kwargs), **towers)
-
-    @classmethod
-    def _read_tower(cls, name: str, tower: str, field: str) -> PreTrainedModel:
-        """A tower from a checkpoint of its own, or from one of this class."""
-        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") != cls.config_class.model_type:
-            return load_tower(name, field)
-        model = cls.from_pretrained(name)
-        if not hasattr(model.item_encoder, tower):
-            raise ValueError(f"{name} has no {tower}: name another encoder")
-        if model.config.bottleneck:
-            raise ValueError(f"{name} has adapters in its towers, which are no part of them: name another encoder")
-        return getattr(model.item_encoder, tower)
 
     def train(self, mode: bool = True) -> TransRecModel:
         """Like in torch, but frozen parts stay in evaluation mode, and batch norms keep their averages."""

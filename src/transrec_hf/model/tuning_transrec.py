@@ -172,6 +172,18 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         tower = load_tower(name, part.config, **place)
         return {f"{prefix}{key}": weight for key, weight in tower.state_dict().items()}
 
+    @classmethod
+    def _read_tower(cls, name: str, tower: str, field: str) -> PreTrainedModel:
+        """A tower from a checkpoint of its own, or from one of this class."""
+        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") != cls.config_class.model_type:
+            return load_tower(name, field)
+        model = cls.from_pretrained(name)
+        if not hasattr(model.item_encoder, tower):
+            raise ValueError(f"{name} has no {tower}: name another encoder")
+        if model.config.bottleneck:
+            raise ValueError(f"{name} has adapters in its towers, which are no part of them: name another encoder")
+        return getattr(model.item_encoder, tower)
+
     def _tower_origins(self) -> Iterator[tuple[str, tuple[str, str | None, str]]]:
         """For each modality, what its tower was loaded from: name, revision, and the prefix of its weights here."""
         for name, tower in self.item_encoder.towers.items():
