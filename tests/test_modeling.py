@@ -30,7 +30,6 @@ from testing_utils import (
 from transformers import AutoModel, BertConfig, CLIPConfig, CLIPModel, DINOv3ViTConfig, set_seed
 
 from transrec_hf import TransRecConfig, TransRecModel, TransRecProcessor
-from transrec_hf.items.encoding import standardize_projections
 from transrec_hf.items.preparing import ItemSource
 from transrec_hf.model.configuration_transrec import TEXT_POOLINGS
 from transrec_hf.model.towers_transrec import tower_blocks
@@ -759,29 +758,6 @@ def test_frozen_parts_have_no_dropout(modality):
     lower, upper = lower_and_upper(model, 1)
     assert not any(block.training for block in lower)
     assert all(block.training for block in upper)
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("modality", ["text", "image"])
-def test_towers_below_a_whitened_item_map_have_no_dropout(modality, checkpointed):
-    tower = TEXT_TOWERS["bert"](**DROPOUT) if modality == "text" else VISION_TOWERS["vit"](**DROPOUT)
-    name = "text_config" if modality == "text" else "vision_config"
-    config = make_config("", **{name: tower}, item_map="whitened")
-    model, plain = make_model(config), make_model(config)
-    standardize_projections(model, ItemSource(make_catalogue(40, kinds=(modality,)), make_processor(modality)))
-    plain.load_state_dict(model.state_dict())
-    batch = items_for(config)
-    expected = model.eval().get_item_features(**batch)
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-    for _ in range(2):
-        vectors = model.train().get_item_features(**batch)
-        torch.testing.assert_close(vectors, expected)
-    vectors.square().sum().backward()
-    plain.train().get_item_features(**batch).square().sum().backward()
-    torch.testing.assert_close(gradients(model), gradients(plain), rtol=1e-3, atol=5e-5)
-    (blocks,) = [tower_blocks(tower) for tower in model.item_encoder.towers.values()]
-    assert all(block.training == checkpointed for block in blocks)
 
 
 @pytest.mark.parametrize("trainable_blocks", [None, 99])

@@ -42,7 +42,6 @@ from .towers_transrec import (
     compile_each,
     evaluate_frozen,
     tower_blocks,
-    without_dropout,
 )
 from .tuning_transrec import TunableModel
 from .user_encoder_transrec import (
@@ -179,15 +178,10 @@ class TransRecModel(TransRecPreTrainedModel):
         return cls(cls.config_class(**configs, **kwargs), **towers)
 
     def train(self, mode: bool = True) -> TransRecModel:
-        """
-        Like in torch, but frozen parts stay in evaluation mode, and batch norms keep their averages. Towers below a
-        whitened item map have no dropout: it would add noise to the axes of small variance, which whitening enlarges.
-        """
+        """Like in torch, but frozen parts stay in evaluation mode, and batch norms keep their averages."""
         super().train(mode)
         if mode:
             evaluate_frozen(self.item_encoder)
-            for tower in self.item_encoder.towers.values() if self.config.item_map == "whitened" else ():
-                without_dropout(tower)
         return self
 
     @property

@@ -448,15 +448,6 @@ def evaluate_frozen(item_encoder: nn.Module) -> None:
             module.eval()
 
 
-def without_dropout(tower: nn.Module) -> None:
-    """
-    Put a tower into evaluation mode, also where it is trained. Layers that checkpoint their activations do so only in
-    training mode, and stay in it.
-    """
-    for module in tower.modules():
-        module.training = module.training and getattr(module, "gradient_checkpointing", False)
-
-
 def _evaluate_frozen(module: nn.Module, below: bool | None = None) -> bool | None:
     """
     Like [`evaluate_frozen`], for one module. `below` says whether all modules before it are frozen, `None` if there
