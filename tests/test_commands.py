@@ -661,6 +661,8 @@ def test_one_modality_of_mixed_data(workplace: Path, tmp_path: Path) -> None:
     assert report["protocol"]["num_items"] == len(images) < len(catalogue)
     again = run("evaluate", tmp_path / "images", *data, "--modality", "image")
     assert again["metrics"] == pytest.approx(report["metrics"], abs=1e-6)
+    with pytest.raises(DataError, match="no item has content for text_model"):
+        run("evaluate", tmp_path / "images", *data, "--modality", "image", "--text_model", workplace / "bert")
     history = next(str(row) for row in catalogue.item_ids[catalogue.has_image])
     items = ("--items", workplace / "target", "--modality", "image", "--history", history)
     assert run("recommend", tmp_path / "images", *items, "--top_k", str(len(catalogue))) == 1

@@ -230,7 +230,8 @@ class Catalogue:
             raise DataError(
                 f"{self.source}: no item has {words}. Use a model or policy for the modalities that the items have."
             )
-        mend = f"Leave them out (--modality {wanted[0]}; in Python `keep_items`), or use another modality too."
+        how = f"--modality {words}; in Python `keep_items`" if len(wanted) == 1 else "`keep_items`"
+        mend = f"Leave them out ({how}), or use another modality too."
         raise_defects(self.source, self._describe(f"{len(lost)} of {len(self)} items have no {words}", lost, mend))
 
     def with_policy(self, modality_policy: str, seed: int = 0) -> Catalogue:

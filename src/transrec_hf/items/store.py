@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.catalogue import Catalogue
-from ..errors import InputError, one_line
+from ..errors import DataError, InputError, one_line
 from ..files import whole_file
 from ..model.modalities_transrec import COLUMNS, MODALITIES, ItemBatch, ItemPart
 from ..model.modeling_transrec import TransRecModel
@@ -434,11 +434,16 @@ def content_vectors(
         store (`str`, *optional*): Folder of an [`ActivationStore`]. States of the same towers, frozen, are read from
             it, and new ones are written to it.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the stored states.
+
+    Raises:
+        [`DataError`]: If no item has a modality of the towers.
     """
     named: dict[str, Any] = {name: tower for name, tower in towers.items() if tower}
     design = {} if text_depths is None else {"text_depths": text_depths}
     model = TransRecModel.from_text_vision_pretrained(**named, **design).to(device)  # type: ignore[arg-type]
     model.freeze_towers(0)
+    if not catalogue.has_any(model.config.modalities).any():
+        raise DataError(f"{catalogue.source}: no item has content for {' and '.join(named)}. Leave out this encoder.")
     source = ItemSource(catalogue, TransRecProcessor.from_towers(**named, max_text_length=max_text_length))
     if store is not None:
         stored = ActivationStore(store, model, source, dtype)
