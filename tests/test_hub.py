@@ -67,6 +67,19 @@ def pushed(hub: LocalHub, tmp_path: Path) -> TransRecModel:
     return model
 
 
+def test_the_tower_of_a_model_from_the_hub_reads_no_folder_of_this_machine(hub: LocalHub, tmp_path: Path) -> None:
+    model = make_model()
+    (tmp_path / "secret").mkdir()
+    model.item_encoder.text_model.config._name_or_path = str(tmp_path / "secret")
+    model.save_pretrained(tmp_path / "checkpoint")
+    hub.create(ID)
+    upload_checkpoint(tmp_path / "checkpoint", ID)
+    new = TransRecModel.from_text_vision_pretrained(text_model=ID)
+    torch.testing.assert_close(new.item_encoder.text_model.state_dict(), model.item_encoder.text_model.state_dict())
+    assert new.item_encoder.text_model.config._name_or_path == ID
+    assert new.original_towers() == {}  # those of the Hub are the same
+
+
 def recommended(recommender: Recommender) -> dict[str, float]:
     """The best items and their scores, best first; the order of the sums in a dot product is not ours to fix."""
     return {item.item_id: round(item.score, 4) for item in recommender.recommend(HISTORY, k=5)}

@@ -182,7 +182,12 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
             raise ValueError(f"{name} has no {tower}: name another encoder")
         if model.config.bottleneck:
             raise ValueError(f"{name} has adapters in its towers, which are no part of them: name another encoder")
-        return getattr(model.item_encoder, tower)
+        found = getattr(model.item_encoder, tower)
+        if os.path.isdir(found.config._name_or_path) and not os.path.isdir(
+            name
+        ):  # a claim from the Hub about a folder
+            found.config._name_or_path, found.config._commit_hash = name, getattr(model.config, "_commit_hash", None)
+        return found
 
     def _tower_origins(self) -> Iterator[tuple[str, tuple[str, str | None, str]]]:
         """For each modality, what its tower was loaded from: name, revision, and the prefix of its weights here."""
