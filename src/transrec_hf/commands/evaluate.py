@@ -104,9 +104,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
             trainer.source.log_popularity = known.log_popularity
         towers = {modality.tower: getattr(args, modality.tower) for modality in MODALITIES.values() if modality.tower}
         vectors = content_baseline(trainer, towers) if baselines else None
-        return trainer.report(
-            getattr(trainer.split, args.part), args.part, baselines, vectors, args.max_users
-        ), trainer
+        users = getattr(trainer.split, args.part)
+        return trainer.report(users, args.part, baselines, vectors, args.max_users), trainer
 
     with tempfile.TemporaryDirectory() as scratch, bad_input("bad options"):
         report, trainer = ranked(args.checkpoint, baselines=True)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,10 @@ from ..model.modalities_transrec import MODALITIES
 from ..model.modeling_transrec import TransRecModel
 from ..model.processing_transrec import TransRecProcessor
 from ..publishing.checkpoint import check_fits, check_place, load_checkpoint
-from ..training.trainer import TransRecTrainer
 
+
+if TYPE_CHECKING:
+    from ..training.trainer import TransRecTrainer
 
 logger = logging.get_logger(__name__)
 

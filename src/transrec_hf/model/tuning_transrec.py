@@ -183,9 +183,8 @@ class ThinCheckpoints(WholeFolders, PreTrainedModel):
         if model.config.bottleneck:
             raise ValueError(f"{name} has adapters in its towers, which are no part of them: name another encoder")
         found = getattr(model.item_encoder, tower)
-        if os.path.isdir(found.config._name_or_path) and not os.path.isdir(
-            name
-        ):  # a claim from the Hub about a folder
+        origin = found.config._name_or_path
+        if os.path.isdir(origin) and not os.path.isdir(name):  # a claim from the Hub about a folder of this machine
             found.config._name_or_path, found.config._commit_hash = name, getattr(model.config, "_commit_hash", None)
         return found
 
