@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_an_adapter(tuning, tmp_path, monkeypatch):
     options = ["--tuning", "frozen", "--num_train_epochs", "0"]
     chosen = finetune(["adapter", *target, *options, "--output_dir", "whole", "--report_to", "none"])
     assert {"none", "half", "all"} <= set(chosen["start"]["values"])
-    assert (Path("whole") / "model.safetensors").exists()
+    assert evaluate(["whole", *target])["metrics"] == pytest.approx(chosen["metrics"])
     sources = ["--sources", "adapter", "--targets", "demo:source", "--models", "untrained", "zero_shot"]
     report = transfer_report([*sources, "--fractions", "1", "--seeds", "0", "--output_dir", "report"])
     assert {row["model"] for row in report["rows"]} == {"untrained", "zero_shot"}

@@ -54,6 +54,7 @@ def merge_adapter(model: Any) -> None:
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[adapter])
     model.peft_config, model._hf_peft_config_loaded = {}, False
+    vars(model).pop("_weight_conversions", None)  # the names of an adapter file, which the model would be saved with
     model.requires_grad_(True)
 
 
