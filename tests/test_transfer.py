@@ -23,7 +23,7 @@ from testing_utils import (
 from transrec_hf import ItemSource, RankingEvaluator, Recommender, TransRecConfig, TransRecModel, encode_catalogue
 from transrec_hf.evaluation.metrics import metric_values
 from transrec_hf.items.encoding import standardize_projections
-from transrec_hf.items.meeting import fitted_decay, start_from_data
+from transrec_hf.items.meeting import fitted_decay, set_item_vectors, start_from_data
 from transrec_hf.model.item_encoder_transrec import WhitenedProjection
 from transrec_hf.training.transfer import (
     AUTO_INITS,
@@ -290,6 +290,20 @@ def test_a_start_keeps_the_part_that_it_names(tmp_path, init):
     assert {group for group, there in has.items() if there} == wanted
     assert all(name in kept for name in before if "_model." in name), "towers keep what they learned"
     assert ("user_encoder" in start.loaded) == (init in ("all", "half", "user_encoder"))
+
+
+def test_what_was_added_to_a_checkpoint_is_new(tmp_path):
+    """Side networks and ID vectors that are still zero do not come from the source, whatever is kept of it."""
+    model = trained(tmp_path)
+    model.add_side(4)
+    set_item_vectors(model, torch.zeros(7, model.config.hidden_size))
+    added = {"item_encoder.text_side", "item_encoder.image_side", "item_encoder.item_embedding"}
+    for init in ("all", "half"):
+        start = start_from(model, init)
+        assert set(start.new) == added and "item_encoder.text_model" in start.loaded
+    with torch.no_grad():
+        model.item_encoder.text_side.output.weight.add_(1)
+    assert "item_encoder.text_side" in start_from(model, "all").loaded
 
 
 def test_from_scratch_the_towers_are_as_they_were(tmp_path):

@@ -85,6 +85,17 @@ def is_kept(name: str, init: str) -> bool:
     return name.startswith((f"item_encoder.{MODALITIES[init].projection}.", f"item_encoder.{init}_table."))
 
 
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to."""
+    return ".".join(name.split(".")[:2]) if name.startswith("item_encoder.") else name.split(".")[0]
+
+
+def added_parts(model: TransRecModel) -> set[str]:
+    """The parts that were added to a checkpoint, and add nothing yet: side networks and ID vectors that are zero."""
+    ends = ("_side.output.weight", "item_embedding.weight")
+    return {part_of(name) for name, weights in model.named_parameters() if name.endswith(ends) and not weights.any()}
+
+
 def check_init(model: TransRecModel, init: str) -> None:
     """Raises `ValueError` if `init` is not one of `INITS`, or is a modality that the model does not read."""
     if init not in INITS or (init in MODALITIES and init not in model.config.modalities):
@@ -111,9 +122,9 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
-    loaded, new = set(), set()
+    loaded, new, added = set(), set(), added_parts(model)
     for name, parameter in model.named_parameters():
-        part = ".".join(name.split(".")[:2]) if name.startswith("item_encoder.") else name.split(".")[0]
+        part = part_of(name)
         is_tower = is_kept(name, "none")
         if is_kept(name, init) or (is_tower and name not in towers):
             loaded.add(part)
@@ -131,7 +142,7 @@ def start_from(model: TransRecModel, init: str, seed: int = 0) -> Start:
     standardized = [
         name for name in model.config.modalities if whitened or f"item_encoder.{MODALITIES[name].projection}" in new
     ]
-    return Start(init, sorted(loaded), sorted(new - loaded), standardized)
+    return Start(init, sorted(loaded - added), sorted(new - loaded | added), standardized)
 
 
 def has_trained_towers(model: TransRecModel) -> bool:
