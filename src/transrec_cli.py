@@ -139,6 +139,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Revision = None,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload checkpoint",
+    whole: Annotated[
+        bool, typer.Option("--whole", help="First write into PATH the weights that it only names.")
+    ] = False,
     token: Token = None,
 ) -> None:
     """Push a checkpoint to the Hub.
@@ -146,6 +149,7 @@ def push(
     \b
         transrec push runs/my_target me/my_target
         transrec push runs/my_target me/my_target --private --revision second
+        transrec push runs/thin me/my_target --whole               # a thin checkpoint, with all of its weights
 
     The processor, the statistics, the index and the model card are pushed too. The card is written again for the new
     name, unless somebody has edited it.
@@ -155,14 +159,18 @@ def push(
     from transrec_hf.errors import DataError, bad_input, hub_errors
     from transrec_hf.model.tuning_transrec import refuse_local
     from transrec_hf.publishing.card import model_card, update_model_card
-    from transrec_hf.publishing.checkpoint import read_config
+    from transrec_hf.publishing.checkpoint import load_checkpoint, read_config, save_checkpoint
     from transrec_hf.publishing.facts import CARD_NAME
     from transrec_hf.publishing.hub import upload_checkpoint
 
-    with bad_input(str(path)):
-        refuse_local(read_config(path).weights_from or [])
+    elsewhere = read_config(path).weights_from or []
+    if not whole:
+        with bad_input(str(path)):
+            refuse_local(elsewhere)
     if constants.HF_HUB_OFFLINE:
         raise DataError(f"{repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again")
+    if whole and elsewhere:
+        save_checkpoint(path, *load_checkpoint(path))
     card = path / CARD_NAME
     if not os.path.lexists(card) or (card.is_file() and card.read_bytes() == str(model_card(path)).encode()):
         update_model_card(path, model_id=repo_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
-from testing_utils import make_catalogue, make_model, make_processor, make_split
+from testing_utils import assert_same_weights, make_catalogue, make_model, make_processor, make_split
 
 import transrec_cli
 import transrec_hf
@@ -22,6 +23,7 @@ from transrec_hf import TransRecModel
 from transrec_hf.data.statistics import data_statistics, save_statistics
 from transrec_hf.items.meeting import ITEM_STATISTICS_NAME, ItemStatistics
 from transrec_hf.publishing.card import write_model_card
+from transrec_hf.publishing.checkpoint import load_checkpoint, save_checkpoint
 from transrec_hf.publishing.facts import save_evaluation
 from transrec_hf.publishing.results import append_results
 
@@ -179,6 +181,20 @@ def test_a_push_that_is_refused_leaves_no_repository(
         2,
         "error: me/whole: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again\n",
     )
+
+
+def test_a_thin_checkpoint_is_pushed_whole(transrec: Run, tmp_path: Path, hub: LocalHub) -> None:
+    model = make_model()
+    save_checkpoint(tmp_path / "whole", model, make_processor())
+    save_checkpoint(tmp_path / "thin", model, make_processor())
+    TransRecModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "thin", thin=True)
+    code, _, err = transrec("push", tmp_path / "thin", "me/thin", "--whole")
+    assert (code, err) == (0, "") and "model.safetensors" in hub.files("me/thin")
+    shutil.rmtree(tmp_path / "whole")
+    for place in ("me/thin", str(tmp_path / "thin")):
+        loaded, _ = load_checkpoint(place)
+        assert loaded.config.weights_from is None
+        assert_same_weights(loaded, model)
 
 
 @pytest.mark.parametrize("verb", ["info", "evaluate --data demo:target", "recommend --data demo:target --history a"])

@@ -489,7 +489,8 @@ def refuse_local(sources: Iterable[Mapping[str, Any]]) -> None:
         if source.get("revision") is None:
             raise ValueError(
                 f"a thin checkpoint whose other weights are in the folder {source.get('name')} works only on this "
-                "machine: push it with thin=False, or push that folder first and load the model from the Hub"
+                "machine: push it with thin=False (`transrec push --whole`), or push that folder first and load the "
+                "model from the Hub"
             )
 
 
