@@ -26,6 +26,7 @@ def path():
 def test_every_row_tells_how_it_came_about():
     columns = importlib.import_module("common").COLUMNS
     assert ROWS and tuple(ROWS[0]) == columns
+    assert len({tuple(row.values()) for row in ROWS}) == len(ROWS), "a row stands there twice"
     for row in ROWS:
         float(row["value"])
         for name in ("benchmark", "variant", "metric", "repeats", "data", "seed", "machine", "command", "date"):
