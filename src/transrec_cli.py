@@ -156,21 +156,18 @@ def push(
     """
     from huggingface_hub import HfApi, constants
 
-    from transrec_hf.errors import DataError, bad_input, hub_errors
-    from transrec_hf.model.tuning_transrec import refuse_local
+    from transrec_hf.errors import DataError, hub_errors
     from transrec_hf.publishing.card import model_card, update_model_card
-    from transrec_hf.publishing.checkpoint import load_checkpoint, read_config, save_checkpoint
+    from transrec_hf.publishing.checkpoint import read_config
     from transrec_hf.publishing.facts import CARD_NAME
-    from transrec_hf.publishing.hub import upload_checkpoint
+    from transrec_hf.publishing.hub import check_pushable, make_whole, upload_checkpoint
 
-    elsewhere = read_config(path).weights_from or []
-    if not whole:
-        with bad_input(str(path)):
-            refuse_local(elsewhere)
+    if not whole or not read_config(path).weights_from:
+        check_pushable(path)
     if constants.HF_HUB_OFFLINE:
         raise DataError(f"{repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again")
-    if whole and elsewhere:
-        save_checkpoint(path, *load_checkpoint(path))
+    if whole:
+        make_whole(path)
     card = path / CARD_NAME
     if not os.path.lexists(card) or (card.is_file() and card.read_bytes() == str(model_card(path)).encode()):
         update_model_card(path, model_id=repo_id)

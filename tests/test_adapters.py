@@ -250,6 +250,13 @@ def test_tuning_that_would_add_such_an_adapter_is_refused_before_training(tmp_pa
         trainer_of(make_model(), tmp_path, tuning="lora")
 
 
+def test_a_run_that_would_push_an_adapter_of_a_folder_is_refused_before_training(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    model = TransRecModel.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"without the model under it, which is the folder .*base: push that folder"):
+        trainer_of(model, tmp_path / "run", tuning="lora", push_to_hub=True, hub_model_id=ADAPTER)
+
+
 def test_an_adapter_of_one_tower_alone_is_refused(base: TransRecModel, tmp_path: Path) -> None:
     base.item_encoder.text_model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ValueError, match=r"an adapter of text_model alone.*text_model\.\*query"):

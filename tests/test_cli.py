@@ -19,12 +19,13 @@ from testing_utils import assert_same_weights, make_catalogue, make_model, make_
 
 import transrec_cli
 import transrec_hf
-from transrec_hf import TransRecModel
+from transrec_hf import DataError, TransRecModel
 from transrec_hf.data.statistics import data_statistics, save_statistics
 from transrec_hf.items.meeting import ITEM_STATISTICS_NAME, ItemStatistics
 from transrec_hf.publishing.card import write_model_card
 from transrec_hf.publishing.checkpoint import load_checkpoint, save_checkpoint
 from transrec_hf.publishing.facts import save_evaluation
+from transrec_hf.publishing.hub import upload_checkpoint
 from transrec_hf.publishing.results import append_results
 
 
@@ -184,17 +185,33 @@ def test_a_push_that_is_refused_leaves_no_repository(
 
 
 def test_a_thin_checkpoint_is_pushed_whole(transrec: Run, tmp_path: Path, hub: LocalHub) -> None:
+    """With all that belongs to it."""
     model = make_model()
     save_checkpoint(tmp_path / "whole", model, make_processor())
     save_checkpoint(tmp_path / "thin", model, make_processor())
     TransRecModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "thin", thin=True)
+    ItemStatistics(np.array(["a", "b"]), np.array([1, 2])).save(tmp_path / "thin")
     code, _, err = transrec("push", tmp_path / "thin", "me/thin", "--whole")
-    assert (code, err) == (0, "") and "model.safetensors" in hub.files("me/thin")
+    assert (code, err) == (0, "")
+    assert {"model.safetensors", "processor_config.json", ITEM_STATISTICS_NAME} <= hub.files("me/thin").keys()
     shutil.rmtree(tmp_path / "whole")
     for place in ("me/thin", str(tmp_path / "thin")):
         loaded, _ = load_checkpoint(place)
         assert loaded.config.weights_from is None
         assert_same_weights(loaded, model)
+
+
+def test_an_adapter_of_a_folder_is_not_pushed(transrec: Run, tmp_path: Path, hub: LocalHub) -> None:
+    """Nobody else could load it, and the Hub would show the path of this machine."""
+    save_checkpoint(tmp_path / "base", make_model(), make_processor())
+    (tmp_path / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    code, _, err = transrec("push", tmp_path / "adapter", "me/adapter")
+    assert code == 2 and "works only on this machine: push that folder first" in err and not hub.repos
+    hub.create("me/adapter")
+    with pytest.raises(DataError, match=r"adapter: an adapter of the folder .* works only on this machine"):
+        upload_checkpoint(tmp_path / "adapter", "me/adapter")
 
 
 @pytest.mark.parametrize("verb", ["info", "evaluate --data demo:target", "recommend --data demo:target --history a"])

@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from ..errors import DataError, bad_input
-from ..files import HEADS, partial_folder, read_whole
+from ..files import HEADS, partial_folder, read_whole, written_whole
 from ..items.meeting import ITEM_STATISTICS_NAME
 from ..model.tuning_transrec import refuse_local
+from .checkpoint import load_checkpoint
+from .facts import ADAPTER_NAME, named_source, read_json
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,38 @@ BINARIES = {
 """The first bytes of files of these kinds."""
 MAX_TEXT = 2**28  # bytes
 OF_CODE = {"BUILD", "GLOBAL", "INST", "NEWOBJ", "OBJ", "REDUCE", "STACK_GLOBAL"}
+
+
+def check_pushable(folder: str | os.PathLike, name: str | None = None) -> None:
+    """
+    Raise [`DataError`] if only this machine could load a checkpoint: one that is thin or an adapter, and whose other
+    weights are in a folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint.
+        name (`str`, *optional*): Its name in the error.
+    """
+    place, name = Path(folder), name or str(folder)
+    with bad_input(name):
+        refuse_local(read_json(place / HEADS[0]).get("weights_from") or [])
+    base = read_json(place / ADAPTER_NAME).get("base_model_name_or_path")
+    if base and not named_source(base)["on_hub"]:
+        raise DataError(
+            f"{name}: an adapter of the folder {base} works only on this machine: push that folder first, then write "
+            f"its name on the Hub into {ADAPTER_NAME}, as base_model_name_or_path"
+        )
+
+
+def make_whole(folder: str | os.PathLike) -> None:
+    """Write into a thin checkpoint the weights that it only names. Other checkpoints stay as they are."""
+    place = Path(folder)
+    if not read_json(place / HEADS[0]).get("weights_from"):
+        return
+    model, _ = load_checkpoint(str(place))
+    with written_whole(place) as partial:
+        model.save_pretrained(partial, thin=False)
+        if (place / ITEM_STATISTICS_NAME).exists():  # they belong to these weights, which are the same
+            shutil.copyfile(place / ITEM_STATISTICS_NAME, partial / ITEM_STATISTICS_NAME)
 
 
 def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
@@ -69,11 +103,7 @@ def upload_checkpoint(folder: str | os.PathLike, repo_id: str, **kwargs: Any) ->
             partial = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="transrec-push-")))
         snapshot = partial / "snapshot"
         left = read_whole(place, lambda: _collect(place, snapshot))
-        with bad_input(str(folder)):
-            config = snapshot / HEADS[0]
-            refuse_local(
-                (json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}).get("weights_from") or []
-            )
+        check_pushable(snapshot, str(folder))
         for name in HEADS:
             if name in left:
                 raise DataError(

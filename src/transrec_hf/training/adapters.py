@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..model.modalities_transrec import MODALITIES
+from ..publishing.facts import named_source
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -58,22 +59,29 @@ def merge_adapter(model: Any) -> None:
     model.requires_grad_(True)
 
 
-def check_adapters(model: nn.Module, saves: bool) -> None:
+def check_adapters(model: nn.Module, saves: bool, pushes: bool = False) -> None:
     """
     Refuse adapters that could not be loaded again.
 
     Args:
         model (`nn.Module`): A model with or without adapters.
         saves (`bool`): Whether checkpoints will be written.
+        pushes (`bool`, *optional*, defaults to `False`): Whether they will be pushed.
 
     Raises:
-        `ValueError`: If several adapters are active, the base model was never saved, or an adapter was added to a part
-            of the model only.
+        `ValueError`: If several adapters are active, the base model was never saved, or is a folder and the adapter
+            would be pushed, or an adapter was added to a part of the model only.
     """
     if has_adapter(model):
         active_adapter(model)
         if saves:
             check_base(model)
+        base: Any = base_of(model)
+        if pushes and not named_source(base.config._name_or_path)["on_hub"]:
+            raise ValueError(
+                "the adapter would be pushed without the model under it, which is the folder "
+                f"{base.config._name_or_path}: push that folder first, and start from its name on the Hub"
+            )
         return
     towers = (modality.tower for modality in MODALITIES.values() if modality.tower)
     for tower in towers:

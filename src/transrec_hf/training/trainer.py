@@ -152,7 +152,8 @@ class TransRecTrainer(TrainerBase):
                 "targets too: leave it out, or train with 'cpc'"
             )
         tune(model, args)
-        check_adapters(model, saves=args.save_strategy != SaveStrategy.NO or args.push_to_hub)
+        saves = args.save_strategy != SaveStrategy.NO or args.push_to_hub
+        check_adapters(model, saves=saves, pushes=args.push_to_hub)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "every parameter of the model is frozen, so there is nothing to train: call model.requires_grad_(True)"
