@@ -162,7 +162,7 @@ def push(
     from transrec_hf.publishing.facts import CARD_NAME
     from transrec_hf.publishing.hub import check_pushable, make_whole, upload_checkpoint
 
-    if not whole or not read_config(path).weights_from:
+    if not (read_config(path).weights_from and whole):
         check_pushable(path)
     if constants.HF_HUB_OFFLINE:
         raise DataError(f"{repo_id}: nothing can be pushed while HF_HUB_OFFLINE is set: unset it, then push again")

@@ -201,6 +201,15 @@ def test_a_thin_checkpoint_is_pushed_whole(transrec: Run, tmp_path: Path, hub: L
         assert_same_weights(loaded, model)
 
 
+def test_a_checkpoint_of_others_is_not_pushed(transrec: Run, tmp_path: Path, hub: LocalHub) -> None:
+    """Not even if it has a card of its own, so that none is made."""
+    make_model().item_encoder.text_model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("A card.")
+    for options in ([], ["--whole"]):
+        code, _, err = transrec("push", tmp_path, "me/tower", *options)
+        assert code == 2 and "is a checkpoint of 'bert', not of 'transrec'" in err and not hub.repos
+
+
 def test_an_adapter_of_a_folder_is_not_pushed(transrec: Run, tmp_path: Path, hub: LocalHub) -> None:
     """Nobody else could load it, and the Hub would show the path of this machine."""
     save_checkpoint(tmp_path / "base", make_model(), make_processor())
